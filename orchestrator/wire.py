@@ -1,0 +1,104 @@
+"""What an agent and the coordinator say to each other: whole states, never deltas. Pure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RankReport(Message):
+    """One rank of the attempt that the node runs or ran last."""
+
+    rank: int
+    local_rank: int
+    pid: int
+    state: Literal["running", "exited"]
+    phase: int = 0  # contract.Phase
+    step: int = 0  # optimizer steps finished
+    beats: int = 0  # grows while the rank makes progress
+    quiet_s: float = 0.0  # since the last beat, by the node's own monotonic clock
+    exit_code: int | None = None  # negative: signal number, as subprocess does
+    exit_order: int | None = None  # 0 for the rank that ended first on this node
+    stopped_by_agent: bool = False  # we ended it: never a culprit
+    kind: str = ""  # of a failure: "signal", "exit", "exception", "peer-lost", "damaged-checkpoint", "persister"
+    why: str = ""  # one line: exception type and message, or signal name
+    damaged: str = ""  # directory of the checkpoint that did not verify
+
+
+class Persisted(Message):
+    """One rank's part of a checkpoint is durable: its files and its rank index are in storage."""
+
+    attempt: int
+    step: int
+    rank: int
+    directory: str
+    index_sha256: str
+    num_bytes: int
+
+
+class StoreAddress(Message):
+    """Where the attempt's own TCPStore listens (hosted by the agent of the first node of the gang)."""
+
+    attempt: int
+    host: str
+    port: int
+
+
+class AgentReport(Message):
+    """The whole state of one node."""
+
+    node: str  # "gpu07#3f9c": host and incarnation, never reused
+    host: str
+    pid: int
+    address: str  # where other nodes reach this one
+    slots: int  # ranks it can run; 0: follow [cluster] ranks_per_node
+    sequence: int  # grows with every report of this incarnation
+    term: int  # newest term this agent obeys
+    ready: bool  # can launch at once (forkserver warm, persister up)
+    buried: tuple[str, ...] = ()  # earlier incarnations on this host whose processes are confirmed dead
+    attempt: int = 0  # attempt of `ranks`; 0: none yet
+    ranks: tuple[RankReport, ...] = ()
+    store: StoreAddress | None = None
+    persisted: tuple[Persisted, ...] = ()  # of every attempt, until the coordinator's directive says that they are settled
+    leaving: str = ""  # the node is about to go: the reason (SIGTERM, spot notice)
+    problem: str = ""  # why it cannot run ranks now, e.g. a full scratch disk
+
+
+class ResumeFrom(Message):
+    step: int
+    directory: str
+    manifest_sha256: str
+
+
+class Launch(Message):
+    """Run this attempt's ranks, nothing else."""
+
+    attempt: int
+    nonce: str
+    first_rank: int
+    num_ranks: int
+    group_rank: int  # index of the node in the gang
+    num_nodes: int
+    world_size: int
+    store_node: str  # the agent that hosts the TCPStore
+    store: StoreAddress | None  # None: not known yet; the store node hosts and reports it, the others wait
+    resume: ResumeFrom | None
+    request: int = 0  # contract.Request
+    request_why: str = ""
+
+
+class Directive(Message):
+    """What the node should be doing now. Idempotent; the newest term wins."""
+
+    term: int
+    launch: Launch | None  # None: run no ranks, stop what runs
+    committed_step: int = -1  # newest committed; persisted reports up to here are settled
+    settled_attempt: int = 0  # persisted reports of older attempts are settled too
+    over: bool = False  # the run ended: stop the ranks and leave
+    forget: bool = False  # the coordinator does not know this incarnation any more: start anew
+    why: str = ""

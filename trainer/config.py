@@ -1,0 +1,114 @@
+"""The trainer's part of run.toml: one section per class, a docstring under every key, unknown keys refused. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class RunSection(Section):
+    """What the run is called, where it keeps everything, and how long it is."""
+
+    name: str = Field("keepstep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name of the run: letters, digits, '.', '_' and '-'."""
+    root: str = "runs/keepstep"
+    """Where everything goes: a local path or any fsspec URL (s3://bucket/prefix)."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of initialisation, data order and dropout."""
+    steps: int = Field(200, ge=1)
+    """Optimizer updates of the whole run."""
+
+
+class DataSection(Section):
+    source: str = "installed-docs"
+    """Text to train on: "installed-docs" (the English documentation installed with Python, PyTorch and NumPy), or a path or URL of a text file or a folder of text files."""
+    tokenizer: Literal["bpe", "bytes"] = "bpe"
+    """"bpe": byte-level BPE learnt from the text; "bytes": one token per byte."""
+    vocabulary: int = Field(2048, ge=257, le=1 << 20)
+    """Number of tokens of the BPE vocabulary, the 256 bytes and the end-of-text token included. Ignored for "bytes"."""
+    held_out: float = Field(0.02, gt=0, lt=0.5)
+    """Share of the documents kept for evaluation."""
+    max_bytes: int = Field(0, ge=0)
+    """Use at most so many bytes of text, 0 for all."""
+
+
+class ModelSection(Section):
+    kind: Literal["gpt"] = "gpt"
+    """Architecture."""
+    layers: int = Field(4, ge=1)
+    """Transformer blocks."""
+    width: int = Field(128, ge=8)
+    """Size of the residual stream."""
+    heads: int = Field(4, ge=1)
+    """Attention heads; must divide width."""
+    context: int = Field(128, ge=2)
+    """Tokens per sample."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout on embeddings, attention and residuals."""
+
+
+class OptimizerSection(Section):
+    kind: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: float = Field(3e-3, gt=0)
+    """Peak learning rate."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the last step as a share of the peak (cosine schedule)."""
+    warmup_steps: int = Field(20, ge=0)
+    """Updates of linear warm-up."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay of matrices; vectors (biases, norms) are exempt."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Global gradient norm is clipped to this; 0 switches clipping off."""
+
+
+class TrainSection(Section):
+    script: str = ""
+    """Run this Python script instead of the LM trainer, as torchrun would. Empty: the LM trainer."""
+    script_args: tuple[str, ...] = ()
+    """Arguments of the script."""
+    batch_tokens: int = Field(4096, ge=2)
+    """Tokens per optimizer update over all ranks, constant whatever the world size; a multiple of model.context."""
+    micro_batch_samples: int = Field(0, ge=0)
+    """At most so many samples per forward pass on a rank (gradients accumulate); 0: all of the rank's share at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the forward and backward pass; master weights stay fp32."""
+
+
+class CheckpointSection(Section):
+    interval: int | str = 20
+    """Optimizer updates between checkpoints; or seconds as text ("30s"); or "auto" (from the measured cost of a save and the observed failures)."""
+    keep: int = Field(3, ge=1)
+    """Newest committed checkpoints that are kept."""
+
+
+class EvaluateSection(Section):
+    interval: int = Field(0, ge=0)
+    """Updates between evaluations on the held-out text; 0: only at the end."""
+    max_tokens: int = Field(65536, ge=1)
+    """Evaluate on at most so many held-out tokens."""
+
+
+class TrainerConfig(BaseModel):
+    """What the trainer reads of the resolved run.toml; the sections it does not know are the orchestrator's."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluate: EvaluateSection = EvaluateSection()

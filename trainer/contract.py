@@ -1,0 +1,79 @@
+"""The only door between keepstep and whatever it runs: names, shapes and codes. Pure and torch-free.
+
+A rank learns everything from its environment: torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, ...) and, beside them, the
+`KEEPSTEP_*` variables named here. `attach()` (trainer/attach.py) turns them into an object; a script that never calls it is run,
+restarted and logged all the same, and keeps its own checkpoints.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+ENV_SPEC: Final = "KEEPSTEP_RANK_SPEC"  # JSON of RankSpec
+ENV_NODE: Final = "KEEPSTEP_NODE"
+
+EXIT_OK: Final = 0
+EXIT_BAD_INPUT: Final = 2
+EXIT_FAILED: Final = 3
+EXIT_DO_NOT_REQUEUE: Final = 4
+EXIT_REQUEUE: Final = 75
+EXIT_BUG: Final = 70
+
+# How a rank says "this checkpoint is damaged" (see DamagedCheckpointReport): the agent reads it from the rank's error file.
+DAMAGED_KIND: Final = "damaged-checkpoint"
+
+
+class Phase(IntEnum):
+    """What a rank is doing; written into its progress page, shown by `keepstep status`."""
+
+    INIT = 0
+    LOAD = 1
+    STEP = 2
+    SAVE = 3
+    EVALUATE = 4
+    FINISH = 5
+    DONE = 6  # all steps finished, final checkpoint staged
+    STOPPED = 7  # left at a step boundary because it was asked to, checkpoint staged
+
+
+class Request(IntEnum):
+    """What people asked of a running attempt; written by the agent, agreed on by all ranks at one step boundary."""
+
+    NONE = 0
+    SAVE = 1
+    STOP = 2  # save, then leave
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """The one checkpoint that every rank of an attempt must load."""
+
+    step: int
+    directory: str  # key below the root, e.g. "data/a000007/s000001200-1f2e3d4c"
+    manifest_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSpec:
+    """Everything keepstep tells a rank beyond torchrun's environment."""
+
+    run: str
+    attempt: int
+    nonce: str  # random hex, the same for all ranks of the attempt; part of its checkpoint directories' names
+    root: str  # fsspec URL or local path
+    config_path: str  # resolved run.toml as JSON, on this node
+    scratch: str  # this node's own directory
+    progress_path: str  # this rank's progress page, see PROGRESS
+    staging_socket: str  # the node's persister
+    error_path: str  # where the reason of a failure goes, JSON
+    resume: Resume | None
+
+
+# The progress page: one small memory-mapped file per rank, written by the rank, read by its agent; `request` goes the other way.
+# phase, request: uint32; step: finished optimizer steps, int64; beats: grows with every report, uint64; at: time.monotonic() of this host.
+PROGRESS: Final = struct.Struct("<IIqQd")
+PROGRESS_BYTES: Final = 4096
+REQUEST_OFFSET: Final = 4
