@@ -1,0 +1,137 @@
+"""What must hold between the keys of run.toml: a table of rules. Pure.
+
+A rule's sentence names its keys as <section.key>; they are shown with their values, and a rule is only asked when each of its keys
+is valid by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from .sections import RunConfig, value_of, values
+
+_KEY = re.compile(r"<(\w+\.\w+)>")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong, and with which keys."""
+
+    keys: frozenset[str]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    holds: Callable[[RunConfig], bool]
+    sentence: str
+
+    @property
+    def keys(self) -> frozenset[str]:
+        return frozenset(_KEY.findall(self.sentence))
+
+    def problem(self, config: RunConfig) -> Problem:
+        return Problem(self.keys, _KEY.sub(lambda key: shown(key[1], value_of(config, key[1])), self.sentence))
+
+
+def shown(key: str, value: Any) -> str:
+    """`cluster.lease_s = 400`: a key and its value as a person would have written them."""
+    return f"{key} = {json.dumps(value, ensure_ascii=False, default=str).removesuffix('.0')}"
+
+
+def broken(config: RunConfig) -> Iterator[Problem]:
+    """Every rule that the config breaks."""
+    yield from (rule.problem(config) for rule in RULES if not rule.holds(config))
+    yield from (Problem(frozenset({key}), f"{shown(key, value)} must be finite") for key, value in values(config) if not _finite(value))
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or isfinite(value)
+
+
+def _trains_lm(config: RunConfig) -> bool:
+    """A script brings its own model and batches: those sections mean nothing to it."""
+    return not config.train.script
+
+
+def _samples(config: RunConfig) -> int:
+    return config.train.batch_tokens // config.model.context
+
+
+def _is_interval(value: int | str) -> bool:
+    """Steps, seconds as text ("30s", "2.5s"), or "auto"."""
+    if isinstance(value, int):
+        return value >= 1
+    match = re.fullmatch(r"auto|(\d+(?:\.\d+)?)s", value)
+    return match is not None and (match[1] is None or float(match[1]) > 0)
+
+
+def _is_address(listen: str) -> bool:
+    match = re.fullmatch(r"(?:\[[0-9a-fA-F:]+\]|[^\s:\[\]]+):(\d{1,5})", listen)
+    return match is not None and int(match[1]) <= 65535
+
+
+RULES = (
+    Rule(
+        lambda c: c.cluster.lease_s < c.cluster.stall_s,
+        "<cluster.lease_s> must be below <cluster.stall_s>: a lost node must be noticed before its peers seem to hang",
+    ),
+    Rule(
+        lambda c: c.cluster.lease_s < c.cluster.start_timeout_s,
+        "<cluster.lease_s> must be below <cluster.start_timeout_s>: a node lost at the start must be noticed first",
+    ),
+    Rule(
+        lambda c: c.cluster.min_nodes <= c.cluster.nodes,
+        "<cluster.min_nodes> must not exceed <cluster.nodes>; 0 means as many as nodes",
+    ),
+    Rule(
+        lambda c: c.cluster.backoff_s <= c.cluster.max_backoff_s,
+        "<cluster.backoff_s> must not exceed <cluster.max_backoff_s>",
+    ),
+    Rule(
+        lambda c: _is_address(c.cluster.listen),
+        "<cluster.listen> must be HOST:PORT, an IPv6 host in brackets, the port from 0 (any free one) to 65535",
+    ),
+    Rule(
+        lambda c: c.run.root.strip() != "",
+        "<run.root> must name a folder or a URL",
+    ),
+    Rule(
+        lambda c: not c.run.root.startswith("memory:"),
+        "<run.root> must outlive a process, which memory does not: use a local path or a URL such as s3://bucket/prefix",
+    ),
+    Rule(
+        lambda c: not _trains_lm(c) or c.model.width % c.model.heads == 0,
+        "<model.heads> must divide <model.width>",
+    ),
+    Rule(
+        lambda c: not _trains_lm(c) or c.train.batch_tokens % c.model.context == 0,
+        "<train.batch_tokens> must be a multiple of <model.context>",
+    ),
+    Rule(
+        lambda c: not _trains_lm(c) or _samples(c) >= c.cluster.nodes * max(1, c.cluster.ranks_per_node),
+        "<train.batch_tokens> with <model.context> gives fewer samples than there are ranks (<cluster.nodes>, <cluster.ranks_per_node>): "
+        "every rank needs at least one per step, so raise train.batch_tokens",
+    ),
+    Rule(
+        lambda c: not _trains_lm(c) or c.optimizer.warmup_steps <= c.run.steps,
+        "<optimizer.warmup_steps> must not exceed <run.steps>",
+    ),
+    Rule(
+        lambda c: _is_interval(c.checkpoint.interval),
+        '<checkpoint.interval> must be a number of steps from 1, seconds as text such as "30s", or "auto"',
+    ),
+    Rule(
+        lambda c: _trains_lm(c) or c.train.script.endswith(".py"),
+        "<train.script> must be a Python file (*.py)",
+    ),
+    Rule(
+        lambda c: not _trains_lm(c) or not c.train.script_args,
+        "<train.script_args> are given, but <train.script> is empty: name the script, or remove its arguments",
+    ),
+)

@@ -1,0 +1,86 @@
+"""The whole of run.toml as types: the trainer's sections and the two that belong to the orchestrator. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from keepstep.trainer.config import Section, TrainerConfig
+
+
+class ClusterSection(Section):
+    """The nodes, and how patient keepstep is with them. Times are seconds."""
+
+    nodes: int = Field(1, ge=1)
+    """Nodes of a full gang."""
+    min_nodes: int = Field(0, ge=0)
+    """Train on as few nodes as this when the others stay away; 0: as many as `nodes`, never fewer."""
+    spares: int = Field(0, ge=0)
+    """Nodes that stand by, warm; one of them takes the place of a lost node at once."""
+    ranks_per_node: int = Field(0, ge=0)
+    """Ranks on every node; 0: one per GPU, or one where there is none."""
+    lease_s: float = Field(5, gt=0)
+    """A node that was silent for so long counts as lost; it stops its own ranks by then."""
+    fence_s: float = Field(1, ge=0)
+    """Margin on top of the lease before the ranks of a lost node are replaced: the time that stopping them may take."""
+    wait_for_nodes_s: float = Field(60, ge=0)
+    """Wait so long for a full gang before going on with min_nodes or more."""
+    max_failures: int = Field(10, ge=0)
+    """Failures that are forgiven; committed progress refills the budget."""
+    backoff_s: float = Field(1, ge=0)
+    """Pause after the second failure without progress in between; doubles with each further one. The first restart never waits."""
+    max_backoff_s: float = Field(60, ge=0)
+    """The longest such pause."""
+    stall_s: float = Field(300, gt=0)
+    """A rank that makes no progress for so long hangs, and is restarted."""
+    start_timeout_s: float = Field(600, gt=0)
+    """From the launch of an attempt to the first finished step on all ranks, the reading of the checkpoint included."""
+    stop_grace_s: float = Field(30, gt=0)
+    """Time for the last checkpoint when a node must leave or the run is stopped; then the ranks are killed."""
+    listen: str = "127.0.0.1:0"
+    """HOST:PORT where the coordinator serves agents, people and metrics; port 0: any free one."""
+
+
+class StorageSection(Section):
+    """How the storage root is reached. Credentials come from where the store's own tools look for them, never from here."""
+
+    endpoint_url: str = ""
+    """URL of an S3-compatible server; empty: the cloud's own."""
+    region: str = ""
+    """Region of the bucket; empty: as the environment says."""
+    ca: str = ""
+    """File with the certificates to trust, for a server with a private one."""
+    timeout_s: float = Field(60, gt=0)
+    """Deadline of one call to the store, its retries included."""
+
+
+class RunConfig(TrainerConfig):
+    """A whole run.toml, every key resolved."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cluster: ClusterSection = ClusterSection()
+    storage: StorageSection = StorageSection()
+
+
+def section_types() -> Mapping[str, type[Section]]:
+    """Section name -> its class, in the order of run.toml."""
+    return {name: type(field.default) for name, field in RunConfig.model_fields.items()}
+
+
+def known_keys() -> Mapping[str, FieldInfo]:
+    """ "section.key" -> its field (type, default, docstring), in the order of run.toml."""
+    return {f"{name}.{key}": field for name, section in section_types().items() for key, field in section.model_fields.items()}
+
+
+def values(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Every ("section.key", value) of a config."""
+    return ((key, value_of(config, key)) for key in known_keys())
+
+
+def value_of(config: RunConfig, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
