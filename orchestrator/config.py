@@ -13,7 +13,7 @@ import hashlib
 import json
 import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def _override_value(key: str, text: str) -> Any:
     """The text as a TOML value where it is one; else the text itself, so that nobody must quote for the shell and for TOML."""
     try:
         (value,) = tomllib.loads(f"value = {text}").values()
-    except (tomllib.TOMLDecodeError, ValueError):
+    except ValueError:  # not TOML, or a number beyond Python's limits
         return text
     field = known_keys().get(key)
     wants_text = field is not None and field.annotation is str
@@ -170,7 +170,7 @@ def _split(tables: Tables) -> tuple[Tables, list[Problem]]:
 def _unknown_section(section: str, table: object) -> Problem:
     if isinstance(table, dict):
         keys = frozenset(f"{section}.{key}" for key in table)
-        return Problem(keys, f"[{section}] is not a section; {_nearest(f'[{section}]', [f'[{name}]' for name in section_types()])}")
+        return Problem(keys, f"[{section}] is not a section; {_nearest(f'[{section}]', (f'[{name}]' for name in section_types()))}")
     homes = [key for key in known_keys() if key.endswith(f".{section}")]
     remedy = f"did you mean {homes[0]}? Write it below [{homes[0].partition('.')[0]}]" if homes else _nearest(section, known_keys())
     return Problem(frozenset({section}), f"{shown(section, table)} stands outside every section; {remedy}")
@@ -178,18 +178,15 @@ def _unknown_section(section: str, table: object) -> Problem:
 
 def _unknown_key(section: str, key: str) -> Problem:
     """Names the key that was meant: the like-named one of another section, else the nearest of this one."""
-    homes = [known for known in known_keys() if known.partition(".")[2] == key]
-    remedy = f"did you mean {homes[0]}?" if homes else _nearest(f"{section}.{key}", _keys_of(section))
+    homes = [known for known in known_keys() if known.endswith(f".{key}")]
+    remedy = f"did you mean {homes[0]}?" if homes else _nearest(key, section_types()[section].model_fields, f"{section}.")
     return Problem(frozenset({f"{section}.{key}"}), f"{section}.{key} is not a key; {remedy}")
 
 
-def _keys_of(section: str) -> list[str]:
-    return [key for key in known_keys() if key.startswith(f"{section}.")]
-
-
-def _nearest(word: str, known: Sequence[str] | Mapping[str, object]) -> str:
-    close = get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    names = list(known)
+    close = get_close_matches(word, names, n=1)
+    return f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(names)}"
 
 
 def _validated(known: Tables) -> tuple[RunConfig, list[Problem]]:

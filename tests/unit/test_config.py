@@ -1,0 +1,386 @@
+"""run.toml: what it accepts, how it refuses, what it remembers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keepstep.orchestrator.config import RunConfig, explain_difference, identity, load, parse, to_toml
+from keepstep.orchestrator.errors import InputError
+from keepstep.orchestrator.relations import RULES, shown
+from keepstep.orchestrator.sections import known_keys, section_types, value_of
+from keepstep.trainer.config import TrainerConfig
+
+GOLDEN = Path(__file__).with_name("config_keys.txt")
+
+
+def problems(text: str, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(InputError) as caught:
+        parse(text, "run.toml", overrides)
+    return caught.value.problems
+
+
+def problem(text: str, *overrides: str) -> str:
+    (only,) = problems(text, *overrides)
+    return only
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return path
+
+
+class TestDefaults:
+    def test_an_empty_file_is_a_whole_config(self) -> None:
+        assert parse("", "run.toml") == RunConfig()
+
+    def test_the_defaults_break_no_rule(self) -> None:
+        assert parse(to_toml(RunConfig()), "run.toml") == RunConfig()
+
+    def test_every_section_and_key_explains_itself(self) -> None:
+        assert [key for key, field in known_keys().items() if not field.description] == []
+
+    def test_the_public_keys_are_pinned(self, rewrite: bool) -> None:
+        """A key's name, type and default are an interface; `pytest --rewrite` accepts a change that you meant."""
+        lines = (f"{shown(key, field.default)}    # {_type_name(field.annotation)}" for key, field in known_keys().items())
+        actual = "".join(f"{line}\n" for line in lines)
+        if rewrite:
+            GOLDEN.write_text(actual)
+        assert actual == GOLDEN.read_text()
+
+    def test_the_trainer_reads_its_part_of_the_resolved_config(self) -> None:
+        config = parse("", "run.toml", ["model.layers=2", "cluster.nodes=2"])
+        assert TrainerConfig.model_validate_json(config.model_dump_json()).model.layers == 2
+
+
+def _type_name(annotation: object) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+class TestOverrides:
+    def test_the_example_of_the_quickstart_works(self, tmp_path: Path) -> None:
+        overrides = [f"run.root={tmp_path}", "run.steps=60", "model.layers=2", "model.width=64", "train.batch_tokens=2048"]
+        config = load(write(tmp_path, ""), overrides)
+        assert (config.run.root, config.run.steps, config.model.layers) == (str(tmp_path), 60, 2)
+        assert (config.model.width, config.train.batch_tokens) == (64, 2048)
+
+    @pytest.mark.parametrize(
+        ("override", "value"),
+        [
+            ("checkpoint.interval=30s", "30s"),
+            ("checkpoint.interval=auto", "auto"),
+            ("checkpoint.interval=7", 7),
+            ('checkpoint.interval="30s"', "30s"),
+            ("run.name=2024", "2024"),
+            ("run.name=007", "007"),
+            ('run.name="x"', "x"),
+            ("run.root=2024-01-01", "2024-01-01"),
+            ("run.root=s3://bucket/a=b", "s3://bucket/a=b"),
+            ("optimizer.lr=1e-3", 1e-3),
+            ("cluster.lease_s=3", 3.0),
+            (" cluster.nodes = 2 ", 2),
+            ('train.script_args=["--a", "b"]', ("--a", "b")),
+        ],
+    )
+    def test_a_value_is_toml_where_it_can_be_and_else_text(self, override: str, value: object) -> None:
+        config = parse("[train]\nscript = 'x.py'\n", "run.toml", [override])
+        assert value_of(config, override.partition("=")[0].strip()) == value
+
+    def test_an_override_wins_over_the_file_and_the_last_one_over_the_others(self) -> None:
+        assert parse("[run]\nsteps = 30\n", "run.toml", ["run.steps=40", "run.steps=50"]).run.steps == 50
+
+    def test_a_value_cannot_smuggle_in_another_key(self) -> None:
+        assert problem("", "run.seed=1\nsteps = 2").startswith("-o: run.seed = ")
+
+    @pytest.mark.parametrize("override", ["steps", "steps=60", "run.=1", ".steps=1", "run.steps", ""])
+    def test_what_is_no_override_is_refused_with_an_example(self, override: str) -> None:
+        assert problem("", override) == f"-o: {override!r} must be section.key=value, for example run.steps=60"
+
+    def test_a_problem_names_the_override_that_caused_it(self) -> None:
+        assert problem("[cluster]\nstall_s = 300\n", "cluster.lease_s=400").startswith("-o: cluster.lease_s = 400 must be below")
+
+
+class TestUnknownKeys:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("[cluster]\nlese_s = 3\n", "cluster.lese_s is not a key; did you mean cluster.lease_s?"),
+            ("[cluster]\nlr = 3\n", "cluster.lr is not a key; did you mean optimizer.lr?"),
+            ("[clutser]\nnodes = 3\n", "[clutser] is not a section; did you mean [cluster]?"),
+            ("nodes = 3\n", "nodes = 3 stands outside every section; did you mean cluster.nodes? Write it below [cluster]"),
+            ("cluster = 3\n", "cluster = 3 must be a section: write [cluster] and its keys below"),
+        ],
+    )
+    def test_the_nearest_known_one_is_named(self, text: str, message: str) -> None:
+        assert problem(text) == f"run.toml: {message}"
+
+    def test_where_nothing_is_near_the_known_ones_are_listed(self) -> None:
+        assert problem("[checkpoint]\nzzzzzz = 1\n") == "run.toml: checkpoint.zzzzzz is not a key; known are interval, keep"
+
+    def test_an_unknown_override_is_refused_alike(self) -> None:
+        assert problem("", "cluster.node=2") == "-o: cluster.node is not a key; did you mean cluster.nodes?"
+        assert problem("", "clutser.nodes=2") == "-o: [clutser] is not a section; did you mean [cluster]?"
+
+
+class TestTypes:
+    @pytest.mark.parametrize(
+        ("assignment", "message"),
+        [
+            ('cluster.nodes = "two"', 'cluster.nodes = "two" must be a valid integer (Nodes of a full gang)'),
+            ('cluster.nodes = "2"', 'cluster.nodes = "2" must be a valid integer'),
+            ("cluster.nodes = true", "cluster.nodes = true must be a valid integer"),
+            ("cluster.nodes = 0", "cluster.nodes = 0 must be greater than or equal to 1"),
+            ("cluster.nodes = 1.5", "cluster.nodes = 1.5 must be a valid integer"),
+            ("cluster.lease_s = 0", "cluster.lease_s = 0 must be greater than 0"),
+            ("run.name = 3", "run.name = 3 must be a valid string"),
+            ('run.name = "a b"', 'run.name = "a b" must match pattern'),
+            ('data.tokenizer = "word"', "data.tokenizer = \"word\" must be 'bpe' or 'bytes'"),
+            ("checkpoint.interval = true", "checkpoint.interval = true must be a valid integer or be a valid string"),
+            ("train.script_args = [1]", "train.script_args[0] = 1 must be a valid string"),
+            ("optimizer.lr = nan", "optimizer.lr = NaN must"),
+            ("optimizer.lr = inf", "optimizer.lr = Infinity must be finite"),
+        ],
+    )
+    def test_a_wrong_value_is_shown_with_what_it_must_be(self, assignment: str, message: str) -> None:
+        assert problem(assignment).startswith(f"run.toml: {message}")
+
+    def test_a_whole_number_is_a_fine_float(self) -> None:
+        assert parse("cluster.lease_s = 3", "run.toml").cluster.lease_s == 3.0
+
+
+# One way to break each rule, and the beginning of what is said: the table of rules is covered, see the last test of the class.
+BREAKING: Mapping[str, tuple[str, str]] = {
+    "cluster.lease_s < cluster.stall_s": (
+        "cluster.lease_s = 400\ncluster.stall_s = 300",
+        "cluster.lease_s = 400 must be below cluster.stall_s = 300",
+    ),
+    "cluster.lease_s < cluster.start_timeout_s": (
+        "cluster.start_timeout_s = 4",
+        "cluster.lease_s = 5 must be below cluster.start_timeout_s = 4",
+    ),
+    "cluster.min_nodes <= cluster.nodes": (
+        "cluster.min_nodes = 3\ncluster.nodes = 2",
+        "cluster.min_nodes = 3 must not exceed cluster.nodes = 2",
+    ),
+    "cluster.backoff_s <= cluster.max_backoff_s": (
+        "cluster.max_backoff_s = 0.5",
+        "cluster.backoff_s = 1 must not exceed cluster.max_backoff_s = 0.5",
+    ),
+    "cluster.listen": ('cluster.listen = "localhost:70000"', 'cluster.listen = "localhost:70000" must be HOST:PORT'),
+    "run.root given": ('run.root = " "', 'run.root = " " must name a folder or a URL'),
+    "run.root lasting": ('run.root = "memory://x"', 'run.root = "memory://x" must outlive a process'),
+    "model.heads | model.width": ("model.width = 130", "model.heads = 4 must divide model.width = 130"),
+    "model.context | train.batch_tokens": (
+        "train.batch_tokens = 1000",
+        "train.batch_tokens = 1000 must be a multiple of model.context = 128",
+    ),
+    "samples >= ranks": (
+        "train.batch_tokens = 384\ncluster.nodes = 2\ncluster.ranks_per_node = 2",
+        "train.batch_tokens = 384 with model.context = 128 gives fewer samples than there are ranks "
+        "(cluster.nodes = 2, cluster.ranks_per_node = 2): every rank needs at least one",
+    ),
+    "optimizer.warmup_steps <= run.steps": ("run.steps = 10", "optimizer.warmup_steps = 20 must not exceed run.steps = 10"),
+    "checkpoint.interval": ('checkpoint.interval = "often"', 'checkpoint.interval = "often" must be a number of steps'),
+    "train.script is Python": ('train.script = "a.sh"', 'train.script = "a.sh" must be a Python file'),
+    "train.script_args need train.script": ('train.script_args = ["x"]', 'train.script_args = ["x"] are given, but train.script = ""'),
+}
+
+
+class TestRelations:
+    @pytest.mark.parametrize("rule", BREAKING)
+    def test_a_broken_relation_is_refused_with_both_values(self, rule: str) -> None:
+        text, message = BREAKING[rule]
+        assert problem(text).startswith(f"run.toml: {message}")
+
+    def test_every_rule_of_the_table_is_broken_here(self) -> None:
+        broken = {rule.sentence for rule in RULES for text, _ in BREAKING.values() if problem(text) == _message(rule.sentence, text)}
+        assert broken == {rule.sentence for rule in RULES}
+
+    @pytest.mark.parametrize("interval", ["0", "-1", '"30"', '"30 s"', '"0s"', '"0.0s"', '"-3s"', '"AUTO"', '""', '"30m"'])
+    def test_an_interval_is_steps_or_seconds_or_auto(self, interval: str) -> None:
+        assert problem(f"checkpoint.interval = {interval}").startswith("run.toml: checkpoint.interval = ")
+
+    @pytest.mark.parametrize("interval", ["1", '"30s"', '"2.5s"', '"auto"'])
+    def test_a_good_interval_passes(self, interval: str) -> None:
+        assert parse(f"checkpoint.interval = {interval}", "run.toml").checkpoint.interval == json.loads(interval)
+
+    @pytest.mark.parametrize("listen", ["localhost", "127.0.0.1:", ":80", "a b:1", "::1:80", "[::1]", "http://h:1"])
+    def test_an_address_is_a_host_and_a_port(self, listen: str) -> None:
+        assert problem(f'cluster.listen = "{listen}"').startswith(f'run.toml: cluster.listen = "{listen}" must be HOST:PORT')
+
+    @pytest.mark.parametrize("listen", ["127.0.0.1:0", "0.0.0.0:65535", "gpu07.cluster:8000", "[::1]:80"])
+    def test_a_good_address_passes(self, listen: str) -> None:
+        assert parse(f'cluster.listen = "{listen}"', "run.toml").cluster.listen == listen
+
+    def test_a_script_needs_no_batch_that_fits_the_model(self) -> None:
+        text = 'train.script = "mine.py"\nmodel.width = 130\ntrain.batch_tokens = 1000\nrun.steps = 1\n'
+        assert parse(text, "run.toml").train.script == "mine.py"
+
+    def test_as_many_samples_as_ranks_are_enough(self) -> None:
+        text = "train.batch_tokens = 512\ncluster.nodes = 2\ncluster.ranks_per_node = 2"
+        assert parse(text, "run.toml").train.batch_tokens == 512
+
+
+def _message(sentence: str, text: str) -> str:
+    """What a broken rule says about the config of `text`, computed apart from the config's own validity."""
+    message = sentence
+    values = {**{key: field.default for key, field in known_keys().items()}, **_assignments(text)}
+    for key, value in values.items():
+        message = message.replace(f"<{key}>", shown(key, value))
+    return f"run.toml: {message}"
+
+
+def _assignments(text: str) -> dict[str, object]:
+    return {key: json.loads(value) for key, _, value in (line.partition(" = ") for line in text.splitlines())}
+
+
+class TestEverythingAtOnce:
+    def test_all_problems_of_all_kinds_are_reported_together(self) -> None:
+        text = "nodes = 2\n[cluster]\nlese_s = 1\nlease_s = 400\nmin_nodes = 'x'\n[modle]\nwidth = 3\n[model]\nwidth = 130\n"
+        found = problems(text, "foo", "optimizer.warmup_steps=900")
+        starts = [
+            "-o: 'foo' must be",
+            "run.toml: nodes = 2 stands outside",
+            "run.toml: cluster.lese_s is not a key",
+            "run.toml: [modle] is not a section",
+            'run.toml: cluster.min_nodes = "x" must be',
+            "run.toml: cluster.lease_s = 400 must be below",
+            "run.toml: model.heads = 4 must divide",
+            "-o: optimizer.warmup_steps = 900 must not exceed",
+        ]
+        assert [any(line.startswith(start) for line in found) for start in starts] == [True] * len(starts)
+        assert len(found) == len(starts)
+
+    def test_a_rule_is_not_asked_about_a_value_that_is_wrong_by_itself(self) -> None:
+        assert problem("cluster.lease_s = -1\ncluster.stall_s = 0.5").startswith("run.toml: cluster.lease_s = -1 must be greater")
+
+    def test_the_error_is_a_value_error_of_one_line_per_problem(self) -> None:
+        with pytest.raises(ValueError, match=r"^run\.toml: cluster\.a.*\nrun\.toml: cluster\.b"):
+            parse("cluster.a = 1\ncluster.b = 2", "run.toml")
+
+
+class TestFiles:
+    def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"gone\.toml: no such file; examples/quickstart\.toml"):
+            load(tmp_path / "gone.toml")
+
+    def test_a_folder_is_no_config(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="a folder, not a file"):
+            load(tmp_path)
+
+    def test_text_that_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.toml"
+        path.write_bytes(b"[run]\nname = '\xff'\n")
+        with pytest.raises(InputError, match=r"not UTF-8 text \(byte 14\)"):
+            load(path)
+
+    def test_what_the_system_refuses_to_read_is_refused_with_its_reason(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="cannot be read: File name too long"):
+            load(tmp_path / ("x" * 300))
+
+    def test_a_syntax_error_is_located(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"run\.toml: not TOML: .*line 2"):
+            load(write(tmp_path, "[run]\nname = \n"))
+
+    def test_a_script_must_exist(self, tmp_path: Path) -> None:
+        script = tmp_path / "mine.py"
+        with pytest.raises(InputError, match=r"mine\.py\": no such file"):
+            load(write(tmp_path, ""), [f"train.script={script}"])
+        script.touch()
+        assert load(write(tmp_path, ""), [f"train.script={script}"]).train.script == str(script)
+
+
+class TestResolved:
+    def test_the_resolved_config_says_what_every_key_means(self) -> None:
+        text = to_toml(RunConfig())
+        assert "# Nodes of a full gang.\nnodes = 1\n" in text
+        assert all(f"[{section}]\n" in text for section in section_types())
+        assert max(map(len, text.splitlines())) <= 120
+
+    @settings(max_examples=20, deadline=None)
+    @given(
+        name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
+        seed=st.integers(0, 2**63 - 1),
+        lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+        source=st.text(st.characters(blacklist_categories=["Cs"])),
+        arguments=st.lists(st.text(st.characters(blacklist_categories=["Cs"]))),
+    )
+    def test_what_is_written_is_read_back_equal(self, name: str, seed: int, lr: float, source: str, arguments: list[str]) -> None:
+        defaults = RunConfig()
+        config = defaults.model_copy(
+            update={
+                "run": defaults.run.model_copy(update={"name": name, "seed": seed}),
+                "optimizer": defaults.optimizer.model_copy(update={"lr": lr}),
+                "data": defaults.data.model_copy(update={"source": source}),
+                "train": defaults.train.model_copy(update={"script": "x.py", "script_args": tuple(arguments)}),
+            }
+        )
+        assert parse(to_toml(config), "run.toml") == config
+
+
+def config(*overrides: str) -> RunConfig:
+    return parse("", "run.toml", overrides)
+
+
+FIXED = [
+    "run.name=other",
+    "run.seed=1",
+    "run.steps=300",
+    "data.source=text",
+    "data.max_bytes=9",
+    "model.layers=2",
+    "model.dropout=0.2",
+    "optimizer.lr=0.1",
+    "train.batch_tokens=8192",
+    "train.micro_batch_samples=1",
+    "train.precision=bf16",
+    "train.script=x.py",
+]
+FREE = [
+    "run.root=elsewhere",
+    "cluster.nodes=2",
+    "cluster.ranks_per_node=2",
+    "cluster.lease_s=3",
+    "checkpoint.interval=7",
+    "checkpoint.keep=9",
+    "evaluate.interval=5",
+    "storage.endpoint_url=http://127.0.0.1:1",
+]
+
+
+class TestIdentity:
+    @pytest.mark.parametrize("override", FIXED)
+    def test_what_decides_the_bits_of_the_history_is_the_run(self, override: str) -> None:
+        assert identity(config(override)) != identity(config())
+
+    @pytest.mark.parametrize("override", FREE)
+    def test_where_and_how_it_runs_may_change(self, override: str) -> None:
+        assert identity(config(override)) == identity(config())
+        assert explain_difference(config(), config(override)) == []
+
+    def test_a_run_may_be_prolonged_where_no_learning_rate_depends_on_its_length(self) -> None:
+        assert identity(config("optimizer.min_lr_ratio=1", "run.steps=300")) == identity(config("optimizer.min_lr_ratio=1"))
+
+    def test_a_script_is_the_run_whatever_the_unused_sections_say(self) -> None:
+        assert identity(config("train.script=x.py", "model.width=64", "run.steps=9")) == identity(config("train.script=x.py"))
+        assert identity(config("train.script=x.py", 'train.script_args=["a"]')) != identity(config("train.script=x.py"))
+
+    @pytest.mark.parametrize("override", FIXED)
+    def test_a_difference_is_explained_exactly_where_there_is_one(self, override: str) -> None:
+        assert any(override.partition("=")[0] in line for line in explain_difference(config(), config(override)))
+
+    def test_the_explanation_shows_both_values(self) -> None:
+        assert explain_difference(config("optimizer.lr=0.5"), config("run.name=b")) == [
+            'run.name = "b", but the run that is there has run.name = "keepstep"',
+            "optimizer.lr = 0.003, but the run that is there has optimizer.lr = 0.5",
+        ]
+
+    def test_the_identity_survives_the_way_through_the_root(self) -> None:
+        changed = config("run.name=b", "optimizer.lr=0.1")
+        assert identity(parse(to_toml(changed), "run.toml")) == identity(changed)
