@@ -1,0 +1,159 @@
+"""A root on a mounted file system: local disk, NFS, Lustre, a CSI volume."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from .errors import StoreError, from_os_error
+from .put_new import TEMPORARY, make_directories, put_new_posix, sync_directory, temporary_name, write_all, write_durably
+from .store import Store, check_key, whole_lines
+
+
+class PosixStore(Store):
+    """Keys are paths below `root`. No call is repeated: after a failed fsync the kernel may have dropped the pages already."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.abspath(root))
+        self.name = str(self.root)
+
+    def local_path(self, key: str) -> Path:
+        return self.root / check_key(key) if key else self.root
+
+    def put_new(self, key: str, body: bytes) -> bool:
+        with _translated(f"create {self.name}/{key}"):
+            return put_new_posix(self.local_path(key), body)
+
+    def put(self, key: str, body: bytes) -> None:
+        path = self.local_path(key)
+        with _translated(f"write {self.name}/{key}"):
+            make_directories(path.parent)
+            temporary = path.parent / temporary_name()
+            try:
+                write_durably(temporary, body)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync_directory(path.parent)
+
+    def get(self, key: str) -> bytes:
+        with _translated(f"read {self.name}/{key}"):
+            return self.local_path(key).read_bytes()
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        return bytes(buffer[: self.read_into(key, start, memoryview(buffer))])
+
+    def read_into(self, key: str, start: int, destination: memoryview) -> int:
+        with _translated(f"read {self.name}/{key}"), _opened(self.local_path(key), os.O_RDONLY) as descriptor:
+            done = 0
+            while done < destination.nbytes:
+                count = os.preadv(descriptor, [destination[done:]], start + done)
+                if count == 0:
+                    break
+                done += count
+            return done
+
+    def size(self, key: str) -> int:
+        with _translated(f"look up {self.name}/{key}"):
+            path = self.local_path(key)
+            if path.is_dir():
+                raise FileNotFoundError(2, "is a folder, not an object")
+            return path.stat().st_size
+
+    def list(self, prefix: str = "") -> Sequence[str]:
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        keys = []
+        with _translated(f"list {self.name}/{prefix}"):
+            for folder, _, names in os.walk(self.local_path(prefix), onerror=fail):
+                parent = Path(folder).relative_to(self.root)
+                keys += [(parent / name).as_posix() for name in names if not TEMPORARY.match(name)]
+        return sorted(keys)
+
+    def write_file(self, key: str, blocks: Iterable[bytes | memoryview], *, num_bytes: int, sync: bool = True) -> None:
+        path = self.local_path(key)
+        with _translated(f"write {self.name}/{key}"):
+            make_directories(path.parent)
+            try:
+                _write_blocks(path, blocks, num_bytes, sync)
+            except BaseException:
+                path.unlink(missing_ok=True)  # gives the space back; a later try writes a new file, never this descriptor
+                raise
+            if sync:
+                sync_directory(path.parent)
+
+    def delete(self, key: str) -> None:
+        with _translated(f"delete {self.name}/{key}"):
+            self.local_path(key).unlink(missing_ok=True)
+
+    def delete_tree(self, prefix: str) -> None:
+        path = self.local_path(check_key(prefix))
+        with _translated(f"delete {self.name}/{prefix}"), contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+            sync_directory(path.parent)
+
+    def append(self, key: str, data: bytes, *, sync: bool = False) -> None:
+        path, lines = self.local_path(key), whole_lines(data)
+        with _translated(f"append to {self.name}/{key}"):
+            is_new = not path.exists()
+            make_directories(path.parent)
+            with _opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as descriptor:
+                _append_lines(descriptor, lines)
+                if sync:
+                    os.fsync(descriptor)
+            if sync and is_new:
+                sync_directory(path.parent)
+
+    def read_lines(self, key: str) -> Sequence[bytes]:
+        with _translated(f"read {self.name}/{key}"):
+            try:
+                body = self.local_path(key).read_bytes()
+            except FileNotFoundError:
+                return []
+        return body.split(b"\n")[:-1]  # what follows the last line end is not a line yet
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise from_os_error(error, what) from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _append_lines(descriptor: int, lines: bytes) -> None:
+    """Under the file's lock; a line that a crash left torn is closed first, so that it spoils only itself."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    end = os.fstat(descriptor).st_size
+    is_torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
+    write_all(descriptor, b"\n" + lines if is_torn else lines)
+
+
+def _write_blocks(path: Path, blocks: Iterable[bytes | memoryview], num_bytes: int, sync: bool) -> None:
+    with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
+        if num_bytes:
+            os.posix_fallocate(descriptor, 0, num_bytes)  # a full disk says so now, before any byte is written
+        written = 0
+        for block in blocks:
+            write_all(descriptor, block)
+            written += memoryview(block).nbytes
+        if written != num_bytes:
+            raise StoreError(f"cannot write {path}: {written} bytes came, {num_bytes} were announced")
+        if sync:
+            os.fsync(descriptor)
