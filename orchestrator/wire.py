@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -59,6 +60,7 @@ class AgentReport(Message):
     slots: int  # ranks it can run; 0: follow [cluster] ranks_per_node
     sequence: int  # grows with every report of this incarnation
     term: int  # newest term this agent obeys
+    obeyed: int = 0  # newest revision, of that term, that this node complies with for good: what it forbids has ended and will not begin
     ready: bool  # can launch at once (forkserver warm, persister up)
     buried: tuple[str, ...] = ()  # earlier incarnations on this host whose processes are confirmed dead
     attempt: int = 0  # attempt of `ranks`; 0: none yet
@@ -96,9 +98,15 @@ class Directive(Message):
     """What the node should be doing now. Idempotent; the newest term wins."""
 
     term: int
+    revision: int = 0  # grows with every decision of the term; an agent never goes back to an older one
     launch: Launch | None  # None: run no ranks, stop what runs
     committed_step: int = -1  # newest committed; persisted reports up to here are settled
     settled_attempt: int = 0  # persisted reports of older attempts are settled too
     over: bool = False  # the run ended: stop the ranks and leave
     forget: bool = False  # the coordinator does not know this incarnation any more: start anew
     why: str = ""
+
+
+def digest(directive: Directive | None) -> str:
+    """What the long poll compares: the node says which directive it knows, the coordinator answers when its own differs."""
+    return hashlib.sha256(directive.model_dump_json().encode()).hexdigest()[:16] if directive else ""

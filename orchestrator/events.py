@@ -1,0 +1,274 @@
+"""What happens to a run, and what it asks for. Pure data: the machine's input and output alphabets.
+
+Every event has `at`: seconds of the coordinator's own monotonic clock, never going back. The shell turns reports, answers and
+elapsed time into events, hands them to `machine.step` one after the other, and carries out the requests that come back.
+
+What the shell promises:
+
+* It answers a log request (`LogAttempt`, `LogQuarantine`, `LogEnd`) with `Logged` or `LogFailed`, a `Commit` with `Committed` or
+  `CommitFailed`, and only when it knows: an ambiguous write is read back first. `LogFailed` means "it is not in the log".
+* Records are appended one at a time. A commit of an attempt is refused once a newer attempt is in the log.
+* A request may come again (same value) before it is answered: one that is still being worked on is ignored, one whose record is
+  in the log already is answered with that record (an attempt number is logged once).
+* It reads the end of the log at least once per second or so and says `LogRead`; a record of a newer term is `Fenced` at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from . import wire
+
+Outcome: TypeAlias = Literal["succeeded", "stopped", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    step: int
+    directory: str  # key below the root
+    manifest_sha256: str
+
+
+# Records, as far as the machine needs to know them.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRecord:
+    """Attempt `attempt` is in the log: from now on it is the newest, and agents that run an older one must stop."""
+
+    attempt: int
+    gang: tuple[str, ...]
+    world_size: int
+    nonce: str
+    resume: Checkpoint | None
+    unconfirmed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineRecord:
+    """This checkpoint is never resumed from again."""
+
+    directory: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndRecord:
+    """The run is over."""
+
+    outcome: Outcome
+    step: int
+    why: str
+    requeue: bool
+
+
+Record: TypeAlias = AttemptRecord | QuarantineRecord | EndRecord
+
+
+# Events.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """Our term is in the log. What the log said about the run so far comes with it."""
+
+    at: float
+    term: int
+    last_attempt: int = 0  # 0: there was none
+    last_gang: tuple[str, ...] = ()
+    last_world_size: int = 0
+    last_nonce: str = ""
+    last_resume: Checkpoint | None = None
+    last_unconfirmed: tuple[str, ...] = ()  # of its AttemptRecord
+    newest_commit: Checkpoint | None = None  # quarantined ones left out
+    ever_committed: bool = False  # also True when all that was committed is quarantined: never a silent start from scratch
+    ended: bool = False  # an end record follows the last attempt: nothing to adopt
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time went by. Wanted every 0.1 to 0.25 s."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A node told its whole state."""
+
+    at: float
+    report: wire.AgentReport
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The connection to a node broke (its agent died, or the network dropped it)."""
+
+    at: float
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Answer to FindCheckpoint: the newest good one; None when no commit that is not quarantined exists."""
+
+    at: float
+    resume: Checkpoint | None
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """Our record is durable."""
+
+    at: float
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class LogFailed:
+    """The storage could not take a request; it is asked again after a while."""
+
+    at: float
+    request: Request
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogRead:
+    """The end of the log was read by a read that began at `began`; nobody newer than us is there."""
+
+    at: float
+    began: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    at: float
+    attempt: int
+    step: int
+    directory: str
+    manifest_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitFailed:
+    """`damaged`: the parts do not make a checkpoint and never will; otherwise the storage was in the way."""
+
+    at: float
+    attempt: int
+    step: int
+    directory: str
+    why: str
+    damaged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """A newer coordinator opened `term`: we decide nothing any more."""
+
+    at: float
+    term: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """Save at one step boundary, then end the run as "stopped"."""
+
+    at: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class SaveAsked:
+    """Save at the next step boundary and go on."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAsked:
+    """Move off a node: its id, or its host's name."""
+
+    at: float
+    node: str
+    why: str
+
+
+Event: TypeAlias = (
+    Opened
+    | Tick
+    | Reported
+    | Disconnected
+    | Found
+    | Logged
+    | LogFailed
+    | LogRead
+    | Committed
+    | CommitFailed
+    | Fenced
+    | StopAsked
+    | SaveAsked
+    | DrainAsked
+)
+
+
+# Requests.
+
+
+@dataclass(frozen=True, slots=True)
+class FindCheckpoint:
+    """Which committed checkpoint is the newest that is not quarantined? Answered by Found, or LogFailed when storage is in the way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogAttempt:
+    """Append the attempt, with a fresh random nonce."""
+
+    attempt: int
+    gang: tuple[str, ...]
+    world_size: int
+    resume: Checkpoint | None
+    unconfirmed: tuple[str, ...] = ()  # nodes that may still run an older attempt; a successor must wait for them too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Check the coverage, write the manifest, append the commit record."""
+
+    attempt: int
+    step: int
+    directory: str
+    indexes: tuple[wire.Persisted, ...]  # by rank
+
+
+@dataclass(frozen=True, slots=True)
+class LogQuarantine:
+    directory: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogEnd:
+    outcome: Outcome
+    step: int
+    why: str
+    requeue: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Say:
+    """One event for people and for events.jsonl. Never answered."""
+
+    kind: str
+    why: str
+    attempt: int = 0
+    node: str = ""
+    rank: int = -1
+    step: int = -1
+
+
+Asking: TypeAlias = FindCheckpoint | LogAttempt | Commit | LogQuarantine | LogEnd  # what is answered
+Request: TypeAlias = Asking | Say
