@@ -86,6 +86,10 @@ RULES = (
         "<cluster.lease_s> must be below <cluster.start_timeout_s>: a node lost at the start must be noticed first",
     ),
     Rule(
+        lambda c: c.cluster.drop_grace_s <= c.cluster.lease_s,
+        "<cluster.drop_grace_s> must not exceed <cluster.lease_s>: a broken connection is a stronger sign than silence",
+    ),
+    Rule(
         lambda c: c.cluster.min_nodes <= c.cluster.nodes,
         "<cluster.min_nodes> must not exceed <cluster.nodes>; 0 means as many as nodes",
     ),

@@ -26,10 +26,14 @@ class ClusterSection(Section):
     """A node that was silent for so long counts as lost; it stops its own ranks by then."""
     fence_s: float = Field(1, ge=0)
     """Margin on top of the lease before the ranks of a lost node are replaced: the time that stopping them may take."""
+    drop_grace_s: float = Field(0.5, ge=0)
+    """A node whose connection broke may come back within this time; a node that only fell silent has its whole lease."""
     wait_for_nodes_s: float = Field(60, ge=0)
     """Wait so long for a full gang before going on with min_nodes or more."""
     max_failures: int = Field(10, ge=0)
     """Failures that are forgiven; committed progress refills the budget."""
+    strikes: int = Field(3, ge=1)
+    """Failures that a host may cause before other hosts are preferred to it."""
     backoff_s: float = Field(1, ge=0)
     """Pause after the second failure without progress in between; doubles with each further one. The first restart never waits."""
     max_backoff_s: float = Field(60, ge=0)

@@ -164,6 +164,10 @@ BREAKING: Mapping[str, tuple[str, str]] = {
         "cluster.start_timeout_s = 4",
         "cluster.lease_s = 5 must be below cluster.start_timeout_s = 4",
     ),
+    "cluster.drop_grace_s <= cluster.lease_s": (
+        "cluster.lease_s = 0.4",
+        "cluster.drop_grace_s = 0.5 must not exceed cluster.lease_s = 0.4",
+    ),
     "cluster.min_nodes <= cluster.nodes": (
         "cluster.min_nodes = 3\ncluster.nodes = 2",
         "cluster.min_nodes = 3 must not exceed cluster.nodes = 2",
