@@ -1,0 +1,411 @@
+"""The persister: one process per node that writes what ranks staged, and outlives them.
+
+    python -m keepstep.storage.persister --socket PATH --root URL [--options JSON]
+
+It owns the shared memory, so a rank that is killed after `submit` loses nothing. Files and their hashes are made in one pass; then the
+step lines (rank 0), then the rank index, whose existence says "all of this rank is durable". Standard output speaks to the agent, one
+JSON object a line: {"kind": "ready", ...}, {"kind": "persisted", ...}, {"kind": "failed", ...}. When standard input ends, what is in
+flight gets a short grace; when the agent is killed, the kernel kills this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from .arena import StagedFile
+from .buffers import SharedBuffer, Slot
+from .canonical import canonical_json, sha256_hex
+from .errors import StorageError, StoreError
+from .faults import fault_point
+from .frames import Disconnected, FrameSocket, Message
+from .layout import rank_index_name
+from .manifest import BLOCK_BYTES, FileEntry, RankIndex, TensorEntry, hash_block, parse_tensor, split_blocks
+from .steplines import StepLines
+from .store import StorageOptions, Store
+
+log = logging.getLogger(__name__)
+
+DEFAULT_GRACE_S: Final = 5.0
+_PR_SET_PDEATHSIG: Final = 1
+Emit = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """One rank's part of one checkpoint, in shared memory."""
+
+    attempt: int
+    rank: int
+    world_size: int
+    step: int
+    directory: str
+    files: tuple[StagedFile, ...]
+    tensors: tuple[TensorEntry, ...]
+    state: Mapping[str, Any]
+    data: memoryview
+
+
+def persist(store: Store, submission: Submission, flush_steps: Callable[[], None]) -> RankIndex:
+    """Makes a submission durable, its rank index last.
+
+    Raises:
+        StoreError: it is not durable; a later try may be.
+    """
+    facts = {"rank": submission.rank, "step": submission.step, "attempt": submission.attempt}
+    fault_point("persister.shards.before", **facts)
+    files = tuple(_write_file(store, submission, file, is_first=index == 0) for index, file in enumerate(submission.files))
+    fault_point("persister.shards.after", **facts)
+    flush_steps()
+    index = _index(submission, files)
+    key = f"{submission.directory}/{rank_index_name(submission.rank)}"
+    if not store.put_new(key, index.body()):
+        raise StoreError(f"{key} exists with other content: step {submission.step} of attempt {submission.attempt} was saved twice")
+    fault_point("persister.index.after", **facts)
+    return index
+
+
+def _index(submission: Submission, files: tuple[FileEntry, ...]) -> RankIndex:
+    return RankIndex(
+        attempt=submission.attempt,
+        step=submission.step,
+        rank=submission.rank,
+        world_size=submission.world_size,
+        directory=submission.directory,
+        files=files,
+        tensors=submission.tensors,
+        state=submission.state,
+    )
+
+
+def _write_file(store: Store, submission: Submission, file: StagedFile, *, is_first: bool) -> FileEntry:
+    data = submission.data[file.offset : file.offset + file.num_bytes]
+    hashes: list[str] = []
+    blocks = _hashed(data, hashes)
+    if is_first:
+        blocks = _with_fault_in_the_middle(blocks, data.nbytes, submission)
+    store.write_file(f"{submission.directory}/{file.name}", blocks, num_bytes=data.nbytes)
+    return FileEntry(name=file.name, num_bytes=data.nbytes, block_bytes=BLOCK_BYTES, hashes=tuple(hashes))
+
+
+def _hashed(data: memoryview, hashes: list[str]) -> Iterator[memoryview]:
+    """Each block is hashed just before it is written, while it is in the cache."""
+    for block in split_blocks(data):
+        hashes.append(hash_block(block))
+        yield block
+
+
+def _with_fault_in_the_middle(blocks: Iterator[memoryview], num_bytes: int, submission: Submission) -> Iterator[memoryview]:
+    """The same bytes; passes the fault point when half of them are written."""
+    done, middle = 0, num_bytes // 2
+    for block in blocks:
+        cut = middle - done
+        if 0 < cut <= block.nbytes:
+            yield block[:cut]
+            fault_point("persister.shards.middle", rank=submission.rank, step=submission.step, attempt=submission.attempt)
+            yield block[cut:]
+        else:
+            yield block
+        done += block.nbytes
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One connected rank. `tensors`: those of its last submission, which the next may repeat."""
+
+    frames: FrameSocket
+    attempt: int
+    rank: int
+    world_size: int
+    tensors: tuple[TensorEntry, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Persister:
+    """All ranks of a node: a thread reads from each, another one writes what it submitted. `_lock` covers slots and sessions."""
+
+    store: Store
+    emit: Emit
+    slots: dict[int, Slot] = field(default_factory=dict)
+    sessions: dict[int, Session] = field(default_factory=dict)
+    steps: dict[int, StepLines] = field(default_factory=dict)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _settled: threading.Condition = field(default_factory=threading.Condition)
+    _in_flight: int = 0
+
+    def accept(self, listener: socket.socket) -> None:
+        """Serves ranks until the listener is closed."""
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.serve, args=(FrameSocket(sock),), name="rank", daemon=True).start()
+
+    def serve(self, frames: FrameSocket) -> None:
+        """One rank from its hello to its end, however it ends."""
+        session = None
+        try:
+            hello = frames.receive(10.0)
+            session = self._welcome(frames, hello) if hello else None
+            while session and (message := frames.receive()):
+                self._answer(session, message)
+        except (Disconnected, TimeoutError):
+            return  # a rank that ended, or one that does not read any more: what it submitted is in our hands
+        finally:
+            if session:
+                self._leave(session)
+            frames.close()
+
+    def flush_steps_for_ever(self, stopping: threading.Event) -> None:
+        while not stopping.wait(0.2):
+            for lines in list(self.steps.values()):
+                try:
+                    lines.flush_if_due()
+                except StoreError as error:
+                    log.warning("step lines wait: %s", error)
+
+    def finish(self, grace_s: float) -> bool:
+        """Waits for what is in flight; false if the grace was too short."""
+        with self._settled:
+            is_done = self._settled.wait_for(lambda: self._in_flight == 0, timeout=grace_s)
+        for lines in list(self.steps.values()):
+            try:
+                lines.flush(sync=True)
+            except StoreError as error:
+                log.warning("step lines are lost: %s", error)
+        return is_done
+
+    def _welcome(self, frames: FrameSocket, hello: Message) -> Session | None:
+        session = Session(frames=frames, attempt=hello["attempt"], rank=hello["rank"], world_size=hello["world_size"])
+        with self._lock:
+            slot = self.slots.setdefault(session.rank, Slot())
+            if session.attempt < slot.attempt:
+                frames.send({"kind": "refused", "why": f"attempt {session.attempt} was replaced by attempt {slot.attempt}"})
+                return None
+            if old := self.sessions.get(session.rank):
+                old.frames.shutdown()  # its process is dead or about to be killed; only one rank may fill these buffers
+            slot.attempt = session.attempt
+            slot.reclaim()
+            self.sessions[session.rank] = session
+            is_busy = slot.is_busy
+        frames.send({"kind": "welcome", "busy": is_busy})
+        return session
+
+    def _leave(self, session: Session) -> None:
+        with self._lock:
+            if self.sessions.get(session.rank) is session:
+                del self.sessions[session.rank]
+                self.slots[session.rank].reclaim()
+
+    def _answer(self, session: Session, message: Message) -> None:
+        match message["kind"]:
+            case "step":
+                self._steps_of(session.attempt).add(message["record"])
+            case "buffer":
+                self._give_buffer(session, message)
+            case "reserve":
+                self._reserve(session, message)
+            case "resident":
+                self._show_resident(session, message)
+            case "submit":
+                self._begin(session, message)
+            case other:
+                session.frames.send({"kind": "error", "why": f"the persister does not know {other!r}"})
+
+    def _steps_of(self, attempt: int) -> StepLines:
+        with self._lock:
+            return self.steps.setdefault(attempt, StepLines(self.store, attempt))
+
+    def _give_buffer(self, session: Session, message: Message) -> None:
+        try:
+            with self._lock:
+                slot = self.slots[session.rank]
+                if slot.is_busy or self.sessions.get(session.rank) is not session:
+                    session.frames.send({"kind": "later"})
+                    return
+                buffer, is_fresh, replaced = slot.hand_out(message["bytes"], message["template"])
+        except OSError as error:
+            session.frames.send({"kind": "error", "why": f"no memory for {message['bytes']} bytes of staging: {error}"})
+            return
+        _send_buffer(session, message, buffer, replaced, is_fresh=is_fresh)
+
+    def _reserve(self, session: Session, message: Message) -> None:
+        try:
+            with self._lock:
+                buffers = self.slots[session.rank].reserve(message["bytes"])
+        except OSError as error:
+            session.frames.send({"kind": "error", "why": f"no memory for two buffers of {message['bytes']} bytes: {error}"})
+            return
+        for buffer, replaced in buffers:
+            _send_buffer(session, message, buffer, replaced, is_fresh=True)
+        session.frames.send({"kind": "reserved"})
+
+    def _show_resident(self, session: Session, message: Message) -> None:
+        with self._lock:
+            found = (slot.find(message["directory"], message["file"]) for slot in self.slots.values())
+            buffer = next((buffer for buffer in found if buffer), None)
+            if buffer is None:
+                session.frames.send({"kind": "absent"})
+                return
+            file = buffer.files[message["file"]]
+            answer = {"kind": "resident", "buffer_bytes": buffer.num_bytes, "offset": file.offset, "bytes": file.num_bytes}
+            session.frames.send(answer, [buffer.descriptor])
+
+    def _begin(self, session: Session, message: Message) -> None:
+        if message["tensors"] is not None:
+            session.tensors = tuple(parse_tensor(tensor) for tensor in message["tensors"])
+        files = [StagedFile(**file) for file in message["files"]]
+        with self._lock:
+            slot = self.slots[session.rank]
+            buffer = slot.submitted(message["buffer"], template=message["template"], directory=message["directory"], files=files)
+        submission = Submission(
+            attempt=session.attempt,
+            rank=session.rank,
+            world_size=session.world_size,
+            step=message["step"],
+            directory=message["directory"],
+            files=tuple(files),
+            tensors=session.tensors,
+            state=message["state"],
+            data=buffer.view,
+        )
+        with self._settled:
+            self._in_flight += 1
+        threading.Thread(target=self._work, args=(slot, buffer, submission), name=f"write-{session.rank}", daemon=True).start()
+
+    def _work(self, slot: Slot, buffer: SharedBuffer, submission: Submission) -> None:
+        why = self._persist_and_report(submission)
+        with self._lock:
+            slot.settled(buffer, is_durable=not why)
+            if not why:
+                self._forget_slots_before(submission.attempt)
+            session = self.sessions.get(submission.rank)
+        if session:
+            _tell_done(session, submission.step, why)
+        with self._settled:
+            self._in_flight -= 1
+            self._settled.notify_all()
+
+    def _persist_and_report(self, submission: Submission) -> str:
+        """Why it did not become durable, "" if it did; the agent hears of it either way."""
+        of = {"attempt": submission.attempt, "step": submission.step, "rank": submission.rank}
+        flush = self._steps_of(submission.attempt).flush
+        try:
+            index = persist(self.store, submission, (lambda: flush(sync=True)) if submission.rank == 0 else lambda: None)
+        except StorageError as error:
+            log.warning("step %d of rank %d is not durable: %s", submission.step, submission.rank, error)
+            why = str(error)
+        except Exception as error:
+            log.exception("step %d of rank %d is not durable", submission.step, submission.rank)
+            why = f"{type(error).__name__}: {error}"
+        else:
+            durable = {"directory": index.directory, "index_sha256": sha256_hex(index.body()), "num_bytes": index.num_bytes}
+            self.emit({"kind": "persisted", **of, **durable})
+            return ""
+        self.emit({"kind": "failed", **of, "why": why})
+        return why
+
+    def _forget_slots_before(self, attempt: int) -> None:
+        """Rank numbers that moved to another node would keep their memory for ever: a durable checkpoint of a newer attempt frees it."""
+        for rank in [
+            rank for rank, slot in self.slots.items() if slot.attempt < attempt and rank not in self.sessions and not slot.is_busy
+        ]:
+            self.slots.pop(rank).free()
+
+
+def _send_buffer(session: Session, message: Message, buffer: SharedBuffer, replaced: int | None, *, is_fresh: bool) -> None:
+    is_new = buffer.number not in message["known"]
+    answer = {
+        "kind": "mapped",
+        "buffer": buffer.number,
+        "bytes": buffer.num_bytes,
+        "fresh": is_fresh,
+        "replaced": replaced,
+        "descriptor": is_new,
+    }
+    session.frames.send(answer, [buffer.descriptor] if is_new else [])
+
+
+def _tell_done(session: Session, step: int, why: str) -> None:
+    try:
+        session.frames.send({"kind": "done", "step": step, "why": why})
+    except (Disconnected, TimeoutError):
+        return  # the rank is gone: its thread cleans up
+
+
+def emit_line(message: Mapping[str, Any], _lock: threading.Lock = threading.Lock()) -> None:  # noqa: B008 - one lock for the process is meant
+    """One line for the agent. When nobody reads any more, the end of standard input says so too."""
+    with _lock:
+        try:
+            sys.stdout.buffer.write(canonical_json(message) + b"\n")
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            log.warning("the agent does not listen any more")
+
+
+def listen(path: Path) -> socket.socket:
+    """Raises OSError, e.g. for a path over 107 bytes."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    listener.bind(os.fspath(path))
+    listener.listen(128)
+    return listener
+
+
+def die_with_parent() -> None:
+    """The kernel sends SIGKILL when the thread that started us ends. Signals of a terminal or a scheduler are the agent's business."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m keepstep.storage.persister", description="Writes what the ranks of this node stage.")
+    parser.add_argument("--socket", required=True, type=Path, help="Unix socket for the ranks of this node")
+    parser.add_argument("--root", required=True, help="local path or fsspec URL of the run")
+    parser.add_argument("--options", default="", help="StorageOptions as JSON; better in KEEPSTEP_STORAGE_OPTIONS when it holds a secret")
+    parser.add_argument("--grace", type=float, default=DEFAULT_GRACE_S, help="seconds for what is in flight when standard input ends")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s persister %(levelname)s %(message)s", level=logging.INFO)
+    die_with_parent()
+    try:
+        store = Store.open(options.root, StorageOptions.from_json(options.options) if options.options else None)
+        listener = listen(options.socket)
+    except (OSError, ValueError, TypeError) as error:
+        log.error("cannot start: %s", error)
+        return 2
+    return run(Persister(store=store, emit=emit_line), listener, options.socket, options.grace)
+
+
+def run(persister: Persister, listener: socket.socket, path: Path, grace_s: float) -> int:
+    """Serves until standard input ends. The exit code: 0 if everything submitted is settled."""
+    stopping = threading.Event()
+    threading.Thread(target=persister.accept, args=(listener,), name="accept", daemon=True).start()
+    threading.Thread(target=persister.flush_steps_for_ever, args=(stopping,), name="steps", daemon=True).start()
+    emit_line({"kind": "ready", "pid": os.getpid()})
+    while sys.stdin.buffer.read(4096):
+        continue  # nothing is said on it yet
+    began_at = time.monotonic()
+    is_done = persister.finish(grace_s)
+    stopping.set()
+    path.unlink(missing_ok=True)
+    log.info("ended %s after %.2f s", "with everything settled" if is_done else "with work left", time.monotonic() - began_at)
+    return 0 if is_done else 1
+
+
+if __name__ == "__main__":
+    code = main()
+    logging.shutdown()
+    os._exit(code)  # daemon threads may be inside a store's library: do not wait for them
