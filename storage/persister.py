@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -28,96 +28,17 @@ from .arena import StagedFile
 from .buffers import SharedBuffer, Slot
 from .canonical import canonical_json, sha256_hex
 from .errors import StorageError, StoreError
-from .faults import fault_point
 from .frames import Disconnected, FrameSocket, Message
-from .layout import rank_index_name
-from .manifest import BLOCK_BYTES, FileEntry, RankIndex, TensorEntry, hash_block, parse_tensor, split_blocks
+from .manifest import TensorEntry, parse_tensor
 from .steplines import StepLines
 from .store import StorageOptions, Store
+from .submission import Submission, persist
 
 log = logging.getLogger(__name__)
 
 DEFAULT_GRACE_S: Final = 5.0
 _PR_SET_PDEATHSIG: Final = 1
 Emit = Callable[[Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submission:
-    """One rank's part of one checkpoint, in shared memory."""
-
-    attempt: int
-    rank: int
-    world_size: int
-    step: int
-    directory: str
-    files: tuple[StagedFile, ...]
-    tensors: tuple[TensorEntry, ...]
-    state: Mapping[str, Any]
-    data: memoryview
-
-
-def persist(store: Store, submission: Submission, flush_steps: Callable[[], None]) -> RankIndex:
-    """Makes a submission durable, its rank index last.
-
-    Raises:
-        StoreError: it is not durable; a later try may be.
-    """
-    facts = {"rank": submission.rank, "step": submission.step, "attempt": submission.attempt}
-    fault_point("persister.shards.before", **facts)
-    files = tuple(_write_file(store, submission, file, is_first=index == 0) for index, file in enumerate(submission.files))
-    fault_point("persister.shards.after", **facts)
-    flush_steps()
-    index = _index(submission, files)
-    key = f"{submission.directory}/{rank_index_name(submission.rank)}"
-    if not store.put_new(key, index.body()):
-        raise StoreError(f"{key} exists with other content: step {submission.step} of attempt {submission.attempt} was saved twice")
-    fault_point("persister.index.after", **facts)
-    return index
-
-
-def _index(submission: Submission, files: tuple[FileEntry, ...]) -> RankIndex:
-    return RankIndex(
-        attempt=submission.attempt,
-        step=submission.step,
-        rank=submission.rank,
-        world_size=submission.world_size,
-        directory=submission.directory,
-        files=files,
-        tensors=submission.tensors,
-        state=submission.state,
-    )
-
-
-def _write_file(store: Store, submission: Submission, file: StagedFile, *, is_first: bool) -> FileEntry:
-    data = submission.data[file.offset : file.offset + file.num_bytes]
-    hashes: list[str] = []
-    blocks = _hashed(data, hashes)
-    if is_first:
-        blocks = _with_fault_in_the_middle(blocks, data.nbytes, submission)
-    store.write_file(f"{submission.directory}/{file.name}", blocks, num_bytes=data.nbytes)
-    return FileEntry(name=file.name, num_bytes=data.nbytes, block_bytes=BLOCK_BYTES, hashes=tuple(hashes))
-
-
-def _hashed(data: memoryview, hashes: list[str]) -> Iterator[memoryview]:
-    """Each block is hashed just before it is written, while it is in the cache."""
-    for block in split_blocks(data):
-        hashes.append(hash_block(block))
-        yield block
-
-
-def _with_fault_in_the_middle(blocks: Iterator[memoryview], num_bytes: int, submission: Submission) -> Iterator[memoryview]:
-    """The same bytes; passes the fault point when half of them are written."""
-    done, middle = 0, num_bytes // 2
-    for block in blocks:
-        cut = middle - done
-        if 0 < cut <= block.nbytes:
-            yield block[:cut]
-            fault_point("persister.shards.middle", rank=submission.rank, step=submission.step, attempt=submission.attempt)
-            yield block[cut:]
-        else:
-            yield block
-        done += block.nbytes
 
 
 @dataclass(slots=True, eq=False)

@@ -141,28 +141,3 @@ class RunLog:
         before = self.entries[-1] if self.entries else None
         if entry.previous != (before.sha256 if before else ""):
             self.alarms.append(f"record {entry.sequence} does not continue the bytes of record {entry.sequence - 1}: the past was changed")
-
-
-class LogTail:
-    """What an agent wants of the run log: is there a newer attempt, who reigns. One request per look, after the first."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._log: RunLog | None = None
-
-    def refresh(self) -> None:
-        """Raises StoreError: nothing was learnt."""
-        if self._log is None:
-            self._log = RunLog.open(self._store)
-        else:
-            self._log.refresh()
-
-    @property
-    def newest_attempt(self) -> int:
-        """Its number, 0 before the first."""
-        newest = self._log.newest_attempt() if self._log else None
-        return newest.attempt if newest else 0
-
-    @property
-    def opened(self) -> Opened | None:
-        return self._log.newest_opened() if self._log else None
