@@ -44,9 +44,9 @@ class Policy:
 
     max_failures: int = 10
     """Failures in a row without a commit between them that are forgiven."""
-    backoff_s: float = 1.0
+    backoff_base_s: float = 1.0
     """Pause before the second restart in a row; the first is immediate."""
-    max_backoff_s: float = 60.0
+    backoff_max_s: float = 60.0
     """Longest pause between restarts."""
     stop_at_same_error: bool = True
     """The same error at the same step twice in a row ends the run: it would happen again."""
@@ -67,7 +67,7 @@ class Policy:
 
 def restart_pause_s(policy: Policy, failures: int) -> float:
     """Pause before the restart after the `failures`-th failure in a row: 0, base, 2 base, 4 base, ... up to the maximum."""
-    return 0.0 if failures <= 1 else _exponential(policy.backoff_s, policy.max_backoff_s, failures - 2)
+    return 0.0 if failures <= 1 else _exponential(policy.backoff_base_s, policy.backoff_max_s, failures - 2)
 
 
 def retry_pause_s(policy: Policy, refusals: int) -> float:

@@ -1,0 +1,116 @@
+"""The end of an attempt: ranks are stopped for certain, evidence is weighed, a save in flight may land, a verdict is reached. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from keepstep.trainer.contract import DAMAGED_KIND
+
+from . import asking, membership, phases, saves, verdict
+from .events import Commit, Event, LogQuarantine, Reported
+from .policy import restart_pause_s
+from .run import Failure, Run, ask, end, progress_sentence, say, stop_now, wait
+from .running import lost_evidence
+from .verdict import Evidence
+
+
+def advance_draining(run: Run, phase: phases.Draining, event: Event) -> Run:
+    phase = _weigh(run, phase, event) if isinstance(event, Reported) else _look_around(run, phase)
+    run = run if phase is run.phase else replace(run, phase=phase)
+    if not run.members.suspects.keys() <= phase.unseen or _may_still_commit(run, phase):
+        return run
+    return _conclude(run, phase)
+
+
+def _weigh(run: Run, phase: phases.Draining, event: Reported) -> phases.Draining:
+    """A report may hold better evidence than what ended the attempt."""
+    report = event.report
+    seen_again = phase.unseen & {report.node}
+    if seen_again:
+        phase = replace(phase, unseen=phase.unseen - seen_again)
+    if report.node not in phase.record.gang or report.attempt != phase.record.attempt:
+        return phase
+    return _with(phase, verdict.of_report(report, run.now, keeps_promises=run.policy.needs_final_commit))
+
+
+def _look_around(run: Run, phase: phases.Draining) -> phases.Draining:
+    """Which nodes cannot be observed any more? Losing one explains more than a victim's complaint."""
+    lost = {node: found for node in phase.record.gang if (found := lost_evidence(run, node))}
+    unseen = frozenset(node for node in run.members.suspects if node in lost or lost_evidence(run, node))
+    if unseen != phase.unseen:
+        phase = replace(phase, unseen=unseen)
+    for found in lost.values():
+        phase = _with(phase, found)
+    return phase
+
+
+def _with(phase: phases.Draining, found: Evidence | None) -> phases.Draining:
+    """Stopped ranks are our own doing by now: they explain nothing."""
+    if found is None or found.kind == "stopped" or verdict.better(found, phase.culprit) is phase.culprit:
+        return phase
+    if phase.culprit.kind == "move":
+        return phase  # an orderly leave: what breaks on the way out was going to end anyway
+    return replace(phase, culprit=found, why=found.why)
+
+
+def _may_still_commit(run: Run, phase: phases.Draining) -> bool:
+    """A commit under way must be settled before a checkpoint is chosen; one that lacks a few parts gets a little time."""
+    if asking.pending(run.asks, Commit):
+        return True
+    missing = saves.missing_ranks(run.saves, phase.record.world_size)
+    return bool(missing) and run.now - phase.since < run.policy.commit_wait_s and all(_may_come(run, phase, rank) for rank in missing)
+
+
+def _may_come(run: Run, phase: phases.Draining, rank: int) -> bool:
+    """The rank had finished the step that is being saved, and the node whose persister holds its part is there."""
+    node = next((node for node, seat in phase.seats.items() if seat.first_rank <= rank < seat.first_rank + seat.num_ranks), "")
+    report = run.members.report_of(node)
+    if report is None or node in phase.unseen:
+        return False
+    step = max(run.saves.parts)[0]
+    return any(found.rank == rank and found.step >= step for found in report.ranks)
+
+
+# The verdict and what follows from it.
+
+
+def _conclude(run: Run, phase: phases.Draining) -> Run:
+    culprit = phase.culprit
+    kind = "moved" if culprit.kind == "move" else "failure"
+    run = say(run, kind, culprit.why, node=culprit.node, rank=culprit.rank, step=culprit.step)
+    if culprit.kind == DAMAGED_KIND:
+        run = _quarantine(run, phase)
+    if culprit.kind != "move":
+        run = replace(run, failed=(*run.failed, Failure(attempt=phase.record.attempt, culprit=culprit)))
+    if not culprit.blameless:
+        return _charge(run, culprit)
+    return stop_now(run) if run.stop else wait(run, f"after attempt {run.attempt}: {culprit.why}")
+
+
+def _quarantine(run: Run, phase: phases.Draining) -> Run:
+    """Only what the attempt was told to resume from can have been found damaged."""
+    resume = phase.record.resume
+    if resume is None or resume.directory in run.saves.quarantined:
+        return run
+    run = replace(run, saves=saves.quarantine(run.saves, resume.directory))
+    run = say(run, "quarantined", f"{resume.directory} (step {resume.step}) is damaged: {phase.culprit.detail}", step=resume.step)
+    return ask(run, LogQuarantine(resume.directory, phase.culprit.why))
+
+
+def _charge(run: Run, culprit: Evidence) -> Run:
+    """A failure costs one of the budget, and its node a strike."""
+    again = run.policy.stop_at_same_error and culprit.sameness() is not None and culprit.sameness() == run.last_error
+    members = membership.strike(run.members, culprit.node) if culprit.node else run.members
+    run = replace(run, failures=run.failures + 1, last_error=culprit.sameness(), members=members)
+    if run.stop:
+        return stop_now(run)
+    if again:
+        why = f"the same error at the same step twice in a row: {culprit.why}; it would happen again"
+        return end(run, "failed", why, requeue=False)
+    if run.failures > run.policy.max_failures:
+        spent = f"{run.failures} failures in a row without a commit between them, {run.policy.max_failures} are forgiven"
+        why = f"{spent}; the last: {culprit.why}"
+        return end(run, "failed", why, requeue=True)
+    pause_s = restart_pause_s(run.policy, run.failures)
+    pause = f"; pausing {pause_s:g} s after {run.failures} failures in a row" if pause_s else ""
+    return wait(run, f"after attempt {run.attempt}: {culprit.why}{pause} ({progress_sentence(run)})", pause_s)

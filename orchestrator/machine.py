@@ -1,0 +1,308 @@
+"""The machine: `step(run, event) -> (run, requests)` and `directive(run, node)`. Pure: no I/O, clock, thread or randomness.
+
+One event at a time: it is taken in (what do we know now?), then the phase's rule looks at what we know and moves on as far as it can.
+The rules live with their phases: forming.py, running.py, draining.py. Every move is one of `phases.TRANSITIONS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import assert_never
+
+from . import asking, membership, phases, saves
+from .directives import directive, may_answer
+from .draining import advance_draining
+from .events import (
+    AttemptRecord,
+    Checkpoint,
+    Commit,
+    CommitFailed,
+    Committed,
+    Disconnected,
+    DrainAsked,
+    EndRecord,
+    Event,
+    Fenced,
+    FindCheckpoint,
+    Found,
+    LogEnd,
+    LogFailed,
+    Logged,
+    LogQuarantine,
+    LogRead,
+    Opened,
+    QuarantineRecord,
+    Record,
+    Reported,
+    Request,
+    SaveAsked,
+    StopAsked,
+    Tick,
+)
+from .forming import advance_choosing, advance_fencing, advance_waiting, take_found, take_logged_attempt
+from .policy import Policy
+from .run import Run, ask, drop_asks, emit, enter, is_clean, say, wait
+from .running import advance_adopting, advance_running
+from .wire import AgentReport
+
+__all__ = ["Run", "begin", "describe", "directive", "may_answer", "step"]
+
+
+def begin(policy: Policy) -> Run:
+    """A coordinator before its term: the first event is Opened."""
+    return Run(policy=policy, phase=phases.Opening(since=0.0, why="opening the run log"))
+
+
+def step(run: Run, event: Event) -> tuple[Run, tuple[Request, ...]]:
+    """The next state, and what the shell is asked to do. After the end, and after a newer coordinator's term, nothing happens any more."""
+    if isinstance(run.phase, phases.TERMINAL):
+        return run, ()
+    run = replace(run, now=max(run.now, event.at), out=())
+    run = _advance(_take(run, event), event)
+    return run, run.out
+
+
+def describe(run: Run) -> tuple[str, str]:
+    """The phase's name and the reason for it, e.g. ("WAITING", "1 of 2 nodes are ready (node0#1f2e)")."""
+    return phases.name_of(run.phase), run.phase.why
+
+
+# What do we know now?
+
+
+def _take(run: Run, event: Event) -> Run:
+    match event:
+        case Opened():
+            return _take_opened(run, event)
+        case Tick():
+            return _take_tick(run)
+        case Reported(report=report):
+            return _take_report(run, report)
+        case Disconnected(node=node):
+            return replace(run, members=membership.lose_connection(run.members, node, run.now))
+        case Found(resume=resume):
+            return take_found(run, run.phase, resume) if isinstance(run.phase, phases.Choosing) else drop_asks(run, FindCheckpoint)
+        case Logged(record=record):
+            return _take_record(run, record)
+        case LogFailed(request=request, why=why):
+            return _take_refusal(run, request, why)
+        case LogRead(began=began):
+            return replace(run, read_at=began)
+        case Committed():
+            return _take_commit(run, event)
+        case CommitFailed():
+            return _take_failed_commit(run, event)
+        case Fenced(term=term, by=by):
+            return _give_way(run, term, f"term {term} was opened by {by}")
+        case StopAsked(why=why):
+            return run if run.stop else say(replace(run, stop=why), "stop-asked", why)
+        case SaveAsked():
+            return _take_save_asked(run)
+        case DrainAsked(node=node, why=why):
+            members = replace(run.members, drained={**run.members.drained, node: why})
+            return say(replace(run, members=members), "drain-asked", why, node=node)
+        case _:
+            assert_never(event)
+
+
+def _take_opened(run: Run, event: Opened) -> Run:
+    assert isinstance(run.phase, phases.Opening), "a term is opened once"
+    commits = (event.newest_commit,) if event.newest_commit else ()
+    run = replace(
+        run,
+        term=event.term,
+        opened_at=event.at,
+        attempt=event.last_attempt,
+        reached=event.last_resume.step if event.last_resume else 0,
+        saves=saves.Saves(commits=commits, ever_committed=bool(commits) or event.ever_committed, attempt=event.last_attempt),
+        members=replace(run.members, seats=tuple(membership.host_of(node) for node in event.last_gang)),
+    )
+    if not event.last_attempt or event.ended:
+        return wait(run, f"term {event.term} begins, no attempt is unfinished")
+    return _begin_adoption(run, event)
+
+
+def _begin_adoption(run: Run, event: Opened) -> Run:
+    """Our predecessor may have been waiting for older ranks: so must we, until somebody runs its attempt."""
+    record = AttemptRecord(
+        attempt=event.last_attempt,
+        gang=event.last_gang,
+        world_size=event.last_world_size,
+        nonce=event.last_nonce,
+        resume=event.last_resume,
+        unconfirmed=event.last_unconfirmed,
+    )
+    why = f"term {event.term} begins, attempt {record.attempt} may be running on {', '.join(record.gang)}"
+    run = enter(run, phases.Adopting(since=run.now, why=why, record=record))
+    older = membership.Suspect(attempt=record.attempt - 1, since=run.now, revision=run.revision, listens=False, fenced_at=run.now)
+    return replace(run, members=membership.suspect(run.members, dict.fromkeys(record.unconfirmed, older)))
+
+
+def _take_tick(run: Run) -> Run:
+    asks, again = asking.due(run.asks, run.policy, run.now)
+    members = membership.forget_long_gone(run.members, run.policy, run.now)
+    if asks is run.asks and members is run.members:
+        return run
+    return emit(replace(run, asks=asks, members=members), *again)
+
+
+def _take_report(run: Run, report: AgentReport) -> Run:
+    if report.term > run.term:
+        return _give_way(run, report.term, f"{report.node} obeys term {report.term}, ours is {run.term}")
+    known = run.members.nodes.get(report.node)
+    if report.node in run.members.buried or (known is not None and report.sequence <= known.report.sequence):
+        return run
+    if known is None:
+        run = say(run, "node-joined", f"{report.node} at {report.address} joined", node=report.node)
+    run = _clear_suspicion(replace(run, members=membership.hear(run.members, report, run.now)), report)
+    if known is not None and known.report.persisted == report.persisted:
+        return run
+    return _take_parts(run, report)
+
+
+def _clear_suspicion(run: Run, report: AgentReport) -> Run:
+    suspect = run.members.suspects.get(report.node)
+    if suspect is None:
+        return run
+    if is_clean(run, report.node, suspect):
+        return replace(run, members=membership.clear(run.members, [report.node]))
+    listens = suspect.listens or report.term == run.term
+    return replace(run, members=membership.suspect(run.members, {report.node: replace(suspect, listens=listens)}))
+
+
+def _take_parts(run: Run, report: AgentReport) -> Run:
+    return _commit_what_is_complete(replace(run, saves=saves.note(run.saves, report.persisted)))
+
+
+def _commit_what_is_complete(run: Run) -> Run:
+    """One commit at a time, the newest first; none once a newer attempt may be in the log."""
+    match run.phase:
+        case phases.Adopting(record=record) | phases.Draining(record=record):
+            pass
+        case phases.Starting(attempt=attempt) | phases.Training(attempt=attempt):
+            record = attempt.record
+        case _:
+            return run
+    request = None if asking.pending(run.asks, Commit) else saves.complete(run.saves, record.world_size)
+    return ask(run, request) if request else run
+
+
+# Answers.
+
+
+def _take_record(run: Run, record: Record) -> Run:
+    match record:
+        case AttemptRecord():
+            return take_logged_attempt(run, run.phase, record) if isinstance(run.phase, phases.Choosing) else run
+        case QuarantineRecord(directory=directory):
+            asks = asking.without(run.asks, lambda request: isinstance(request, LogQuarantine) and request.directory == directory)
+            return replace(run, asks=asks)
+        case EndRecord():
+            return _take_end(run, record)
+        case _:
+            assert_never(record)
+
+
+def _take_end(run: Run, record: EndRecord) -> Run:
+    if not isinstance(run.phase, phases.Ending):
+        return run
+    return enter(drop_asks(run, LogEnd), _outcome(run, record))
+
+
+def _outcome(run: Run, record: EndRecord) -> phases.Phase:
+    match record.outcome:
+        case "succeeded":
+            return phases.Succeeded(since=run.now, why=record.why, end=record)
+        case "stopped":
+            return phases.Stopped(since=run.now, why=record.why, end=record)
+        case "failed":
+            return phases.Failed(since=run.now, why=record.why, end=record)
+        case _:
+            assert_never(record.outcome)
+
+
+def _take_refusal(run: Run, request: Request, why: str) -> Run:
+    asks = tuple(ask for ask in run.asks if ask.request == request)
+    if not asks:
+        return run
+    run = replace(run, asks=asking.refused(run.asks, asks[0].request, why, run.policy, run.now))
+    return run if asks[0].refusals else say(run, "storage", f"storage refused {type(request).__name__}, trying again: {why}")
+
+
+def _take_commit(run: Run, event: Committed) -> Run:
+    run = replace(run, asks=asking.without(run.asks, lambda request: isinstance(request, Commit) and request.directory == event.directory))
+    if event.attempt != run.attempt or event.step <= run.saves.committed_step:
+        return run
+    checkpoint = Checkpoint(step=event.step, directory=event.directory, manifest_sha256=event.manifest_sha256)
+    fulfilled = run.save_above is not None and event.step > run.save_above
+    run = replace(run, saves=saves.commit(run.saves, checkpoint), failures=0, save_above=None if fulfilled else run.save_above)
+    return _commit_what_is_complete(say(run, "committed", f"step {event.step} is committed ({event.directory})", step=event.step))
+
+
+def _take_failed_commit(run: Run, event: CommitFailed) -> Run:
+    """A storage that is in the way is asked again while the attempt lives, and for a moment afterwards; parts that do not fit never."""
+    found = [ask.request for ask in run.asks if isinstance(ask.request, Commit) and ask.request.directory == event.directory]
+    if not found:
+        return run
+    if not event.damaged and _has_time_to_commit(run):
+        return _take_refusal(run, found[0], event.why)
+    run = replace(run, asks=asking.without(run.asks, lambda request: request == found[0]))
+    run = replace(run, saves=saves.discard(run.saves, event.step, event.directory))
+    why = f"step {event.step} was not committed ({event.directory}): {event.why}"
+    return _commit_what_is_complete(say(run, "commit-failed", why, step=event.step))
+
+
+def _has_time_to_commit(run: Run) -> bool:
+    match run.phase:
+        case phases.Draining(since=since):
+            return run.now - since < run.policy.commit_wait_s
+        case phases.Adopting() | phases.Starting() | phases.Training():
+            return True
+        case _:
+            return False
+
+
+# People and rivals.
+
+
+def _take_save_asked(run: Run) -> Run:
+    above = max(run.reached, run.saves.committed_step)
+    run = replace(run, save_above=above, revision=run.revision + 1)
+    return say(run, "save-asked", f"asked for a checkpoint after step {above}", step=above)
+
+
+def _give_way(run: Run, term: int, why: str) -> Run:
+    run = enter(replace(run, asks=()), phases.Superseded(since=run.now, why=why, term=term))
+    return say(run, "fenced", f"a newer coordinator decides: {why}")
+
+
+# And what follows?
+
+
+def _advance(run: Run, event: Event) -> Run:
+    """Lets the phases' rules move on until none does. Each round leaves a phase for good, so there are few."""
+    while True:
+        phase = run.phase
+        run = _advance_once(run, phase, event)
+        if type(run.phase) is type(phase):
+            return run
+
+
+def _advance_once(run: Run, phase: phases.Phase, event: Event) -> Run:
+    match phase:
+        case phases.Waiting():
+            return advance_waiting(run, phase, event)
+        case phases.Adopting():
+            return advance_adopting(run, phase, event)
+        case phases.Choosing():
+            return advance_choosing(run, phase)
+        case phases.Fencing():
+            return advance_fencing(run, phase, event)
+        case phases.Starting() | phases.Training():
+            return advance_running(run, phase, event)
+        case phases.Draining():
+            return advance_draining(run, phase, event)
+        case phases.Opening() | phases.Ending() | phases.Succeeded() | phases.Stopped() | phases.Failed() | phases.Superseded():
+            return run
+        case _:
+            assert_never(phase)

@@ -1,0 +1,221 @@
+"""Which nodes are there, which of them are fit, who sits where, and where ranks of an older attempt may still live. Pure.
+
+"Cannot observe" and "observed dead" are different: a node that is silent stays a *suspect* until it says itself that its ranks have
+ended, until a successor on its host has buried it, or until a fence in the log has outlasted its lease.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from .policy import Policy
+from .wire import AgentReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One incarnation that reports to us."""
+
+    report: AgentReport  # the newest
+    heard_at: float
+    broken_at: float | None = None  # its connection broke, and it has not been heard since
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspect:
+    """Ranks of `attempt` or older may be alive on this node."""
+
+    attempt: int
+    since: float
+    revision: int  # a node that has obeyed it will not launch them any more
+    listens: bool  # it obeys our term: no predecessor can prolong its lease
+    fenced_at: float | None = None  # when we knew that a newer attempt is in the log
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Members:
+    nodes: Mapping[str, Node] = field(default_factory=dict)
+    buried: frozenset[str] = frozenset()  # incarnations whose processes are confirmed dead
+    suspects: Mapping[str, Suspect] = field(default_factory=dict)
+    strikes: Mapping[str, int] = field(default_factory=dict)  # by host
+    drained: Mapping[str, str] = field(default_factory=dict)  # node or host -> why people want it empty
+    seats: tuple[str, ...] = ()  # hosts of the newest gang, in seat order
+
+    def report_of(self, node: str) -> AgentReport | None:
+        known = self.nodes.get(node)
+        return known.report if known else None
+
+
+def host_of(node: str) -> str:
+    """ "gpu07" of "gpu07#3f9c"."""
+    return node.partition("#")[0]
+
+
+# Presence.
+
+
+def hear(members: Members, report: AgentReport, now: float) -> Members:
+    """A new report; the incarnations that it buries are gone for good."""
+    nodes = {**members.nodes, report.node: Node(report=report, heard_at=now)}
+    heard = replace(members, nodes=nodes)
+    return heard if members.buried.issuperset(report.buried) else _bury(heard, frozenset(report.buried))
+
+
+def _bury(members: Members, dead: frozenset[str]) -> Members:
+    return replace(
+        members,
+        buried=members.buried | dead,
+        nodes={name: node for name, node in members.nodes.items() if name not in dead},
+        suspects={name: suspect for name, suspect in members.suspects.items() if name not in dead},
+    )
+
+
+def lose_connection(members: Members, name: str, now: float) -> Members:
+    node = members.nodes.get(name)
+    if node is None or node.broken_at is not None:
+        return members
+    return replace(members, nodes={**members.nodes, name: replace(node, broken_at=now)})
+
+
+def absence(members: Members, policy: Policy, name: str, now: float, opened_at: float) -> str:
+    """Why a node counts as absent, as the end of a sentence that begins with "lost NODE: "; "" while it is there.
+
+    Args:
+        opened_at: when this term began; nodes have a lease and its margin to find the new coordinator.
+    """
+    if name in members.buried:
+        return "its agent died; its successor on the host found its processes dead"
+    node = members.nodes.get(name)
+    if node is None:
+        patience_s = policy.lease_s + policy.fence_s
+        return f"it did not report to this coordinator within {patience_s:g} s" if now - opened_at > patience_s else ""
+    if node.broken_at is not None and now - node.broken_at >= policy.drop_grace_s:
+        return f"its agent vanished (connection broken {now - node.broken_at:.1f} s ago)"
+    if now - node.heard_at > policy.lease_s:
+        return f"silent for over {policy.lease_s:g} s"
+    return ""
+
+
+def forget_long_gone(members: Members, policy: Policy, now: float) -> Members:
+    """Drops nodes that have been silent for ten leases: they come back as new ones, if at all."""
+    gone = {name for name, node in members.nodes.items() if now - node.heard_at > 10 * policy.lease_s} - members.suspects.keys()
+    return replace(members, nodes={name: node for name, node in members.nodes.items() if name not in gone}) if gone else members
+
+
+# Suspects.
+
+
+def suspect(members: Members, suspects: Mapping[str, Suspect]) -> Members:
+    """More suspects; those that are buried are none."""
+    alive = {name: found for name, found in suspects.items() if name not in members.buried}
+    return replace(members, suspects={**members.suspects, **alive})
+
+
+def clear(members: Members, names: Iterable[str]) -> Members:
+    gone = frozenset(names)
+    return replace(members, suspects={name: found for name, found in members.suspects.items() if name not in gone})
+
+
+def fence(members: Members, now: float) -> Members:
+    """A newer attempt is in the log: whoever reads it stops, whoever cannot read it runs out of its lease."""
+    fenced = {name: found if found.fenced_at is not None else replace(found, fenced_at=now) for name, found in members.suspects.items()}
+    return replace(members, suspects=fenced)
+
+
+def says_clean(report: AgentReport, found: Suspect, policy: Policy, *, term: int, now: float) -> bool:
+    """The node says that no rank of the suspected attempt lives, nor will."""
+    if any(rank.state == "running" for rank in report.ranks):
+        return False
+    if report.attempt == found.attempt and report.ranks:
+        return True  # an attempt is launched at most once by an incarnation
+    if report.term != term:
+        return False  # it may still listen to our predecessor
+    return report.obeyed >= found.revision or now - found.since > policy.lease_s + policy.fence_s
+
+
+def outlasted(members: Members, policy: Policy, now: float) -> frozenset[str]:
+    """Suspects whose lease has certainly ended: fenced, and unheard of (or without ranks) for long enough since then."""
+    return frozenset(name for name, found in members.suspects.items() if _is_outlasted(members.nodes.get(name), found, policy, now))
+
+
+def _is_outlasted(node: Node | None, found: Suspect, policy: Policy, now: float) -> bool:
+    if found.fenced_at is None:
+        return False
+    lease_s = policy.lease_s if found.listens else policy.authority_s + policy.lease_s
+    runs = node is not None and any(rank.state == "running" for rank in node.report.ranks)
+    last_sign = max(found.fenced_at, node.heard_at) if node is not None and runs else found.fenced_at
+    return now >= last_sign + lease_s + policy.fence_s
+
+
+# Gangs.
+
+
+def why_unfit(members: Members, policy: Policy, name: str, now: float) -> str:
+    """Why a node cannot join a gang; "" if it can."""
+    node = members.nodes[name]
+    report = node.report
+    if why := why_going(members, name) or report.problem:
+        return why
+    if node.broken_at is not None:
+        return "connection broken"
+    if now - node.heard_at > policy.lease_s:
+        return f"silent for over {policy.lease_s:g} s"
+    if name in members.suspects:
+        return "older ranks may be alive on it"
+    return "" if report.ready else "not ready"
+
+
+def why_going(members: Members, name: str) -> str:
+    """Why a node that is there should be left; "" if it should not."""
+    report = members.report_of(name)
+    if report is not None and report.leaving:
+        return f"it leaves ({report.leaving})"
+    why = members.drained.get(name) or members.drained.get(host_of(name))
+    return f"it is to be drained ({why})" if why else ""
+
+
+def fit(members: Members, policy: Policy, now: float) -> frozenset[str]:
+    return frozenset(name for name in members.nodes if not why_unfit(members, policy, name, now))
+
+
+def seat(members: Members, policy: Policy, ready: Iterable[str], num_nodes: int) -> tuple[str, ...]:
+    """The gang, in seat order: former members (or their hosts' new incarnations) keep their seats, others fill the gaps.
+
+    Hosts with too many strikes come last, then former members come first, then names decide.
+    """
+    former = {host: place for place, host in enumerate(members.seats)}
+
+    def preference(name: str) -> tuple[bool, bool, tuple[tuple[int, str], ...]]:
+        host = host_of(name)
+        return members.strikes.get(host, 0) >= policy.strikes, host not in former, _natural(name)
+
+    chosen = sorted(ready, key=preference)[:num_nodes]
+    return _keep_places(chosen, {name: former.get(host_of(name), -1) for name in chosen})
+
+
+def _keep_places(chosen: list[str], former: Mapping[str, int]) -> tuple[str, ...]:
+    places: dict[int, str] = {}
+    for name in chosen:
+        if 0 <= former[name] < len(chosen):
+            places.setdefault(former[name], name)
+    seated = frozenset(places.values())
+    others = iter(
+        sorted((name for name in chosen if name not in seated), key=lambda name: (former[name] < 0, former[name], _natural(name)))
+    )
+    return tuple(places[place] if place in places else next(others) for place in range(len(chosen)))
+
+
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
+    """node2 before node10."""
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name))
+
+
+def num_ranks(report: AgentReport, policy: Policy) -> int:
+    return report.slots or policy.ranks_per_node
+
+
+def strike(members: Members, node: str) -> Members:
+    host = host_of(node)
+    return replace(members, strikes={**members.strikes, host: members.strikes.get(host, 0) + 1})

@@ -1,0 +1,130 @@
+"""The machine's state, and the moves that change its phase. Pure.
+
+Every function takes a run and gives the next one; what is to be asked of the shell collects in `Run.out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from . import asking, membership, phases, saves
+from .events import Asking, AttemptRecord, LogEnd, Outcome, Request, Say
+from .policy import Policy
+from .verdict import Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A verdict that was reached in this term."""
+
+    attempt: int
+    culprit: Evidence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything that a term knows. Who reads it may read all of it; only `machine.step` makes new ones."""
+
+    policy: Policy
+    phase: phases.Phase
+    now: float = 0.0
+    term: int = 0
+    opened_at: float = 0.0
+    read_at: float | None = None  # when the newest successful read of the log's end began
+    revision: int = 0  # counts decisions; directives carry it
+
+    attempt: int = 0  # number of the newest attempt in the log
+    reached: int = 0  # newest step that any of its ranks finished
+    members: membership.Members = field(default_factory=membership.Members)
+    saves: saves.Saves = field(default_factory=saves.Saves)
+    asks: asking.Asks = ()
+
+    failures: int = 0  # in a row, without a commit between them
+    failed: tuple[Failure, ...] = ()
+    last_error: tuple[str, str, int] | None = None  # Evidence.sameness of the last failure
+    stop: str = ""  # why people want the run to end
+    save_above: int | None = None  # people want a checkpoint newer than this step
+    short_since: float | None = None  # since when a full gang has been impossible
+
+    out: tuple[Request, ...] = ()  # requests of the newest event
+
+
+# Requests.
+
+
+def emit(run: Run, *requests: Request) -> Run:
+    return replace(run, out=(*run.out, *requests))
+
+
+def say(run: Run, kind: str, why: str, *, node: str = "", rank: int = -1, step: int = -1) -> Run:
+    return emit(run, Say(kind=kind, why=why, attempt=run.attempt, node=node, rank=rank, step=step))
+
+
+def ask(run: Run, request: Asking) -> Run:
+    """Asks once; from here on it is repeated until it is answered."""
+    return emit(replace(run, asks=asking.add(run.asks, request, run.policy, run.now)), request)
+
+
+def drop_asks(run: Run, kind: type[Asking]) -> Run:
+    return replace(run, asks=asking.without(run.asks, lambda request: isinstance(request, kind)))
+
+
+# Moves.
+
+
+def enter(run: Run, phase: phases.Phase) -> Run:
+    assert (type(run.phase), type(phase)) in phases.TRANSITIONS, f"{phases.name_of(run.phase)} -> {phases.name_of(phase)}"
+    return say(replace(run, phase=phase, revision=run.revision + 1), phases.name_of(phase).lower(), phase.why)
+
+
+def wait(run: Run, why: str, pause_s: float = 0.0) -> Run:
+    return enter(run, phases.Waiting(since=run.now, why=why, not_before=run.now + pause_s))
+
+
+def start(run: Run, attempt: phases.Attempt) -> Run:
+    """Launches the attempt. No rank of an older one may be alive."""
+    assert not run.members.suspects
+    return enter(run, phases.Starting(since=run.now, why=launch_sentence(attempt.record), attempt=attempt))
+
+
+def drain(run: Run, record: AttemptRecord, culprit: Evidence, seats: Mapping[str, phases.Seat]) -> Run:
+    """Ends the attempt: from here on its nodes are told to run nothing, and are suspects until they prove that they do not."""
+    run = enter(run, phases.Draining(since=run.now, why=culprit.why, record=record, culprit=culprit, seats=seats))
+    found = {node: _suspect(run, node, record.attempt) for node in record.gang}
+    unclean = {node: suspect for node, suspect in found.items() if not is_clean(run, node, suspect)}
+    return replace(run, members=membership.suspect(run.members, unclean))
+
+
+def _suspect(run: Run, node: str, attempt: int) -> membership.Suspect:
+    report = run.members.report_of(node)
+    listens = report is not None and report.term == run.term
+    return membership.Suspect(attempt=attempt, since=run.now, revision=run.revision, listens=listens)
+
+
+def is_clean(run: Run, node: str, suspect: membership.Suspect) -> bool:
+    report = run.members.report_of(node)
+    return report is not None and membership.says_clean(report, suspect, run.policy, term=run.term, now=run.now)
+
+
+def end(run: Run, outcome: Outcome, why: str, *, requeue: bool) -> Run:
+    """Decides the outcome; it stands when it is in the log."""
+    request = LogEnd(outcome=outcome, step=max(run.saves.committed_step, 0), why=why, requeue=requeue)
+    return ask(enter(run, phases.Ending(since=run.now, why=why, end=request)), request)
+
+
+def stop_now(run: Run) -> Run:
+    return end(run, "stopped", f"{run.stop} ({progress_sentence(run)})", requeue=True)
+
+
+# Sentences.
+
+
+def launch_sentence(record: AttemptRecord) -> str:
+    source = f"step {record.resume.step} ({record.resume.directory})" if record.resume else "scratch"
+    return f"attempt {record.attempt}: {record.world_size} ranks on {', '.join(record.gang)}, from {source}"
+
+
+def progress_sentence(run: Run) -> str:
+    newest = run.saves.newest
+    return f"step {newest.step} of {run.policy.steps} is committed" if newest else "nothing is committed"

@@ -1,0 +1,237 @@
+"""An attempt that runs or may run: ADOPTING, STARTING, TRAINING. Pure.
+
+Per report the work is in proportion to that report; only ticks look at the whole gang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from keepstep.trainer.contract import Phase as RankPhase
+
+from . import asking, membership, phases, saves, verdict
+from .events import AttemptRecord, Commit, Committed, Event, Reported
+from .forming import seats
+from .run import Run, drain, end, enter, launch_sentence, say, start
+from .verdict import Evidence
+from .wire import AgentReport, RankReport
+
+# ADOPTING
+
+
+def advance_adopting(run: Run, phase: phases.Adopting, event: Event) -> Run:
+    """A predecessor's attempt goes on if every node of its gang says so in time, and nothing speaks against it."""
+    record = phase.record
+    if trouble := _trouble(run, record, event):
+        return drain(run, record, trouble, {})
+    if any(node not in run.members.nodes for node in record.gang):
+        return run
+    attempt = phases.Attempt(record=record, seats=seats(run, record))
+    num_ranks = sum(seat.num_ranks for seat in attempt.seats.values())
+    if num_ranks != record.world_size:
+        why = f"attempt {record.attempt} was logged with {record.world_size} ranks, its nodes now offer {num_ranks}"
+        return drain(run, record, Evidence(kind="move", why=why, seen_at=run.now), attempt.seats)
+    return _adopt(run, attempt)
+
+
+def _adopt(run: Run, attempt: phases.Attempt) -> Run:
+    """Whoever was launched is proof that the predecessor had made sure of the older ranks' deaths."""
+    launched = [node for node in attempt.record.gang if _runs(run.members.nodes[node].report, attempt.number)]
+    if run.members.suspects and not launched:
+        return enter(run, phases.Fencing(since=run.now, why=f"attempt {attempt.number} is adopted, nobody runs it yet", attempt=attempt))
+    run = replace(run, members=membership.clear(run.members, run.members.suspects))
+    adopted = f"adopted {launch_sentence(attempt.record)}; running on {len(launched)} of {len(attempt.seats)} nodes"
+    run = say(start(run, attempt), "adopted", adopted)
+    for node in attempt.record.gang:
+        run = _follow(run, run.members.nodes[node].report)
+    return run
+
+
+def _runs(report: AgentReport, attempt: int) -> bool:
+    return report.attempt == attempt and bool(report.ranks)
+
+
+# STARTING and TRAINING
+
+
+def advance_running(run: Run, phase: phases.Starting | phases.Training, event: Event) -> Run:
+    if isinstance(event, Reported):
+        run = _follow(run, event.report)
+        assert isinstance(run.phase, (phases.Starting, phases.Training))
+        phase = run.phase
+    attempt = phase.attempt
+    if trouble := _trouble(run, attempt.record, event):
+        return drain(run, attempt.record, trouble, attempt.seats)
+    if isinstance(phase, phases.Starting) and len(phase.stepped) == len(attempt.seats):
+        why = f"all {attempt.record.world_size} ranks of attempt {attempt.number} run"
+        return enter(run, phases.Training(since=run.now, why=why, attempt=attempt, finished=phase.finished, departure=phase.departure))
+    if len(phase.finished) == len(attempt.seats):
+        return _finish(run, phase)
+    return _depart(run, phase, event)
+
+
+def _follow(run: Run, report: AgentReport) -> Run:
+    """Notes how far a node of the gang has come."""
+    phase = run.phase
+    if not isinstance(phase, (phases.Starting, phases.Training)) or report.node not in phase.attempt.seats:
+        return run
+    if not _runs(report, phase.attempt.number):
+        return run
+    reached = max(rank.step for rank in report.ranks)
+    if reached > run.reached:
+        run = replace(run, reached=reached)
+    if report.node not in phase.finished and all(rank.state == "exited" and rank.exit_code == 0 for rank in report.ranks):
+        phase = replace(phase, finished=phase.finished | {report.node})
+    if isinstance(phase, phases.Starting) and report.node not in phase.stepped and _have_stepped(run, phase, report):
+        phase = replace(phase, stepped=phase.stepped | {report.node})
+    return run if phase is run.phase else replace(run, phase=phase)
+
+
+def _have_stepped(run: Run, phase: phases.Starting, report: AgentReport) -> bool:
+    keeps_promises = run.policy.needs_final_commit
+    return all(_has_stepped(rank, phase.attempt.resume_step, keeps_promises=keeps_promises) for rank in report.ranks)
+
+
+def _has_stepped(rank: RankReport, resume_step: int, *, keeps_promises: bool) -> bool:
+    """A script that reports no progress at all counts as stepping while it runs."""
+    if not keeps_promises and rank.beats == 0:
+        return True
+    return rank.phase > RankPhase.STEP or (rank.phase == RankPhase.STEP and rank.step > resume_step)
+
+
+# What speaks against going on.
+
+
+def _trouble(run: Run, record: AttemptRecord, event: Event) -> Evidence | None:
+    if _is_all_persisted(run):
+        return None  # what is left of the attempt needs no node any more
+    if isinstance(event, Reported):
+        return _trouble_in(run, record, event.report)
+    return _absent(run, record.gang) or _late(run)
+
+
+def _is_all_persisted(run: Run) -> bool:
+    """Every rank has left, and every part of the final checkpoint is durable."""
+    phase = run.phase
+    if not isinstance(phase, phases.Training) or len(phase.finished) < len(phase.attempt.seats):
+        return False
+    commit = saves.complete(run.saves, phase.attempt.record.world_size)
+    return asking.pending(run.asks, Commit) or (commit is not None and commit.step >= run.reached)
+
+
+def _trouble_in(run: Run, record: AttemptRecord, report: AgentReport) -> Evidence | None:
+    if report.buried and (found := _absent(run, (node for node in report.buried if node in record.gang))):
+        return found
+    if report.node not in record.gang:
+        return None
+    if report.attempt == record.attempt:
+        failed = verdict.of_report(report, run.now, keeps_promises=run.policy.needs_final_commit)
+        return failed or _stalled(run, record, report)
+    if report.problem:
+        return Evidence(kind="problem", why=f"{report.node} cannot run ranks: {report.problem}", node=report.node, seen_at=run.now)
+    return None
+
+
+def _absent(run: Run, nodes: Iterable[str]) -> Evidence | None:
+    return next((lost for node in nodes if (lost := lost_evidence(run, node))), None)
+
+
+def lost_evidence(run: Run, node: str) -> Evidence | None:
+    """ "lost node1#ab12: silent for over 5 s"; None while the node is there."""
+    why = membership.absence(run.members, run.policy, node, run.now, run.opened_at)
+    return Evidence(kind="lost", why=f"lost {node}: {why}", node=node, step=run.reached, detail=why, seen_at=run.now) if why else None
+
+
+def _stalled(run: Run, record: AttemptRecord, report: AgentReport) -> Evidence | None:
+    limit_s = run.policy.stall_s
+    if not any(rank.state == "running" and rank.beats and rank.quiet_s > limit_s for rank in report.ranks):
+        return None
+    nodes = (run.members.nodes[node] for node in record.gang if node in run.members.nodes)
+    return verdict.stalled(tuple((node.report, node.heard_at) for node in nodes if node.report.attempt == record.attempt), limit_s, run.now)
+
+
+def _late(run: Run) -> Evidence | None:
+    phase, policy = run.phase, run.policy
+    if isinstance(phase, phases.Starting) and run.now - phase.since > policy.start_timeout_s:
+        slow = ", ".join(node for node in phase.attempt.seats if node not in phase.stepped)
+        why = f"no first step within {policy.start_timeout_s:g} s on {slow}"
+        return Evidence(kind="start-timeout", why=why, step=run.reached, detail="no first step in time", seen_at=run.now)
+    if isinstance(phase, phases.Training) and phase.finished_at is not None and run.now - phase.finished_at > policy.stall_s:
+        why = f"the checkpoint of step {run.reached} was not committed within {policy.stall_s:g} s after all ranks had left"
+        return Evidence(kind="commit-timeout", why=why, step=run.reached, detail="final commit missing", seen_at=run.now)
+    return None
+
+
+# Leaving.
+
+
+def _depart(run: Run, phase: phases.Starting | phases.Training, event: Event) -> Run:
+    """Asks the ranks to save and leave where somebody wants that; past the deadline they are stopped."""
+    departure = phase.departure
+    wanted = _wanted_departure(run, phase, event)
+    if wanted is not None and (departure is None or (departure.aim, wanted.aim) == ("move", "stop")):
+        departure = wanted
+        run = say(run, "departure", f"asked all ranks to save and leave: {departure.why}")
+        run = replace(run, phase=replace(phase, departure=departure), revision=run.revision + 1)
+    if departure is None or (run.policy.needs_final_commit and run.now <= departure.until):
+        return run
+    return drain(run, phase.attempt.record, _departed(run, departure), phase.attempt.seats)
+
+
+def _wanted_departure(run: Run, phase: phases.Starting | phases.Training, event: Event) -> phases.Departure | None:
+    until = run.now + run.policy.stop_grace_s
+    if run.stop:
+        return phases.Departure(aim="stop", why=run.stop, until=until)
+    if phase.departure is not None:
+        return None
+    why = _why_move(run, phase.attempt.seats, event)
+    return phases.Departure(aim="move", why=why, until=until) if why else None
+
+
+def _why_move(run: Run, gang: Mapping[str, phases.Seat], event: Event) -> str:
+    if isinstance(event, Committed):
+        return _why_grow(run, gang)
+    nodes = (event.report.node,) if isinstance(event, Reported) else gang
+    reasons = (f"{node}: {why}" for node in nodes if node in gang and (why := membership.why_going(run.members, node)))
+    return next(reasons, "")
+
+
+def _why_grow(run: Run, gang: Mapping[str, phases.Seat]) -> str:
+    """A smaller gang than wanted grows at a checkpoint; a user's script keeps its own, so it is left alone."""
+    policy = run.policy
+    if len(gang) >= policy.nodes or not policy.needs_final_commit:
+        return ""
+    ready = membership.fit(run.members, policy, run.now)
+    return f"growing from {len(gang)} to {policy.nodes} nodes" if len(ready) >= policy.nodes else ""
+
+
+def _departed(run: Run, departure: phases.Departure) -> Evidence:
+    return Evidence(kind="move", why=departure.why, step=run.reached, seen_at=run.now)
+
+
+# The end.
+
+
+def _finish(run: Run, phase: phases.Starting | phases.Training) -> Run:
+    """All ranks have left with 0; success needs what they left behind to be committed."""
+    policy, committed = run.policy, run.saves.committed_step
+    if not policy.needs_final_commit:
+        return end(run, "succeeded", "all ranks ended with exit code 0", requeue=False)
+    if committed >= policy.steps:
+        return end(run, "succeeded", f"all {policy.steps} steps are done and committed", requeue=False)
+    if committed >= run.reached:
+        return _leave(run, phase)
+    if isinstance(phase, phases.Training) and phase.finished_at is None:
+        run = replace(run, phase=replace(phase, finished_at=run.now))
+        return say(run, "committing", f"all ranks have left at step {run.reached}; waiting for its commit")
+    return run
+
+
+def _leave(run: Run, phase: phases.Starting | phases.Training) -> Run:
+    """They left at a step boundary before the last step. Without an order to stop (our predecessor may have taken it along), go on."""
+    if run.stop:
+        return end(run, "stopped", f"{run.stop}; step {run.saves.committed_step} of {run.policy.steps} is committed", requeue=True)
+    why = phase.departure.why if phase.departure else f"all ranks left at step {run.reached}, nobody wants the run to stop"
+    culprit = Evidence(kind="move", why=why, step=run.reached, seen_at=run.now)
+    return drain(run, phase.attempt.record, culprit, phase.attempt.seats)

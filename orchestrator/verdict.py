@@ -1,0 +1,172 @@
+"""Who was first: evidence from all nodes, ordered by how much it explains. Pure.
+
+A rank that dies takes its peers with it within milliseconds: their collectives fail ("peer-lost"), then we stop the rest. Both are
+victims. The order of reports says little, and clocks of different machines are never compared; so kinds of evidence are ranked first,
+and arrival only decides between equals.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from keepstep.trainer.contract import DAMAGED_KIND, Phase
+
+from .wire import AgentReport, RankReport
+
+# The smaller, the more it explains. A lost node stands behind what ranks did themselves: its loss cannot make another rank raise
+# anything but "peer-lost", while a failing rank can well take its node along. SIGABRT is how libraries give up when a peer is gone.
+_WEIGHT: Final = {
+    DAMAGED_KIND: 0,
+    "signal": 1,
+    "exception": 2,
+    "persister": 2,
+    "abort": 2,
+    "exit": 2,
+    "lost": 3,
+    "lease": 4,
+    "fenced": 4,
+    "stopped": 4,
+    "stall": 5,
+    "start-timeout": 6,
+    "commit-timeout": 6,
+    "departure": 6,
+    "problem": 6,
+    "peer-lost": 7,
+    "move": 8,
+}
+_UNKNOWN_WEIGHT: Final = 2  # a kind that this version does not know: a rank's own failure
+
+# Nobody's fault: these cost neither budget nor strikes.
+_BLAMELESS: Final = frozenset({DAMAGED_KIND, "move", "stopped", "fenced"})
+# A program does these by itself; anybody may send SIGKILL, SIGTERM and SIGINT, so they prove nothing when they come twice.
+_OWN_DOING: Final = frozenset({"exception", "exit", "signal", "abort"})
+_FROM_OUTSIDE: Final = frozenset({"SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """One thing that went wrong, as seen from one place."""
+
+    kind: str
+    why: str  # the whole sentence
+    node: str = ""
+    rank: int = -1
+    step: int = -1
+    detail: str = ""  # the error alone, e.g. "ValueError: bad batch"
+    seen_at: float = 0.0
+    order: int = 0  # of the exits on its node
+
+    @property
+    def blameless(self) -> bool:
+        return self.kind in _BLAMELESS
+
+    def sameness(self) -> tuple[str, str, int] | None:
+        """Equal for two failures that are the same error at the same step; None where repetition proves nothing."""
+        if self.kind not in _OWN_DOING or self.detail in _FROM_OUTSIDE:
+            return None
+        return self.kind, _normalised(self.detail), self.step
+
+
+def better(one: Evidence, other: Evidence) -> Evidence:
+    """The one that explains more; of equals the one seen first, then the one that its node saw first."""
+    return min(one, other, key=_explains)
+
+
+def _explains(evidence: Evidence) -> tuple[int, float, int, int]:
+    return _WEIGHT.get(evidence.kind, _UNKNOWN_WEIGHT), evidence.seen_at, evidence.order, evidence.rank
+
+
+def of_report(report: AgentReport, now: float, *, keeps_promises: bool) -> Evidence | None:
+    """The best evidence among a node's ranks; None if all are well.
+
+    Args:
+        keeps_promises: the trainer reports its phases, so that leaving with 0 before the end is a failure too.
+    """
+    best: Evidence | None = None
+    for rank in report.ranks:
+        if rank.state == "exited" and (found := _of_exit(report.node, rank, now, keeps_promises)):
+            best = better(best, found) if best else found
+    return best
+
+
+def _of_exit(node: str, rank: RankReport, now: float, keeps_promises: bool) -> Evidence | None:
+    if rank.stopped_by_agent:
+        return _exit_evidence(node, rank, now, "stopped", "was stopped by its own agent")
+    if rank.exit_code == 0:
+        left_early = keeps_promises and rank.phase not in (Phase.DONE, Phase.STOPPED)
+        how = f"left in phase {_phase_name(rank.phase)} with exit code 0, before it had finished"
+        return _exit_evidence(node, rank, now, "exit", how) if left_early else None
+    kind = _kind_of(rank)
+    return _exit_evidence(node, rank, now, kind, _how(kind, rank))
+
+
+def _exit_evidence(node: str, rank: RankReport, now: float, kind: str, how: str) -> Evidence:
+    return Evidence(
+        kind=kind,
+        why=f"rank {rank.rank} on {node} {how} at step {rank.step}",
+        node=node,
+        rank=rank.rank,
+        step=rank.step,
+        detail=rank.why or how,
+        seen_at=now,
+        order=rank.exit_order or 0,
+    )
+
+
+def _kind_of(rank: RankReport) -> str:
+    kind = rank.kind or ("signal" if (rank.exit_code or 0) < 0 else "exit")
+    return "abort" if kind == "signal" and rank.why == "SIGABRT" else kind
+
+
+def _how(kind: str, rank: RankReport) -> str:
+    match kind:
+        case "signal" | "abort":
+            return f"was killed by {rank.why or f'signal {-(rank.exit_code or 0)}'}"
+        case "exit":
+            return f"ended with {rank.why or f'exit code {rank.exit_code}'}"
+        case "peer-lost":
+            return f"lost a peer ({rank.why})"
+        case "lease" | "fenced" | "persister":
+            return f"was stopped by its own agent ({rank.why})"
+        case _ if kind == DAMAGED_KIND:
+            return f"found a damaged checkpoint ({rank.why})"
+        case _:
+            return f"raised {rank.why}"
+
+
+def _phase_name(phase: int) -> str:
+    return Phase(phase).name if phase in Phase._value2member_map_ else str(phase)
+
+
+def _normalised(detail: str) -> str:
+    """Without what differs from one occurrence to the next: addresses, pids, ports."""
+    return re.sub(r"0x[0-9a-f]+|\d+", "#", detail.lower())
+
+
+def stalled(reports: tuple[tuple[AgentReport, float], ...], stall_s: float, now: float) -> Evidence | None:
+    """The rank that has been quiet longest, once any has been for over `stall_s`; its peers only wait for it.
+
+    Args:
+        reports: each with the instant at which it was heard.
+    """
+    quiet = [
+        (rank.quiet_s + now - heard_at, -rank.step, -rank.rank, rank, report.node)
+        for report, heard_at in reports
+        for rank in report.ranks
+        if rank.state == "running" and rank.beats
+    ]
+    longest = max(quiet, default=None, key=lambda found: found[:3])
+    if longest is None or longest[0] <= stall_s:
+        return None
+    quiet_s, _, _, rank, node = longest
+    return Evidence(
+        kind="stall",
+        why=f"rank {rank.rank} on {node} made no progress for {quiet_s:.0f} s in phase {_phase_name(rank.phase)} at step {rank.step}",
+        node=node,
+        rank=rank.rank,
+        step=rank.step,
+        detail=f"no progress for over {stall_s:g} s",
+        seen_at=now,
+    )
