@@ -22,14 +22,17 @@ class PosixStore(Store):
         self.name = str(self.root)
 
     def local_path(self, key: str) -> Path:
-        return self.root / check_key(key) if key else self.root
+        return self._path(key) if key else self.root
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
 
     def put_new(self, key: str, body: bytes) -> bool:
         with _translated(f"create {self.name}/{key}"):
-            return put_new_posix(self.local_path(key), body)
+            return put_new_posix(self._path(key), body)
 
     def put(self, key: str, body: bytes) -> None:
-        path = self.local_path(key)
+        path = self._path(key)
         with _translated(f"write {self.name}/{key}"):
             make_directories(path.parent)
             temporary = path.parent / temporary_name()
@@ -42,14 +45,14 @@ class PosixStore(Store):
 
     def get(self, key: str) -> bytes:
         with _translated(f"read {self.name}/{key}"):
-            return self.local_path(key).read_bytes()
+            return self._path(key).read_bytes()
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
         buffer = bytearray(length)
         return bytes(buffer[: self.read_into(key, start, memoryview(buffer))])
 
     def read_into(self, key: str, start: int, destination: memoryview) -> int:
-        with _translated(f"read {self.name}/{key}"), _opened(self.local_path(key), os.O_RDONLY) as descriptor:
+        with _translated(f"read {self.name}/{key}"), _opened(self._path(key), os.O_RDONLY) as descriptor:
             done = 0
             while done < destination.nbytes:
                 count = os.preadv(descriptor, [destination[done:]], start + done)
@@ -60,7 +63,7 @@ class PosixStore(Store):
 
     def size(self, key: str) -> int:
         with _translated(f"look up {self.name}/{key}"):
-            path = self.local_path(key)
+            path = self._path(key)
             if path.is_dir():
                 raise FileNotFoundError(2, "is a folder, not an object")
             return path.stat().st_size
@@ -78,7 +81,7 @@ class PosixStore(Store):
         return sorted(keys)
 
     def write_file(self, key: str, blocks: Iterable[bytes | memoryview], *, num_bytes: int, sync: bool = True) -> None:
-        path = self.local_path(key)
+        path = self._path(key)
         with _translated(f"write {self.name}/{key}"):
             make_directories(path.parent)
             try:
@@ -91,16 +94,16 @@ class PosixStore(Store):
 
     def delete(self, key: str) -> None:
         with _translated(f"delete {self.name}/{key}"):
-            self.local_path(key).unlink(missing_ok=True)
+            self._path(key).unlink(missing_ok=True)
 
     def delete_tree(self, prefix: str) -> None:
-        path = self.local_path(check_key(prefix))
+        path = self._path(prefix)
         with _translated(f"delete {self.name}/{prefix}"), contextlib.suppress(FileNotFoundError):
             shutil.rmtree(path)
             sync_directory(path.parent)
 
     def append(self, key: str, data: bytes, *, sync: bool = False) -> None:
-        path, lines = self.local_path(key), whole_lines(data)
+        path, lines = self._path(key), whole_lines(data)
         with _translated(f"append to {self.name}/{key}"):
             is_new = not path.exists()
             make_directories(path.parent)
@@ -114,7 +117,7 @@ class PosixStore(Store):
     def read_lines(self, key: str) -> Sequence[bytes]:
         with _translated(f"read {self.name}/{key}"):
             try:
-                body = self.local_path(key).read_bytes()
+                body = self._path(key).read_bytes()
             except FileNotFoundError:
                 return []
         return body.split(b"\n")[:-1]  # what follows the last line end is not a line yet

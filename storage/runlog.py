@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from dataclasses import dataclass
 from typing import TypeVar
 
 from .errors import CorruptRecord, Fenced, NotFound, StoreError
@@ -17,6 +18,15 @@ from .records import Attempt, Entry, Opened, Record, corrupt_entry, decode, enco
 from .store import Store
 
 R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pending:
+    """A record that may or may not have been written: appending it again must not write it twice."""
+
+    record: Record
+    sequence: int
+    uuid: str
 
 
 class RunLog:
@@ -33,6 +43,7 @@ class RunLog:
         self.entries: list[Entry] = []
         self.lineage = Lineage()
         self.alarms: list[str] = []
+        self._pending: _Pending | None = None
         self._lock = threading.RLock()
 
     @staticmethod
@@ -75,11 +86,13 @@ class RunLog:
         Raises:
             Fenced: a newer term was opened; this coordinator's reign is over.
             ValueError: the record would be void (see `lineage.refusal`).
-            StoreError: unknown whether it was written; `refresh` before anything else, or simply append again.
+            StoreError: unknown whether it was written. Append the same record again: it will be there once.
         """
         with self._lock:
-            while not self._append_next(record):
-                self.refresh()
+            while not self._is_written(record) and not self._append_next(record):
+                if not self.refresh():
+                    raise StoreError(f"{log_key(len(self.entries))} is taken in {self.store.name}, but cannot be read")
+            self._pending = None
             return record
 
     def open_term(self, *, run: str, identity: str, host: str, pid: int, url: str = "", at: str = "") -> Opened:
@@ -100,12 +113,26 @@ class RunLog:
             raise Fenced(opened)
         if why := refusal(self.lineage, record):
             raise ValueError(f"this record would be void: {why}")
+        pending = self._pend(record)
         previous = self.entries[-1].sha256 if self.entries else ""
-        body = encode(record, sequence=len(self.entries), uuid=uuid.uuid4().hex, previous=previous)
-        if not self.store.put_new(log_key(len(self.entries)), body):
+        body = encode(record, sequence=pending.sequence, uuid=pending.uuid, previous=previous)
+        if not self.store.put_new(log_key(pending.sequence), body):
             return False
         self._take(body)
         return True
+
+    def _pend(self, record: Record) -> _Pending:
+        """The same UUID for the same record at the same number: after an ambiguous error the store tells whether it is ours."""
+        pending, sequence = self._pending, len(self.entries)
+        if pending is None or pending.record != record or pending.sequence != sequence:
+            pending = _Pending(record=record, sequence=sequence, uuid=uuid.uuid4().hex)
+        self._pending = pending
+        return pending
+
+    def _is_written(self, record: Record) -> bool:
+        pending = self._pending
+        is_read = pending is not None and pending.record == record and pending.sequence < len(self.entries)
+        return is_read and pending is not None and self.entries[pending.sequence].uuid == pending.uuid
 
     def _read_next(self) -> bytes | None:
         try:

@@ -142,7 +142,7 @@ class Store(ABC):
 
     @abstractmethod
     def local_path(self, key: str) -> Path | None:
-        """Where the object lies on a mounted file system, None on an object store."""
+        """Where the object (or, for "", the root) lies on a mounted file system, None on an object store."""
 
     def read_into(self, key: str, start: int, destination: memoryview) -> int:
         """Fills `destination` from byte `start` of the object; the number of bytes read, less only where the object ends."""
