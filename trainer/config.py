@@ -49,7 +49,7 @@ class ModelSection(Section):
     context: int = Field(128, ge=2)
     """Tokens per sample."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout on embeddings, attention and residuals."""
+    """Dropout on the embeddings and on what each attention and MLP adds to the residual stream."""
 
 
 class OptimizerSection(Section):
@@ -84,6 +84,8 @@ class TrainSection(Section):
     """At most so many samples per forward pass on a rank (gradients accumulate); 0: all of the rank's share at once."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward and backward pass; master weights stay fp32."""
+    reshard: bool = False
+    """Free a block's gathered parameters after its forward pass and gather them again for the backward pass: less memory, more communication."""
 
 
 class CheckpointSection(Section):

@@ -7,8 +7,9 @@ restarted and logged all the same, and keeps its own checkpoints.
 
 from __future__ import annotations
 
+import json
 import struct
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Final
 
@@ -22,7 +23,7 @@ EXIT_DO_NOT_REQUEUE: Final = 4
 EXIT_REQUEUE: Final = 75
 EXIT_BUG: Final = 70
 
-# How a rank says "this checkpoint is damaged" (see DamagedCheckpointReport): the agent reads it from the rank's error file.
+# How a rank says "this checkpoint is damaged": the exception carries it as `kind`, and the directory as `directory`.
 DAMAGED_KIND: Final = "damaged-checkpoint"
 
 
@@ -70,6 +71,17 @@ class RankSpec:
     staging_socket: str  # the node's persister
     error_path: str  # where the reason of a failure goes, JSON
     resume: Resume | None
+
+    def to_json(self) -> str:
+        """What goes into `KEEPSTEP_RANK_SPEC`."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> RankSpec:
+        """Inverse of `to_json`; TypeError if a name is missing or unknown: agent and trainer are of different versions."""
+        fields = json.loads(text)
+        resume = fields.pop("resume")
+        return RankSpec(resume=Resume(**resume) if resume else None, **fields)
 
 
 # The progress page: one small memory-mapped file per rank, written by the rank, read by its agent; `request` goes the other way.

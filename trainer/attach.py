@@ -1,0 +1,114 @@
+"""The public door for training scripts: what keepstep tells a rank, and what a rank may tell keepstep. Torch-free.
+
+A script under `[train] script = "my_train.py"` runs and is restarted without any of this. To have its exact state kept, shown
+and restored, it attaches:
+
+    from keepstep.trainer.attach import attach
+    from keepstep.trainer.contract import Phase, Request
+
+    me = attach()                                   # under plain torchrun: detached, and every call below does nothing
+    dist.init_process_group()
+    saver = Checkpointer(me, ...)                   # keepstep.trainer.checkpoint; or the script's own checkpoints
+    step = 0
+    if me.resume is not None:                       # the one checkpoint that every rank of this attempt must load
+        step = saver.restore(me.resume, tensors, rng).step
+    while step < steps:
+        train_one_step()
+        step += 1
+        me.report(Phase.STEP, step)                 # a few hundred nanoseconds; silence counts as a hang
+        votes = gather_from_all_ranks(me.request()) # SAVE and STOP must be agreed on: pages change at different moments
+        if Request.STOP in votes:
+            save_and_wait()
+            me.report(Phase.STOPPED, step)
+            break
+    else:
+        me.report(Phase.DONE, step)
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+from .contract import ENV_SPEC, PROGRESS_BYTES, REQUEST_OFFSET, Phase, RankSpec, Request, Resume
+
+if TYPE_CHECKING:
+    from keepstep.storage.arena import Staging
+
+# The page's fields around `request`, which belongs to the agent: see contract.PROGRESS.
+_PHASE: Final = struct.Struct("<I")
+_REQUEST: Final = struct.Struct("<I")
+_STEP_BEATS_AT: Final = struct.Struct("<qQd")
+_STEP_OFFSET: Final = 8
+
+
+def attach() -> Attached:
+    """What this process is, from its environment: torchrun's variables, and keepstep's if it started us.
+
+    Raises TypeError or ValueError when `KEEPSTEP_RANK_SPEC` was written by another version of keepstep.
+    """
+    text = os.environ.get(ENV_SPEC)
+    return Attached(RankSpec.from_json(text) if text else None)
+
+
+class Attached:
+    """One rank's connection to its node's agent. Detached (`spec` is None) it is silent and asks for nothing."""
+
+    def __init__(self, spec: RankSpec | None) -> None:
+        self.spec = spec
+        self.rank = _env_int("RANK", 0)
+        self.world_size = _env_int("WORLD_SIZE", 1)
+        self.local_rank = _env_int("LOCAL_RANK", 0)
+        self.local_world_size = _env_int("LOCAL_WORLD_SIZE", 1)
+        self._page = _map_page(spec.progress_path) if spec else None
+        self._beats = 0
+
+    @property
+    def resume(self) -> Resume | None:
+        """The checkpoint to load before the first step; None: start from scratch."""
+        return self.spec.resume if self.spec else None
+
+    @cached_property
+    def staging(self) -> Staging | None:
+        """The way to this node's persister, connected at first use; None when detached."""
+        if self.spec is None:
+            return None
+        from keepstep.storage.arena import Staging
+
+        return Staging.connect(self.spec.staging_socket, attempt=self.spec.attempt, rank=self.rank, world_size=self.world_size)
+
+    def report(self, phase: Phase, step: int) -> None:
+        """Says that this rank is alive, in `phase`, with `step` optimizer updates finished. Cheap enough for every step."""
+        if self._page is None:
+            return
+        self._beats += 1
+        _PHASE.pack_into(self._page, 0, phase)
+        _STEP_BEATS_AT.pack_into(self._page, _STEP_OFFSET, step, self._beats, time.monotonic())
+
+    def request(self) -> Request:
+        """What this rank's agent asks for at this moment; ranks must agree on it before they act (see `Request`)."""
+        if self._page is None:
+            return Request.NONE
+        return Request(_REQUEST.unpack_from(self._page, REQUEST_OFFSET)[0])
+
+    def record_step(self, record: Mapping[str, Any]) -> None:
+        """Appends one JSON line to the run's step records. Rank 0 only, once per step; detached it does nothing."""
+        if self.staging is not None:
+            self.staging.record_step(dict(record))
+
+
+def _env_int(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
+def _map_page(path: str) -> mmap.mmap:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return mmap.mmap(descriptor, PROGRESS_BYTES)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,211 @@
+"""Saving: tensors are copied into shared memory of this node's persister, which makes them durable while training goes on.
+
+What is staged is byte for byte what torch.distributed.checkpoint's own writer would have stored, see template.py: nothing is serialised
+at a save, and no collective runs after the first one. Restoring is in restore.py.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+from keepstep.storage.arena import Buffer, StagedFile
+from keepstep.storage.canonical import canonical_json, sha256_hex
+from keepstep.storage.faults import fault_point
+from keepstep.storage.layout import METADATA_NAME, checkpoint_directory, shard_name
+from keepstep.storage.manifest import TensorEntry
+
+from .optim import local
+from .state import NestedTensors, flatten
+from .template import Template, lay_out
+
+_PERSIST_DEADLINE_S: Final = 600.0
+
+
+class StagingArea(Protocol):
+    """What saving needs of `storage.arena.Staging`."""
+
+    last_error: str
+
+    @property
+    def last_error(self) -> str:
+        """Why the newest checkpoint did not become durable; "" when all is well."""
+        return self._staging.last_error if self._staging is not None else ""
+
+    @property
+    def busy(self) -> bool: ...
+    def reserve(self, num_bytes: int) -> None: ...
+    def buffer(self, num_bytes: int, template: str = "") -> Buffer | None: ...
+    def submit(
+        self, *, directory: str, step: int, files: Sequence[StagedFile], tensors: Sequence[TensorEntry], state: Mapping[str, Any]
+    ) -> None: ...
+    def wait_idle(self, deadline_s: float) -> bool: ...
+
+
+class NotPersisted(RuntimeError):
+    """The final checkpoint could not be made durable: the run must not claim its result."""
+
+    kind = "persister"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """This rank's part of every checkpoint of an attempt."""
+
+    shapes: tuple[Any, ...]  # of the tensors that it was made for
+    template: Template
+    metadata: bytes  # rank 0: the file .metadata; others: nothing
+    files: tuple[StagedFile, ...]
+    tensors: tuple[TensorEntry, ...]  # one object for all saves: Staging sends it once
+    name: str  # hash of all bytes that do not come from tensors
+
+    @property
+    def num_bytes(self) -> int:
+        return self.template.num_bytes + len(self.metadata)
+
+
+class Checkpointer:
+    """Stages this rank's part of checkpoints.
+
+    Args:
+        staging: the node's persister; None when detached: nothing is saved.
+        attempt, nonce: from the rank's spec; they name the directories.
+    """
+
+    def __init__(self, staging: StagingArea | None, *, rank: int, attempt: int, nonce: str) -> None:
+        self._staging = staging
+        self._rank, self._attempt, self._nonce = rank, attempt, nonce
+        self._layout: _Layout | None = None
+        self.stall_s = 0.0  # how long the last save held up training
+
+    @property
+    def can_save(self) -> bool:
+        return self._staging is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether the last checkpoint is still being written. Ranks must agree before they save: one busy rank postpones all."""
+        return self._staging is not None and self._staging.busy
+
+    def save(self, step: int, tensors: NestedTensors, state: Mapping[str, Any]) -> bool:
+        """Copies everything into shared memory. Collective at the first save and whenever shapes have changed.
+
+        Returns whether this rank's part was staged; if not, there is no memory for it or no persister, and no checkpoint comes about.
+        """
+        assert self._staging is not None
+        started = time.monotonic()
+        layout = self._laid_out(tensors)
+        fault_point("rank.stage.before", rank=self._rank, step=step)
+        buffer = self._staging.buffer(layout.num_bytes, template=layout.name)
+        if buffer is not None:
+            _fill(buffer, layout, flatten(tensors))
+            directory = checkpoint_directory(self._attempt, step, self._nonce)
+            self._staging.submit(directory=directory, step=step, files=layout.files, tensors=layout.tensors, state=state)
+        fault_point("rank.stage.after", rank=self._rank, step=step)
+        self.stall_s = time.monotonic() - started
+        return buffer is not None
+
+    def save_and_wait(self, step: int, tensors: NestedTensors, state: Mapping[str, Any], alive: Callable[[], None]) -> None:
+        """The final save: waits for the one before it, stages, and returns when this rank's part is durable. Raises NotPersisted.
+
+        Args:
+            alive: called while waiting, at least once a second.
+        """
+        assert self._staging is not None
+        self._wait_idle(alive)
+        if not self.save(step, tensors, state):
+            raise NotPersisted(f"step {step} could not be staged: {self._staging.last_error or 'no buffer'}")
+        self._wait_idle(alive)
+        if self._staging.last_error:
+            raise NotPersisted(f"step {step} did not become durable: {self._staging.last_error}")
+
+    def _wait_idle(self, alive: Callable[[], None]) -> None:
+        assert self._staging is not None
+        until = time.monotonic() + _PERSIST_DEADLINE_S
+        while self._staging.busy and time.monotonic() < until:
+            self._staging.wait_idle(1.0)
+            alive()
+
+    def _laid_out(self, tensors: NestedTensors) -> _Layout:
+        shapes = tuple((name, t.dtype, tuple(t.shape), tuple(local(t).shape)) for name, t in flatten(tensors).items())
+        if self._layout is None or self._layout.shapes != shapes:
+            self._layout = _agree_on_layout(self._rank, shapes, tensors)
+        return self._layout
+
+
+def _fill(buffer: Buffer, layout: _Layout, flat: Mapping[str, Tensor]) -> None:
+    if buffer.fresh:
+        layout.template.prefill(buffer.view)
+        buffer.view[layout.template.num_bytes :] = layout.metadata
+    sources = [local(flat[entry.index.fqn]) for entry in layout.template.placed]
+    torch._foreach_copy_(layout.template.views(buffer.view), sources)
+
+
+def _agree_on_layout(rank: int, shapes: tuple[Any, ...], tensors: NestedTensors) -> _Layout:
+    """Collective. DCP's own planner decides who writes what (a replicated tensor is written once); the rest follows from its plan."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)
+    plan = planner.create_local_plan()
+    plan = replace(plan, items=[item for item in plan.items if _has_elements(item)])
+    plans: list[SavePlan | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(plans, plan)
+    global_plan, metadata = planner.create_global_plan([p for p in plans if p is not None])
+    template = lay_out(global_plan[rank].items)
+    pickled = _metadata(metadata, global_plan) if rank == 0 else b""
+    return _layout(rank, shapes, template, pickled)
+
+
+def _layout(rank: int, shapes: tuple[Any, ...], template: Template, metadata: bytes) -> _Layout:
+    files = [StagedFile(name=shard_name(rank), offset=0, num_bytes=template.num_bytes)]
+    if metadata:
+        files.append(StagedFile(name=METADATA_NAME, offset=template.num_bytes, num_bytes=len(metadata)))
+    entries = tuple(
+        TensorEntry(
+            name=placed.index.fqn,
+            file=shard_name(rank),
+            offset=placed.data_offset,
+            num_bytes=placed.pattern.data_bytes,
+            dtype=dtype_name(placed.dtype),
+            shape=placed.shape,
+            starts=placed.starts,
+            global_shape=placed.global_shape,
+        )
+        for placed in template.placed
+    )
+    layout = [[entry.name, entry.dtype, list(entry.shape), entry.offset] for entry in entries]
+    name = sha256_hex(canonical_json(layout) + metadata)
+    return _Layout(shapes=shapes, template=template, metadata=metadata, files=tuple(files), tensors=entries, name=name)
+
+
+def _metadata(metadata: Metadata, plans: Sequence[SavePlan]) -> bytes:
+    """The file .metadata: what DCP's FileSystemWriter would have pickled after writing the same plan."""
+    stored = {
+        placed.index: _StorageInfo(shard_name(rank), placed.offset, placed.pattern.num_bytes)
+        for rank, plan in enumerate(plans)
+        for placed in lay_out(plan.items).placed
+    }
+    return pickle.dumps(replace(metadata, storage_data=stored, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION))
+
+
+def _has_elements(item: WriteItem) -> bool:
+    """A rank without a part of a small tensor has an empty chunk, which nobody would ever read."""
+    assert not isinstance(item.tensor_data, BytesStorageMetadata)
+    assert item.tensor_data is not None, f"{item.index.fqn} is no tensor: keep it in the rank's state"
+    assert item.tensor_data.chunk is not None
+    return item.tensor_data.chunk.sizes.numel() > 0
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """"float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")

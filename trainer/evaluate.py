@@ -1,0 +1,78 @@
+"""Perplexity on the held-out text: exact, every token predicted once, spread over the ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .tokens import TokenArray, TokenIndex
+
+Gather = Callable[[list[float]], Tensor]  # World.gather: one row per rank
+_IGNORED = -100  # cross_entropy's mark for targets that do not count
+_BATCH_SAMPLES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    nats_per_token: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats_per_token)
+
+
+def nll_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Sum of -ln p(target) in nats; targets of -100 do not count. Always float32: half precision would lose the sum."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=_IGNORED, reduction="sum")
+
+
+def evaluate(
+    model: nn.Module, held_out: TokenArray, *, context: int, max_tokens: int, rank: int, world_size: int, gather: Gather, device: torch.device
+) -> Evaluation:
+    """Collective. Windows of `context` tokens, one after the other; the first token of the text is given, not predicted.
+
+    Draws no random number and leaves the model in the mode it was in.
+    """
+    count = min(max_tokens, len(held_out) - 1)
+    windows = -(-count // context)
+    share = range(windows * rank // world_size, windows * (rank + 1) // world_size)
+    largest = -(-windows // world_size)
+    total, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, largest, _BATCH_SAMPLES):  # equally many on every rank: a forward pass communicates
+            inputs_BT, targets_BT = _windows(held_out, share[start : start + _BATCH_SAMPLES], context, count)
+            total += float(nll_sum(model(inputs_BT.to(device)), targets_BT.to(device)))
+            tokens += int((targets_BT != _IGNORED).sum())
+    model.train(was_training)
+    sums = gather([total, float(tokens)]).sum(0).tolist()  # in rank order
+    return Evaluation(nats_per_token=sums[0] / sums[1], tokens=int(sums[1]))
+
+
+def _windows(held_out: TokenArray, windows: range, context: int, count: int) -> tuple[Tensor, Tensor]:
+    """(inputs, targets), at least one row; what lies behind the last token, or in a row that is only there for company, does not count."""
+    inputs_BT = np.zeros((max(1, len(windows)), context), dtype=np.int64)
+    targets_BT = np.full_like(inputs_BT, _IGNORED)
+    for row, window in enumerate(windows):
+        first, last = window * context, min((window + 1) * context, count)
+        inputs_BT[row, : last - first] = held_out[first:last]
+        targets_BT[row, : last - first] = held_out[first + 1 : last + 1]
+    return torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT)
+
+
+def alone(row: list[float]) -> Tensor:
+    """`Gather` of a single process without a process group."""
+    return torch.tensor([row], dtype=torch.float64)
+
+
+def baseline(index: TokenIndex) -> Evaluation:
+    """A model that knows the frequencies of tokens and no context: its loss on the held-out text."""
+    return Evaluation(nats_per_token=index.held_out.unigram_nats, tokens=index.held_out.tokens)

@@ -1,0 +1,73 @@
+"""The end of a run: evaluation, digests of the whole state, and the final checkpoint that carries them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from . import rng, state
+from .contract import Phase
+from .evaluate import Evaluation, evaluate
+from .run import Run
+from .state import RankState
+
+log = logging.getLogger("keepstep.trainer")
+
+
+def evaluate_run(run: Run) -> Evaluation:
+    """Collective. Perplexity of the current model on the held-out text."""
+    run.me.report(Phase.EVALUATE, run.step)
+    result = evaluate(
+        run.model,
+        run.tokens.held_out,
+        context=run.config.model.context,
+        max_tokens=run.config.evaluate.max_tokens,
+        rank=run.world.rank,
+        world_size=run.world.size,
+        gather=run.world.gather,
+        device=run.world.device,
+    )
+    if run.world.rank == 0:
+        log.info("step %d: held-out loss %.4f nats per token, perplexity %.2f", run.step, result.nats_per_token, result.perplexity)
+    return result
+
+
+def finish(run: Run) -> None:
+    """Collective. Leaves with the final checkpoint durable and the progress page at DONE, or STOPPED before the last step."""
+    is_done = run.step >= run.config.run.steps
+    if not run.is_finished:  # else the result was committed with the checkpoint that this attempt began with
+        evaluation = evaluate_run(run) if is_done else None  # a node that was told to leave has no time for it
+        run.me.report(Phase.FINISH, run.step)
+        final = run.rank_state()
+        result = make_result(run, final, evaluation)
+        if run.checkpointer.can_save:
+            save_final(run, replace(final, result=result) if run.world.rank == 0 else final)
+        if run.world.rank == 0:
+            log.info("step %d: result %s", run.step, result)
+    run.me.report(Phase.DONE if is_done else Phase.STOPPED, run.step)
+
+
+def make_result(run: Run, final: RankState, evaluation: Evaluation | None) -> dict[str, Any]:
+    """Collective. The trainer's part of result.json."""
+    digests = state.digest(run.tensors)
+    streams: list[str] = [""] * run.world.size
+    dist.all_gather_object(streams, rng.digest(final.rng))
+    result: dict[str, Any] = {
+        "step": run.step,
+        "model_sha256": digests["model"],
+        "optimizer_sha256": digests["optimizer"],
+        "state_sha256": state.state_digest(digests, streams, step=final.step, position=final.position),
+        "final_loss_hex": run.loss_hex,
+        "unigram_nats": run.tokens.index.held_out.unigram_nats,
+    }
+    if evaluation:
+        result |= {"held_out_nats": evaluation.nats_per_token, "held_out_tokens": evaluation.tokens, "perplexity": evaluation.perplexity}
+    return result
+
+
+def save_final(run: Run, final: RankState) -> None:
+    """Collective. Waits until this rank's part is durable."""
+    run.checkpointer.save_and_wait(run.step, run.tensors, final.to_json(), alive=lambda: run.me.report(Phase.FINISH, run.step))

@@ -1,0 +1,99 @@
+"""Ranks, their process group, and the model spread over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from .attach import Attached
+from .models import Gpt, initial_value
+
+# Longer than any wait that is not a failure. Under keepstep the agent notices a hang in seconds and kills; gloo itself cannot abort.
+COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """Where this rank stands among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    def gather(self, row: Sequence[float]) -> Tensor:
+        """Collective. Every rank's row, (size, len(row)) float64 on the CPU, the same bits everywhere."""
+        mine = torch.tensor(row, dtype=torch.float64, device=self.device)
+        rows = mine.new_empty((self.size * len(row),))
+        dist.all_gather_into_tensor(rows, mine)
+        return rows.view(self.size, len(row)).cpu()
+
+
+def join(me: Attached) -> World:
+    """Collective. Forms the process group that torchrun's environment describes: nccl with a GPU per rank, else gloo."""
+    use_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", me.local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # a forked rank has torch imported before its environment is known
+        torch.set_num_threads(int(threads))
+    # Without torchrun there is nobody to meet: one rank needs no address.
+    alone = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    dist.init_process_group(
+        "nccl" if use_cuda else "gloo",
+        store=alone,
+        rank=me.rank if alone else -1,
+        world_size=me.world_size if alone else -1,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if use_cuda else None,
+    )
+    return World(rank=me.rank, size=me.world_size, device=device, mesh=init_device_mesh(device.type, (me.world_size,)))
+
+
+def shard(model: Gpt, world: World, *, precision: str, reshard: bool) -> FSDPModule:
+    """FSDP2: each block and the root gather their parameters when they are needed; gradients are summed, not averaged.
+
+    Sums, because every rank already divides by the tokens of the whole batch: the gradient is the same mean at any world size, even
+    where ranks have unequal shares.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    for block in model.blocks:
+        fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+    sharded = fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+    for module in sharded.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return sharded
+
+
+def initialise(model: nn.Module, *, seed: int, layers: int) -> None:
+    """Fills every parameter's local shard with its part of the initial value, the same whole at any world size."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            whole = initial_value(name, parameter.shape, seed, layers)
+            (chunk,) = chunks_of(parameter)
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            local.copy_(whole[tuple(slice(start, start + size) for start, size in zip(*chunk, strict=True))])
+
+
+def chunks_of(tensor: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(starts, sizes) of this rank's part of a DTensor; of a plain tensor: all of it."""
+    if not hasattr(tensor, "__create_chunk_list__"):
+        return [((0,) * tensor.ndim, tuple(tensor.shape))]
+    return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.__create_chunk_list__()]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Collective for a DTensor. The unsharded tensor, on the CPU."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().cpu()

@@ -1,0 +1,118 @@
+"""Restoring: every byte is verified against the committed manifest before it reaches a tensor, and nothing is unpickled.
+
+A rank whose tensors are cut as they were saved (the same world size) reads its chunks straight into them. Otherwise DCP's load planner says
+which parts of which saved chunks make up each local one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+
+from keepstep.storage.manifest import Manifest, TensorEntry
+
+from .checkpoint import dtype_name
+from .optim import local
+from .parallel import chunks_of
+from .state import NestedTensors, byte_view, flatten
+
+
+class CheckpointMismatch(ValueError):
+    """The checkpoint is sound, but it is not of this model: a tensor is missing, extra, or of another shape or dtype."""
+
+
+class VerifiedReader(Protocol):
+    """What restoring needs of `storage.verify.CheckpointReader`."""
+
+    def read_into(self, file: str, offset: int, destination: memoryview, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    num_bytes: int
+    resharded: bool  # cut otherwise than it was saved
+
+
+def restore(manifest: Manifest, reader: VerifiedReader, tensors: NestedTensors) -> Restored:
+    """Fills every tensor of this rank. Raises CheckpointMismatch, before it reads a byte, or DamagedCheckpoint."""
+    flat = flatten(tensors)
+    saved = [entry for rank in manifest.ranks for entry in rank.tensors]
+    check_same_model(saved, flat)
+    chunks = {(entry.name, entry.starts, entry.shape): entry for entry in saved}
+    wanted = {name: chunk for name, tensor in flat.items() for chunk in chunks_of(tensor) if local(tensor).numel()}
+    with torch.no_grad():
+        if all((name, *chunk) in chunks for name, chunk in wanted.items()):
+            num_bytes = sum(read_chunk(reader, chunks[name, *chunk], local(flat[name])) for name, chunk in wanted.items())
+            return Restored(num_bytes=num_bytes, resharded=False)
+        return Restored(num_bytes=_reshard(saved, reader, tensors), resharded=True)
+
+
+def check_same_model(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -> None:
+    """Exactly the same names, global shapes and dtypes."""
+    there = {entry.name: (entry.dtype, tuple(entry.global_shape)) for entry in saved}
+    here = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in flat.items()}
+    wrong = [f"{name} is missing in it" for name in sorted(here.keys() - there.keys())]
+    wrong += [f"{name} is not in this model" for name in sorted(there.keys() - here.keys())]
+    wrong += [f"{name} is {_shown(there[name])} in it and {_shown(here[name])} here" for name in sorted(here) if there.get(name, here[name]) != here[name]]
+    if wrong:
+        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+        raise CheckpointMismatch(f"the checkpoint is of another model or optimizer: {'; '.join(wrong[:5])}{more}")
+
+
+def _shown(what: tuple[str, tuple[int, ...]]) -> str:
+    return f"{what[0]} {list(what[1])}"
+
+
+def read_chunk(reader: VerifiedReader, entry: TensorEntry, destination: Tensor) -> int:
+    """Reads one saved chunk into a tensor of its shape and dtype, through a copy only where the tensor is no plain memory."""
+    target = destination if destination.device.type == "cpu" and destination.is_contiguous() else torch.empty_like(destination, device="cpu")
+    reader.read_into(entry.file, entry.offset, byte_view(target))
+    if target is not destination:
+        destination.copy_(target)
+    return entry.num_bytes
+
+
+def _reshard(saved: list[TensorEntry], reader: VerifiedReader, tensors: NestedTensors) -> int:
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner(dict(tensors), metadata_of(saved), is_coordinator=False)
+    entries = {MetadataIndex(entry.name, entry.starts): entry for entry in saved}
+    by_chunk: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
+    for item in planner.create_local_plan().items:
+        by_chunk[item.storage_index].append(item)
+    for index, items in by_chunk.items():
+        chunk = torch.empty(entries[index].shape, dtype=getattr(torch, entries[index].dtype))
+        read_chunk(reader, entries[index], chunk)
+        for item in items:
+            planner.resolve_tensor(item).detach().copy_(_narrow(chunk, item))
+    return sum(entries[index].num_bytes for index in by_chunk)
+
+
+def _narrow(chunk: Tensor, item: ReadItem) -> Tensor:
+    return chunk[tuple(slice(start, start + size) for start, size in zip(item.storage_offsets, item.lengths, strict=True))]
+
+
+def metadata_of(saved: Iterable[TensorEntry]) -> Metadata:
+    """DCP's description of the saved tensors, made from the manifest: the pickled .metadata is for other tools."""
+    tensors: dict[str, STORAGE_TYPES] = {}
+    for entry in saved:
+        chunk = ChunkStorageMetadata(offsets=torch.Size(entry.starts), sizes=torch.Size(entry.shape))
+        properties = TensorProperties(dtype=getattr(torch, entry.dtype))
+        described = tensors.setdefault(entry.name, TensorStorageMetadata(properties, torch.Size(entry.global_shape), []))
+        assert isinstance(described, TensorStorageMetadata)
+        described.chunks.append(chunk)
+    return Metadata(tensors)

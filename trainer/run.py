@@ -1,0 +1,168 @@
+"""Everything that a step needs, put together: fresh, or resumed from the checkpoint that this attempt was told."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from keepstep.storage.errors import DamagedCheckpoint
+from keepstep.storage.store import Store
+from keepstep.storage.verify import CheckpointReader, read_manifest
+
+from . import rng
+from .attach import Attached
+from .cadence import Cadence, parse_interval
+from .checkpoint import Checkpointer
+from .config import TrainerConfig
+from .contract import DAMAGED_KIND, Phase, Resume
+from .data import Feed, feed_for
+from .models import Gpt, build_model, num_parameters
+from .optim import ShardOptimizer, changed_hyper_parameters
+from .parallel import World, initialise, shard
+from .restore import restore
+from .state import NestedTensors, RankState, tensors_of
+from .tokens import Tokens, open_tokens, prepare, read_index
+
+log = logging.getLogger("keepstep.trainer")
+
+
+class SaveRequests:
+    """An agent shows SAVE until it is told otherwise, and its ranks see it at different steps: one showing is one save."""
+
+    def __init__(self) -> None:
+        self._shown = self._is_served = False
+
+    def is_new(self, is_shown: bool) -> bool:
+        """Whether a save is owed, given what any rank sees now."""
+        self._shown = is_shown
+        self._is_served = self._is_served and is_shown
+        return is_shown and not self._is_served
+
+    def served(self) -> None:
+        self._is_served = self._shown
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The one mutable object of a rank. `step` and `loss_hex` are those of the last finished update."""
+
+    config: TrainerConfig
+    me: Attached
+    world: World
+    tokens: Tokens
+    feed: Feed
+    model: Gpt
+    optimizer: ShardOptimizer
+    tensors: NestedTensors  # the whole state by name, sharing memory with model and optimizer
+    checkpointer: Checkpointer
+    cadence: Cadence
+    save_requests: SaveRequests
+    step: int = 0
+    loss_hex: str = ""
+    is_finished: bool = False  # the checkpoint that was resumed from is that of the last step
+
+    @property
+    def sharded(self) -> FSDPModule:
+        assert isinstance(self.model, FSDPModule)
+        return self.model
+
+    def rank_state(self) -> RankState:
+        """What this rank keeps beside its tensors, as of now."""
+        return RankState(
+            step=self.step,
+            position=self.feed.positions(self.step)[1],
+            rng=rng.capture(),
+            loss_hex=self.loss_hex,
+            hyper_parameters=self.optimizer.hyper_parameters(),
+        )
+
+
+def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
+    """Collective. The run, ready for its next step.
+
+    Raises:
+        ValueError: the text is missing or too short, or the checkpoint is of another model.
+        ResumeDamaged: the checkpoint that this attempt was told to resume from does not verify.
+    """
+    store = Store.open(config.run.root)
+    tokens = _tokens(config, me, world, store)
+    feed = feed_for(tokens.train, seed=config.run.seed, context=config.model.context, batch_tokens=config.train.batch_tokens)
+    model = build_model(config.model, tokens.index.vocabulary)
+    parameters = num_parameters(model)
+    shard(model, world, precision=config.train.precision, reshard=config.train.reshard)
+    optimizer = ShardOptimizer(model, config.optimizer)
+    attempt, nonce = (me.spec.attempt, me.spec.nonce) if me.spec else (1, "")
+    run = Run(
+        config=config,
+        me=me,
+        world=world,
+        tokens=tokens,
+        feed=feed,
+        model=model,
+        optimizer=optimizer,
+        tensors=tensors_of(model, optimizer),
+        checkpointer=Checkpointer(me.staging, rank=world.rank, attempt=attempt, nonce=nonce),
+        cadence=Cadence(interval=parse_interval(config.checkpoint.interval, attempt), saved_step=0, saved_at=time.monotonic()),
+        save_requests=SaveRequests(),
+    )
+    _begin(run, store)
+    log.info("rank %d of %d: %d parameters, from step %d", world.rank, world.size, parameters, run.step)
+    return run
+
+
+def _tokens(config: TrainerConfig, me: Attached, world: World, store: Store) -> Tokens:
+    """Collective if the root holds no tokens yet: then rank 0 makes them."""
+    if read_index(store) is None:
+        if world.rank == 0:
+            prepare(config.data, store, lambda what, share: me.report(Phase.INIT, 0))
+        dist.barrier()
+    return open_tokens(store, Path(me.spec.scratch) if me.spec else None)
+
+
+def _begin(run: Run, store: Store) -> None:
+    if run.me.resume is not None:
+        _resume(run, store, run.me.resume)
+        return
+    initialise(run.model, seed=run.config.run.seed, layers=run.config.model.layers)
+    rng.seed_everything(run.config.run.seed, 0, run.world.rank)
+
+
+class ResumeDamaged(RuntimeError):
+    """The agent passes `directory` on, the coordinator quarantines it and picks an older checkpoint for all ranks."""
+
+    kind = DAMAGED_KIND
+
+    def __init__(self, error: DamagedCheckpoint) -> None:
+        super().__init__(str(error))
+        self.directory = error.directory
+
+
+def _resume(run: Run, store: Store, resume: Resume) -> None:
+    run.me.report(Phase.LOAD, resume.step)
+    try:
+        manifest = read_manifest(store, resume.directory, resume.manifest_sha256)
+        staging = run.me.staging
+        reader = CheckpointReader(store, resume.directory, manifest, resident=staging.resident if staging else None)
+        restored = restore(manifest, reader, run.tensors)
+    except DamagedCheckpoint as error:
+        raise ResumeDamaged(error) from error
+    for alarm in reader.alarms:
+        log.warning("%s", alarm)
+    same_world = manifest.world_size == run.world.size
+    saved = RankState.from_json(manifest.ranks[run.world.rank if same_world else 0].state)
+    if same_world:
+        rng.restore(saved.rng)
+    else:
+        rng.seed_everything(run.config.run.seed, saved.step, run.world.rank)
+        log.info("saved by %d ranks, resumed by %d: random streams follow from (seed, step, rank)", manifest.world_size, run.world.size)
+    for sentence in changed_hyper_parameters(saved.hyper_parameters, run.optimizer.hyper_parameters()):
+        log.warning("%s", sentence)
+    run.step, run.loss_hex = saved.step, saved.loss_hex
+    run.is_finished = manifest.ranks[0].state.get("result") is not None and saved.step >= run.config.run.steps
+    run.cadence = run.cadence.saved(saved.step, time.monotonic(), run.cadence.stall_s)
+    log.info("resumed step %d from %s (%d bytes, %d from memory)", saved.step, resume.directory, restored.num_bytes, reader.bytes_from_memory)

@@ -1,0 +1,110 @@
+"""What the state of a training run is, by name, and its digests.
+
+    model.<parameter>                        sharded tensors, in the parameter's own dtype
+    optimizer.<parameter>.exp_avg[_sq]       sharded like the parameter
+    optimizer.<parameter>.step               updates so far, replicated
+    RankState                                per rank, JSON: random streams, the last loss, hyper-parameters. Never under shared keys
+
+The data position is the step (data.py), so nothing else is state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from keepstep.storage.canonical import canonical_json, sha256_hex
+
+from .optim import ShardOptimizer
+from .parallel import whole
+
+NestedTensors = dict[str, dict[str, Any]]  # {"model": {name: tensor}, "optimizer": {name: {key: tensor}}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankState:
+    """What a rank keeps beside its tensors; the JSON under "state" of its rank index."""
+
+    step: int
+    position: int  # of the canonical order: the next sample to consume
+    rng: Mapping[str, Any]
+    loss_hex: str  # of the last step
+    hyper_parameters: Mapping[str, Any]
+    result: Mapping[str, Any] | None = None  # rank 0, final checkpoint: what result.json says
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> RankState:
+        """Raises TypeError when a part is missing: another version of keepstep wrote it."""
+        return RankState(**fields)
+
+
+def tensors_of(model: nn.Module, optimizer: ShardOptimizer) -> NestedTensors:
+    """Every tensor of the state, sharing memory with model and optimizer: writing into one changes the training.
+
+    The optimizer's moments are plain shards; here they carry the placement of their parameter.
+    """
+    parameters = dict(model.named_parameters())
+    moments = {name: {key: _placed_like(parameters[name], value) for key, value in state.items()} for name, state in optimizer.state().items()}
+    return {"model": {name: parameter.detach() for name, parameter in parameters.items()}, "optimizer": moments}
+
+
+def _placed_like(parameter: Tensor, value: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor) or value.ndim != parameter.ndim:
+        return value
+    return DTensor.from_local(
+        value.detach(), parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def flatten(tensors: NestedTensors) -> dict[str, Tensor]:
+    """{"model.blocks.0.norm.weight": tensor, ...}, as torch.distributed.checkpoint names them."""
+    flat: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        flat |= {f"{name}.{key}": t for key, t in flatten(value).items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+class _Hash(Protocol):
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+
+def digest(tensors: NestedTensors) -> dict[str, str]:
+    """Collective. {"model": SHA-256, "optimizer": SHA-256} over the unsharded tensors in name order: name, dtype, shape, bytes.
+
+    One tensor at a time is whole in memory. Equal at any world size when the values are.
+    """
+    return {part: _digest_part(flatten(values)) for part, values in tensors.items()}
+
+
+def _digest_part(flat: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(flat):
+        hash_tensor(sha, name, whole(flat[name]))
+    return sha.hexdigest()
+
+
+def hash_tensor(sha: _Hash, name: str, tensor: Tensor) -> None:
+    """Feeds one unsharded CPU tensor."""
+    sha.update(canonical_json([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]))
+    sha.update(byte_view(tensor.contiguous()))
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The raw bytes of a contiguous CPU tensor, writable; also of dtypes that NumPy does not know."""
+    import torch
+
+    assert tensor.is_contiguous()
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+
+
+def state_digest(tensors: Mapping[str, str], rng: Sequence[str], *, step: int, position: int) -> str:
+    """SHA-256 over the tensors' digests, those of every rank's random streams, the step and the data position."""
+    return sha256_hex(canonical_json({"tensors": dict(tensors), "rng": list(rng), "step": step, "position": position}))

@@ -1,0 +1,157 @@
+"""Where training text comes from: documents in a fixed order, from the installed documentation or from text files anywhere.
+
+"installed-docs" is the English that every machine running keepstep has: Python's language reference (`pydoc_data.topics`) and the
+docstrings of the standard library, PyTorch and NumPy. Source files are parsed, never imported, so what comes out depends on the
+installed versions alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Final
+
+INSTALLED_DOCS: Final = "installed-docs"
+_SKIPPED_FOLDERS: Final = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "lib2to3", "pydoc_data"})
+# PyTorch and NumPy keep the documentation of their C functions as string arguments in files of these names.
+_LITERAL_DOC_FILES: Final = ("_docs.py", "_newdocs.py", "_add_newdocs_scalars.py")
+_MIN_LITERAL_CHARS: Final = 80
+_LOOK_BACK_CHARS: Final = 4000
+_MIN_PIECE_CHARS: Final = 8 << 10
+_MAX_PIECE_CHARS: Final = 64 << 10
+_TRIPLE_QUOTES: Final = ('"' * 3, "'" * 3)
+_PREFIX: Final = re.compile(r"[a-zA-Z]+$")
+_COMMENT_LINES: Final = re.compile(r"(?m)^[ \t]*#.*$")
+# Reads past comments and ordinary strings, so that a quote inside them opens nothing. A lexer of one expression: `ast` takes
+# twenty seconds for the same files, because it builds every node of 60 MB of source.
+_LITERAL_OR_COMMENT: Final = re.compile(
+    r"""\#[^\n]*
+      | \"{3}[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*\"{3}
+      | '{3}[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'{3}
+      | "[^"\\\n]*(?:\\.[^"\\\n]*)*"
+      | '[^'\\\n]*(?:\\.[^'\\\n]*)*'""",
+    re.DOTALL | re.VERBOSE,
+)
+_REMEDY: Final = 'set data.source to a text file, a folder or URL of text files, or to "installed-docs"'
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    name: str  # stable: decides which side of the held-out split it is on
+    text: str
+
+
+def documents(source: str) -> Iterator[Document]:
+    """The documents of `source` in a fixed order. Raises ValueError naming data.source when there is nothing to read."""
+    if source == INSTALLED_DOCS:
+        return _installed_docs()
+    return _files(source)
+
+
+def _installed_docs() -> Iterator[Document]:
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    return chain(_topics(), _docstrings("python", stdlib), *(_docstrings(name, _package(name)) for name in ("torch", "numpy")))
+
+
+def _topics() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield Document(f"topics/{name}", topics[name])
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)  # finds a top-level package without importing it
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _docstrings(package: str, folder: Path) -> Iterator[Document]:
+    """One document per source file that has any documentation."""
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).parts
+        if _SKIPPED_FOLDERS.isdisjoint(parts) and (text := _documentation(path)):
+            yield Document("/".join((package, *parts)), text)
+
+
+def _documentation(path: Path) -> str:
+    source = path.read_text("utf-8", errors="replace")
+    keep = _is_long if path.name.endswith(_LITERAL_DOC_FILES) else _is_docstring
+    matches = (match for match in _LITERAL_OR_COMMENT.finditer(source) if match[0].startswith(_TRIPLE_QUOTES))
+    literals = ((_prefix(source, match.start()), match) for match in matches)
+    strings = (_value(prefix + match[0]) for prefix, match in literals if keep(source, match.start() - len(prefix), match.end()))
+    return "\n\n".join(dict.fromkeys(text for text in strings if text))
+
+
+def _prefix(source: str, start: int) -> str:
+    """The `r` of r\"\"\"...\"\"\"."""
+    match = _PREFIX.search(source, max(0, start - 2), start)
+    return match[0] if match else ""
+
+
+def _is_docstring(source: str, start: int, end: int) -> bool:
+    """It follows the colon of a `class` or `def`, or nothing but comments."""
+    before = source[max(0, start - _LOOK_BACK_CHARS) : start].rstrip()
+    if not before.endswith(":"):
+        before = _COMMENT_LINES.sub("", before).rstrip()
+    return before.endswith(":") if before else start < _LOOK_BACK_CHARS
+
+
+def _is_long(source: str, start: int, end: int) -> bool:
+    return end - start >= _MIN_LITERAL_CHARS
+
+
+def _value(literal: str) -> str:
+    try:
+        value = ast.literal_eval(literal)
+    except (SyntaxError, ValueError):  # an f-string, or a template's placeholder inside: not documentation
+        return ""
+    return inspect.cleandoc(value).encode(errors="replace").decode() if isinstance(value, str) else ""  # lone surrogates exist
+
+
+def _files(source: str) -> Iterator[Document]:
+    """The documents of a file or of all files below a folder, in the order of their names."""
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(source)
+        names = sorted(filesystem.find(path)) if filesystem.isdir(path) else [path]
+        if not names:
+            raise ValueError(f"data.source = {source!r} is an empty folder; {_REMEDY}")
+        contents = [(name, filesystem.cat_file(name)) for name in names]
+    except FileNotFoundError:
+        raise ValueError(f"data.source = {source!r} does not exist; {_REMEDY}") from None
+    except (OSError, ImportError) as error:  # ImportError: fsspec knows the protocol but its library is not installed
+        raise ValueError(f"data.source = {source!r} cannot be read: {error}; {_REMEDY}") from error
+    prefix = len(path.rstrip("/")) + 1
+    texts = ((name[prefix:] or Path(name).name, _decoded(source, name, content)) for name, content in contents)
+    return (Document(f"{name}#{i}", piece) for name, text in texts for i, piece in enumerate(_pieces(text)))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A long file as documents of 8 KiB or a little more, cut at blank lines; of 64 KiB at most, cut at any line, where there are none."""
+    piece: list[str] = []
+    chars = 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        chars += len(line)
+        if chars >= _MAX_PIECE_CHARS or (chars >= _MIN_PIECE_CHARS and not line.strip()):
+            yield "".join(piece)
+            piece, chars = [], 0
+    if piece:
+        yield "".join(piece)
+
+
+def _decoded(source: str, name: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.source = {source!r}: {name} is not UTF-8 text (byte {error.start}); convert it or take it out") from None

@@ -1,0 +1,280 @@
+"""From text to token shards below the run's root, and back to memory-mapped arrays on every node.
+
+tokens/train.bin, tokens/held_out.bin    token ids, little-endian uint16 (uint32 for large vocabularies), documents end with end-of-text
+tokens/tokenizer.json                    of the `tokenizers` library, or {"kind": "bytes"}
+tokens/index.json                        written last, with put_new: what exists is complete, and its SHA-256 sums say what belongs to it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from keepstep.storage.canonical import canonical_json, sha256_hex
+from keepstep.storage.errors import NotFound
+from keepstep.storage.store import Store
+
+from .config import DataSection
+from .text import Document, documents
+from .tokenizer import Tokenizer, learn_tokenizer, load_tokenizer
+
+FORMAT: Final = 1
+FOLDER: Final = "tokens"
+INDEX: Final = f"{FOLDER}/index.json"
+TOKENIZER: Final = f"{FOLDER}/tokenizer.json"
+PARTS: Final = ("train", "held_out")
+_BLOCK_BYTES: Final = 8 << 20
+_ENCODE_DOCUMENTS: Final = 256
+
+Progress = Callable[[str, float], None]  # (what is being done, share that is done)
+TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One side of the held-out split."""
+
+    documents: int
+    text_bytes: int
+    tokens: int
+    sha256: str  # of the .bin file
+    unigram_nats: float  # cross-entropy per token under the train part's token frequencies: what a model that knows no context reaches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenIndex:
+    """tokens/index.json."""
+
+    recipe: str  # digest of the [data] section that was asked for
+    dtype: str  # numpy's name
+    vocabulary: int
+    tokenizer_sha256: str
+    train: Part
+    held_out: Part
+
+    def body(self) -> bytes:
+        return canonical_json({"format": FORMAT, **asdict(self)}) + b"\n"
+
+    @staticmethod
+    def parse(body: bytes) -> TokenIndex:
+        """Raises ValueError when another version of keepstep wrote it."""
+        fields = json.loads(body)
+        if fields.pop("format", None) != FORMAT:
+            raise ValueError(f"{INDEX} is not of format {FORMAT}: it was written by another version of keepstep")
+        return TokenIndex(**fields | {name: Part(**fields[name]) for name in PARTS})
+
+    def part(self, name: str) -> Part:
+        return {"train": self.train, "held_out": self.held_out}[name]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a rank trains and evaluates on; the arrays are memory-mapped, read-only."""
+
+    index: TokenIndex
+    train: TokenArray
+    held_out: TokenArray
+    tokenizer_json: bytes
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Parsed at first use: training itself only needs numbers."""
+        return load_tokenizer(self.tokenizer_json)
+
+
+def recipe_digest(config: DataSection) -> str:
+    """Same digest, same tokens; the versions of the installed packages are not in it: what a root holds stays valid after an upgrade."""
+    return sha256_hex(canonical_json(config.model_dump()))
+
+
+def read_index(store: Store) -> TokenIndex | None:
+    """What the root holds, None if nothing was prepared yet."""
+    try:
+        return TokenIndex.parse(store.get(INDEX))
+    except NotFound:
+        return None
+
+
+def prepare(config: DataSection, store: Store, progress: Progress = lambda what, share: None) -> TokenIndex:
+    """Makes the root's token shards unless they are there. Deterministic: the same text and section give the same bytes.
+
+    Raises:
+        ValueError: there is no text, too little of it, or the root holds tokens of another recipe.
+    """
+    found = read_index(store)
+    if found:
+        return _checked_recipe(found, config, store)
+    progress("reading text", 0.0)
+    parts = dict(zip(PARTS, split(_enough(config, list(_limited(documents(config.source), config.max_bytes))), config.held_out), strict=True))
+    progress("learning the tokenizer", 0.1)
+    tokenizer = learn_tokenizer(config, (document.text for document in parts["train"]))
+    arrays = {name: _encode(tokenizer, parts[name], progress) for name in PARTS}
+    progress("writing tokens", 0.9)
+    index = _index(config, tokenizer, parts, arrays)
+    for name in PARTS:
+        body = memoryview(arrays[name]).cast("B")
+        blocks = (body[start : start + _BLOCK_BYTES] for start in range(0, body.nbytes, _BLOCK_BYTES))
+        store.write_file(f"{FOLDER}/{name}.bin", blocks, num_bytes=body.nbytes)
+    store.put(TOKENIZER, tokenizer.to_json())
+    if not store.put_new(INDEX, index.body()):
+        raise ValueError(f"{store.name} was prepared by somebody else at the same time with other text; start again, or choose another run.root")
+    progress("tokens ready", 1.0)
+    return index
+
+
+def _checked_recipe(found: TokenIndex, config: DataSection, store: Store) -> TokenIndex:
+    if found.recipe != recipe_digest(config):
+        raise ValueError(f"{store.name} holds tokens of another [data] section; undo the change, or choose another run.root")
+    return found
+
+
+def _limited(found: Iterable[Document], max_bytes: int) -> Iterable[Document]:
+    """The first `max_bytes` bytes of text (all for 0), at least up to the end of a character."""
+    left = max_bytes or float("inf")
+    for document in found:
+        text_bytes = document.text.encode()[: int(left) if left < float("inf") else None]
+        yield Document(document.name, text_bytes.decode(errors="ignore"))
+        left -= len(text_bytes)
+        if left <= 0:
+            return
+
+
+def _enough(config: DataSection, found: list[Document]) -> list[Document]:
+    """At least two documents with text: one to learn from, one to evaluate on."""
+    kept = [document for document in found if document.text.strip()]
+    if len(kept) < 2:
+        raise ValueError(
+            f"data.source = {config.source!r} holds {'no text' if not kept else 'one short document only'}, and training needs "
+            "another document than evaluation: give it more text (a file counts as several documents from 8 KiB on)"
+        )
+    return kept
+
+
+def split(found: list[Document], held_out: float) -> tuple[list[Document], list[Document]]:
+    """(train, held out), both in the order of `found`; the documents whose names hash lowest are held out, at least one on each side."""
+    num_held_out = min(max(1, round(len(found) * held_out)), len(found) - 1)
+    by_hash = sorted(range(len(found)), key=lambda i: hashlib.sha256(f"{i} {found[i].name}".encode()).digest())
+    chosen = frozenset(by_hash[:num_held_out])
+    return [d for i, d in enumerate(found) if i not in chosen], [d for i, d in enumerate(found) if i in chosen]
+
+
+def _encode(tokenizer: Tokenizer, part: list[Document], progress: Progress) -> TokenArray:
+    """The ids of all documents, each followed by end-of-text."""
+    pieces: list[npt.NDArray[np.uint32]] = []
+    for start in range(0, len(part), _ENCODE_DOCUMENTS):
+        encoded = tokenizer.encode_all([document.text for document in part[start : start + _ENCODE_DOCUMENTS]])
+        pieces += [np.fromiter(chain(ids, [tokenizer.end_of_text]), np.uint32, len(ids) + 1) for ids in encoded]
+        progress("encoding text", 0.4 + 0.5 * start / len(part))
+    return np.concatenate(pieces).astype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32)
+
+
+def _index(config: DataSection, tokenizer: Tokenizer, parts: Mapping[str, list[Document]], arrays: Mapping[str, TokenArray]) -> TokenIndex:
+    counts = np.bincount(arrays["train"], minlength=tokenizer.size)
+    made = {
+        name: Part(
+            documents=len(parts[name]),
+            text_bytes=sum(len(document.text.encode()) for document in parts[name]),
+            tokens=len(arrays[name]),
+            sha256=hashlib.sha256(memoryview(arrays[name]).cast("B")).hexdigest(),
+            unigram_nats=unigram_nats(counts, arrays[name], smoothing=0 if name == "train" else 1),
+        )
+        for name in PARTS
+    }
+    return TokenIndex(
+        recipe=recipe_digest(config),
+        dtype=str(arrays["train"].dtype),
+        vocabulary=tokenizer.size,
+        tokenizer_sha256=sha256_hex(tokenizer.to_json()),
+        train=made["train"],
+        held_out=made["held_out"],
+    )
+
+
+def unigram_nats(counts: npt.NDArray[np.int64], tokens: TokenArray, *, smoothing: int) -> float:
+    """Mean -ln(frequency) over `tokens`, with frequencies from `counts` (by token id); smoothing 1 is for text that was not counted."""
+    frequencies = (counts + smoothing) / (counts + smoothing).sum()
+    return float(-np.log(frequencies[tokens]).mean())
+
+
+def open_tokens(store: Store, scratch: Path | None = None) -> Tokens:
+    """The root's tokens, memory-mapped: in place on a file system, otherwise from a verified copy in this node's `scratch`.
+
+    Several ranks of a node may call it at once: each would write the same bytes, and renames them into place.
+
+    Raises:
+        ValueError: nothing was prepared, or the bytes are not those that were.
+    """
+    index = read_index(store)
+    if index is None:
+        raise ValueError(f"{store.name} holds no tokens yet: run `keepstep prepare` first")
+    arrays = {name: _map(_local(store, name, index.part(name), scratch), index, name) for name in PARTS}
+    tokenizer_json = store.get(TOKENIZER)
+    if sha256_hex(tokenizer_json) != index.tokenizer_sha256:
+        raise _damaged(store, TOKENIZER)
+    return Tokens(index, arrays["train"], arrays["held_out"], tokenizer_json)
+
+
+def _damaged(store: Store, key: str) -> ValueError:
+    return ValueError(f"{store.name}: {key} is not what {INDEX} says; delete the folder {FOLDER}/ and run `keepstep prepare` again")
+
+
+def _local(store: Store, name: str, part: Part, scratch: Path | None) -> Path:
+    """A local file with the part's bytes, verified once per node: the copy or the marker is named after its hash."""
+    key = f"{FOLDER}/{name}.bin"
+    in_place = store.local_path(key)
+    if scratch is None:
+        if in_place is None:
+            raise ValueError(f"{store.name} is remote: its tokens need a local folder for a copy")
+        return _verified(store, key, in_place, part)
+    copy = scratch / FOLDER / f"{name}-{part.sha256[:16]}.bin"
+    if copy.exists():
+        return copy.resolve()
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    temporary = copy.with_suffix(f".{_unique()}")
+    if in_place is not None:
+        temporary.symlink_to(_verified(store, key, in_place, part).absolute())
+    else:
+        temporary.write_bytes(store.get(key))
+        _verified(store, key, temporary, part)
+    temporary.replace(copy)
+    return copy.resolve()
+
+
+def _unique() -> str:
+    import uuid
+
+    return uuid.uuid4().hex
+
+
+def _verified(store: Store, key: str, path: Path, part: Part) -> Path:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != part.sha256:
+        raise _damaged(store, key)
+    return path
+
+
+def _map(path: Path, index: TokenIndex, name: str) -> TokenArray:
+    array: TokenArray = np.memmap(path, dtype=np.dtype(index.dtype), mode="r")
+    assert len(array) == index.part(name).tokens
+    return array
+
+
+def describe(index: TokenIndex) -> dict[str, Any]:
+    """The figures that people want to see after `prepare`."""
+    return {
+        "train tokens": index.train.tokens,
+        "held-out tokens": index.held_out.tokens,
+        "vocabulary": index.vocabulary,
+        "bytes per token": round(index.train.text_bytes / index.train.tokens, 3),
+        "unigram entropy, nats per token": round(index.train.unigram_nats, 4),
+    }
