@@ -1,0 +1,339 @@
+"""One per node: makes the node do what its directive says, and tells the coordinator the node's whole state.
+
+The lease, without comparing clocks: the agent may keep its ranks only while, within every `lease_s`, it either got an answer from its
+coordinator or read the run log and saw no newer attempt. `_obeyed_at` is the moment at which the newest such proof was *asked for*.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from keepstep.storage.errors import StoreError
+from keepstep.storage.runlog import RunLog
+from keepstep.storage.store import Store
+from keepstep.trainer.contract import EXIT_BAD_INPUT, EXIT_OK
+
+from .client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
+from .contact import Contact
+from .node import NodeRanks, NodeSettings, write_config
+from .persisting import PersisterProcess
+from .processes import ENV_SCRATCH, adopt_orphans, bury, die_with_parent_if_told, kill, strays
+from .scratch import Scratch
+from .sections import RunConfig
+from .wire import AgentReport, Directive, Launch, digest
+
+REPORT_PERIOD_S = 1.0  # the floor; changes are reported at once
+PACE_PERIOD_S = 0.05  # how often the ranks' progress pages are read
+STEP_REPORT_PERIOD_S = 0.25  # news that is only "a step further" waits so long for company
+RETRY_S = 0.2
+
+
+class Agent:
+    """One incarnation of a node's agent. `run()` returns the process's exit code."""
+
+    def __init__(self, name: str, contact: Contact, config: RunConfig, scratch: Scratch, store: Store) -> None:
+        self.name = name
+        self.config = config
+        self.scratch = scratch
+        self.id = ""
+        self._store = store
+        self._log = RunLog(store)
+        self._client = CoordinatorClient(contact.url, contact.token)
+        self._token = contact.token
+        self._address = address_towards(contact.url)
+        self._persister = PersisterProcess(scratch.staging_socket, config.run.root, self._changed)
+        self._ranks = self._incarnate()
+        self._news = asyncio.Event()
+        self._ordered = asyncio.Event()
+        self._directive: Directive | None = None
+        self._term = 0
+        self._sequence = 0
+        self._obeyed = 0
+        self._obeyed_at = time.monotonic()
+        self._warm = asyncio.Event()
+        self._leaving = ""
+        self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    # --- what the node is -------------------------------------------------------------------------------------------
+
+    def _incarnate(self) -> NodeRanks:
+        """A fresh identity, never used before; the older ones on this scratch directory are dead and buried."""
+        self.id = f"{self.name}#{secrets.token_hex(2)}"
+        self.buried = self.scratch.begin(self.id)
+        settings = NodeSettings(
+            run=self.config.run.name,
+            root=self.config.run.root,
+            script=self.config.train.script,
+            script_args=self.config.train.script_args,
+            scratch=self.scratch.path,
+            address=self._address,
+            config_path=self.scratch.path / "config.json",
+            staging_socket=self.scratch.staging_socket,
+        )
+        write_config(settings.config_path, self.config.model_dump(mode="json"))
+        return NodeRanks(self.id, settings, self._store, self._changed)
+
+    def _report(self) -> AgentReport:
+        self._sequence += 1
+        return AgentReport(
+            node=self.id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            address=self._address,
+            slots=self.config.cluster.ranks_per_node,
+            sequence=self._sequence,
+            term=self._term,
+            obeyed=self._obeyed,
+            ready=self._warm.is_set() and not self._leaving,
+            buried=self.buried,
+            attempt=self._ranks.attempt,
+            ranks=self._ranks.reports(),
+            store=self._ranks.store_address,
+            persisted=self._persister.persisted,
+            leaving=self._leaving,
+            problem="",
+        )
+
+    def _changed(self) -> None:
+        self._news.set()
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Serves until the run is over or the node leaves; nothing that it started survives it."""
+        self._handle_signals()
+        await self._persister.start()
+        loops = (
+            self._warm_up(),
+            self._tell(),
+            self._listen(),
+            self._obey(),
+            self._keep_lease(),
+            self._watch_pace(),
+            self._watch_persister(),
+        )
+        tasks = [asyncio.create_task(loop) for loop in loops]
+        for task in tasks:
+            task.add_done_callback(self._on_loop_end)
+        try:
+            return await self._exit
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._ranks.stop()
+            await self._persister.stop(self.config.cluster.stop_grace_s)
+            await self._client.close()
+            await asyncio.to_thread(bury_own, self.scratch.path)
+
+    def _on_loop_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() and not self._exit.done():
+            self._exit.set_exception(task.exception() or AssertionError)
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            loop.add_signal_handler(number, self._leave, f"got {number.name}")
+
+    def _leave(self, why: str) -> None:
+        """Told by the platform that this node must go: the coordinator moves the run off it, then it exits."""
+        if not self._leaving:
+            asyncio.get_running_loop().call_later(self.config.cluster.stop_grace_s, self._finish, EXIT_OK)
+        self._leaving = why
+        self._changed()
+
+    def _finish(self, code: int) -> None:
+        if not self._exit.done():
+            self._exit.set_result(code)
+
+    async def _warm_up(self) -> None:
+        """Torch is imported in this process (for the launcher and the attempts' stores) and, meanwhile, in the forkserver."""
+        from .ranks import wait_until_warm
+
+        await asyncio.to_thread(_import_launcher)
+        await asyncio.to_thread(wait_until_warm)
+        self._warm.set()
+        self._changed()
+
+    # --- talking to the coordinator ---------------------------------------------------------------------------------
+
+    async def _tell(self) -> None:
+        while True:
+            self._news.clear()
+            asked_at = time.monotonic()
+            try:
+                self._take(await self._client.report(self._report()), asked_at)
+            except CoordinatorUnreachable:
+                await self._find_successor()
+                await asyncio.sleep(RETRY_S)
+                continue
+            except CoordinatorRefused as error:
+                self._refused(error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), REPORT_PERIOD_S)
+
+    async def _listen(self) -> None:
+        """The long poll: the coordinator's changes of mind arrive within milliseconds."""
+        while True:
+            known = digest(self._directive)
+            asked_at = time.monotonic()
+            try:
+                self._take(await self._client.directive(self.id, known), asked_at)
+            except CoordinatorUnreachable:
+                await asyncio.sleep(RETRY_S)
+            except CoordinatorRefused as error:
+                self._refused(error)
+
+    def _refused(self, error: CoordinatorRefused) -> None:
+        print(f"keepstep agent {self.id}: {error}", file=sys.stderr)  # noqa: T201
+        self._finish(EXIT_BAD_INPUT)
+
+    def _take(self, directive: Directive, asked_at: float) -> None:
+        """An answer of an older term comes from a coordinator that does not know yet that it was succeeded; an older revision was late."""
+        if (directive.term, directive.revision) < (self._term, self._directive.revision if self._directive else 0):
+            return
+        if directive.term > self._term:
+            self._obeyed = 0
+        self._term = directive.term
+        self._obeyed_at = max(self._obeyed_at, asked_at)
+        self._persister.settle(directive)
+        if directive != self._directive:
+            self._directive = directive
+            self._ordered.set()
+
+    # --- the lease --------------------------------------------------------------------------------------------------
+
+    async def _keep_lease(self) -> None:
+        lease_s = self.config.cluster.lease_s
+        while True:
+            await asyncio.sleep(lease_s / 10)
+            if time.monotonic() - self._obeyed_at > lease_s / 3:
+                await self._find_successor()
+            if self._ranks.running and time.monotonic() - self._obeyed_at > lease_s:
+                self._ranks.blame_all("lease", f"{self.id} reached neither its coordinator nor the run log for {lease_s:g} s")
+
+    async def _find_successor(self) -> None:
+        """Reads the run log: proof that nothing newer than our attempt exists, and the address of whoever rules now."""
+        asked_at = time.monotonic()
+        try:
+            async with asyncio.timeout(self.config.cluster.lease_s / 2):
+                await asyncio.to_thread(self._log.refresh)
+        except (StoreError, OSError, TimeoutError):
+            return  # cannot observe: the lease runs on
+        await self._obey_log(asked_at)
+
+    async def _obey_log(self, asked_at: float) -> None:
+        newest = self._log.newest_attempt()
+        if self._ranks.running and newest and newest.attempt > self._ranks.attempt:
+            self._ranks.blame_all("fenced", f"attempt {newest.attempt} has replaced attempt {self._ranks.attempt}")
+            return
+        self._obeyed_at = max(self._obeyed_at, asked_at)
+        opened = self._log.newest_opened()
+        if opened and opened.term > self._term and opened.url and opened.url.rstrip("/") != self._client.url:
+            old, self._client = self._client, CoordinatorClient(opened.url, self._token)
+            await old.close()
+
+    # --- doing what the directive says ------------------------------------------------------------------------------
+
+    async def _obey(self) -> None:
+        while True:
+            await self._ordered.wait()
+            self._ordered.clear()
+            directive = self._directive
+            assert directive
+            if directive.over:
+                return self._finish(EXIT_OK)
+            if directive.forget:
+                await self._start_anew()
+            await self._reconcile(directive.launch)
+            if directive.term == self._term and directive.revision > self._obeyed:
+                self._obeyed = directive.revision
+                self._changed()
+            if self._leaving and directive.launch is None and not self._persister.persisted:
+                self._finish(EXIT_OK)
+
+    async def _reconcile(self, launch: Launch | None) -> None:
+        if launch is None:
+            await self._ranks.stop()
+        else:
+            await self._warm.wait()
+            await self._ranks.pursue(launch)
+
+    async def _start_anew(self) -> None:
+        """The coordinator gave this incarnation up: its ranks die, and the node comes back under a new name."""
+        await self._ranks.stop()
+        self._ranks = self._incarnate()
+        self._sequence = 0
+        self._directive = None
+        self._changed()
+
+    # --- watching ---------------------------------------------------------------------------------------------------
+
+    async def _watch_pace(self) -> None:
+        """Progress in shared memory makes no event: it is looked at. A new phase is news; a further step can wait a little."""
+        told, told_at = self._ranks.pace(), time.monotonic()
+        while True:
+            await asyncio.sleep(PACE_PERIOD_S)
+            pace, now = self._ranks.pace(), time.monotonic()
+            phases_differ = [phase for phase, _ in pace] != [phase for phase, _ in told]
+            if phases_differ or (pace != told and now - told_at >= STEP_REPORT_PERIOD_S):
+                told, told_at = pace, now
+                self._changed()
+
+    async def _watch_persister(self) -> None:
+        while True:
+            why = await self._persister.serve()
+            self._ranks.blame_all("persister", why)
+            await self._persister.start()
+
+
+def _import_launcher() -> None:
+    """The imports that hosting a store and launching ranks need; half a second to two of processor time."""
+    import torch.distributed
+    import torch.distributed.elastic.multiprocessing  # noqa: F401
+
+
+def address_towards(url: str) -> str:
+    """Our own address on the way to the coordinator: where the other nodes, which take the same way, reach us."""
+    host = urlsplit(url).hostname or "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # UDP: nothing is sent
+        return str(probe.getsockname()[0])
+
+
+def bury_own(scratch: Path) -> None:
+    """At the agent's own end: whatever it started and is still there."""
+    kill(strays(scratch))
+
+
+def serve(name: str, contact: Contact, scratch_path: Path) -> int:
+    """The agent process. Raises InputError where the person who started it must do something."""
+    die_with_parent_if_told()
+    adopt_orphans()
+    scratch = Scratch(scratch_path)
+    os.environ[ENV_SCRATCH] = str(scratch.path)
+    scratch.lock()
+    bury(scratch.path)
+
+    from .ranks import forget_main_module, start_forkserver
+
+    forget_main_module()
+    start_forkserver()
+    return asyncio.run(_serve(name, contact, scratch))
+
+
+async def _serve(name: str, contact: Contact, scratch: Scratch) -> int:
+    from .meeting import meet
+
+    contact, config, store = await meet(contact)
+    agent = Agent(name, contact, config, scratch, store)
+    return await agent.run()

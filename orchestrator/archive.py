@@ -1,0 +1,133 @@
+"""What a run leaves for people beside its checkpoints: events.jsonl while it goes on, result.json at its end.
+
+Nothing here decides anything: the run log is the authority, and a write that fails here never stops a run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from keepstep.storage.errors import NotFound, StoreError
+from keepstep.storage.layout import EVENTS_KEY, MANIFEST_NAME, RESULT_KEY, STEPS, parse_steps_key, steps_key
+from keepstep.storage.lineage import HistoryStep, Lineage
+from keepstep.storage.manifest import Manifest
+from keepstep.storage.records import Commit, Failed, Finished
+from keepstep.storage.store import Store
+
+FAILURE: Final = "failure"  # kind of the event that carries an attempt's verdict
+
+
+def utc_now() -> str:
+    """For people; never compared with another machine's."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class EventFile:
+    """Appends events. Called from one thread."""
+
+    def __init__(self, store: Store, run: str) -> None:
+        self._store = store
+        self._run = run
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        line = json.dumps({"at": utc_now(), "run": self._run, **event}).encode()
+        try:
+            self._store.append(EVENTS_KEY, line)
+        except StoreError as error:  # hurts only who reads events.jsonl later; the log and the terminal have it
+            print(f"keepstep: events.jsonl: {error}", file=sys.stderr)  # noqa: T201
+
+
+def read_events(store: Store) -> list[dict[str, Any]]:
+    return store.read_records(EVENTS_KEY)
+
+
+def read_steps(store: Store) -> dict[int, list[dict[str, Any]]]:
+    """Step records by attempt, lost work included."""
+    attempts = {attempt for attempt in map(parse_steps_key, store.list(STEPS)) if attempt is not None}
+    return {attempt: store.read_records(steps_key(attempt)) for attempt in sorted(attempts)}
+
+
+def goodput(lineage: Lineage, steps: Mapping[int, list[dict[str, Any]]], elapsed_s: float) -> dict[str, Any]:
+    """goodput = seconds of the steps that count / seconds since the run's first attempt began.
+
+    The remainder is start-up, saving, evaluation, steps that had to be computed again, and waiting for nodes.
+    """
+    history = lineage.history(steps)
+    useful_s = sum(float(step.record.get("seconds", 0.0)) for step in history)
+    computed = sum(len(records) for records in steps.values())
+    return {
+        "ratio": round(useful_s / elapsed_s, 4) if elapsed_s > 0 else 0.0,
+        "useful_s": round(useful_s, 3),
+        "elapsed_s": round(elapsed_s, 3),
+        "lost_steps": max(0, computed - len(history)),
+    }
+
+
+def elapsed_s(lineage: Lineage) -> float:
+    """Since the first attempt was logged, by the wall clock: for people."""
+    if not lineage.attempts or not lineage.attempts[0].at:
+        return 0.0
+    return (datetime.now(UTC) - datetime.fromisoformat(lineage.attempts[0].at)).total_seconds()
+
+
+def final_state(store: Store, commit: Commit) -> dict[str, Any]:
+    """What rank 0 computed over the whole state when it staged the last checkpoint; {} for a checkpoint in mid-run."""
+    manifest = Manifest.parse(store.get(f"{commit.directory}/{MANIFEST_NAME}"))
+    result: dict[str, Any] = dict(manifest.ranks[0].state.get("result", {}))
+    return result
+
+
+def result_of(store: Store, lineage: Lineage) -> dict[str, Any]:
+    """The text of result.json. Raises StoreError."""
+    assert lineage.outcome is not None
+    commit = lineage.newest_committed()
+    steps = read_steps(store)
+    share = goodput(lineage, steps, elapsed_s(lineage))
+    return {
+        "outcome": outcome_name(lineage.outcome),
+        "why": lineage.outcome.why,
+        "step": _last_step(lineage, commit, lineage.history(steps)),
+        **_digests(final_state(store, commit) if commit else {}),
+        "attempts": len(lineage.attempts),
+        "failures": [_failure(event) for event in read_events(store) if event.get("kind") == FAILURE],
+        "lost_steps": share["lost_steps"],
+        "goodput": share["ratio"],
+    }
+
+
+def write_result(store: Store, lineage: Lineage) -> dict[str, Any]:
+    result = result_of(store, lineage)
+    store.put(RESULT_KEY, json.dumps(result, indent=1).encode())
+    return result
+
+
+def read_result(store: Store) -> dict[str, Any] | None:
+    try:
+        result: dict[str, Any] = json.loads(store.get(RESULT_KEY))
+    except NotFound:
+        return None
+    return result
+
+
+def outcome_name(outcome: Finished | Failed) -> str:
+    return outcome.outcome if isinstance(outcome, Finished) else "failed"
+
+
+def _last_step(lineage: Lineage, commit: Commit | None, history: tuple[HistoryStep, ...]) -> int:
+    if isinstance(lineage.outcome, Finished):
+        return lineage.outcome.step
+    return commit.step if commit else (history[-1].step if history else 0)
+
+
+def _digests(final: Mapping[str, Any]) -> dict[str, Any]:
+    """The names of interfaces.md first, null where the run ended without them, then whatever else the trainer found out."""
+    names = ("model_sha256", "optimizer_sha256", "state_sha256", "final_loss_hex")
+    return {name: final.get(name) for name in names} | {name: final[name] for name in sorted(final) if name not in names}
+
+
+def _failure(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: event.get(name) for name in ("attempt", "node", "rank", "step", "kind", "why")} | {"kind": event.get("cause", FAILURE)}

@@ -1,0 +1,243 @@
+"""The command line. Thin: parse, call, print; every user's mistake is one message on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keepstep.storage.errors import StorageError
+from keepstep.trainer.contract import EXIT_BAD_INPUT
+
+from . import config as configs
+from .errors import InputError
+from .sections import RunConfig
+
+app = typer.Typer(
+    name="keepstep",
+    help="Trains language models on machines that fail, and ends with the same bits as if none had failed.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+checkpoints = typer.Typer(help="Look at and verify a run's committed checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(checkpoints, name="checkpoints")
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's config; every key has a default.")]
+Overrides = Annotated[list[str] | None, typer.Option("-o", metavar="section.key=value", help="Override one key; may be given again.")]
+Where = Annotated[str, typer.Argument(metavar="ROOT|URL", help="The run's root (path or fsspec URL), or its coordinator's URL.")]
+Root = Annotated[str, typer.Argument(metavar="ROOT", help="The run's root: a local path or any fsspec URL.")]
+Step = Annotated[int, typer.Option(help="A committed step; default: the newest.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
+
+
+def _config(path: Path, overrides: list[str] | None) -> RunConfig:
+    config = configs.load(path, overrides or [])
+    if "://" in config.run.root:
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"root": str(Path(config.run.root).absolute())})})
+
+
+@app.command()
+def run(
+    path: RunFile,
+    override: Overrides = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Kill a rank, later a whole node, on purpose, and show what happens.")] = False,
+) -> None:
+    """A whole run on this machine: a coordinator and simulated nodes. Continues if the root has a history.
+
+    Example: keepstep run examples/quickstart.toml -o run.root=/tmp/r -o run.steps=60
+    """
+    from .commands import run_locally
+
+    raise typer.Exit(run_locally(_config(path, override), demo=demo))
+
+
+@app.command()
+def coordinator(
+    path: RunFile,
+    override: Overrides = None,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address to serve on, instead of cluster.listen.")] = "",
+    managed: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """The coordinator alone; nodes join over the network.
+
+    Example: keepstep coordinator run.toml --listen 0.0.0.0:7700
+    """
+    from .commands import coordinate
+
+    overrides = [*(override or []), *([f'cluster.listen="{listen}"'] if listen else [])]
+    raise typer.Exit(coordinate(_config(path, overrides), managed=managed))
+
+
+@app.command()
+def agent(
+    coordinator: Annotated[str, typer.Option(metavar="URL", help="The coordinator's URL; the token comes from KEEPSTEP_TOKEN.")] = "",
+    root: Annotated[str, typer.Option(metavar="ROOT", help="Find the coordinator through the run's root instead.")] = "",
+    node: Annotated[str, typer.Option(metavar="NAME", help="This node's name; default: SLURMD_NODENAME or the host name.")] = "",
+    scratch: Annotated[str, typer.Option(metavar="DIR", help="This node's own directory; default: below the temporary directory.")] = "",
+) -> None:
+    """One per node: runs and guards this node's ranks.
+
+    Example: KEEPSTEP_TOKEN=... keepstep agent --coordinator http://head:7700
+    """
+    from .commands import serve_agent
+
+    raise typer.Exit(serve_agent(url=coordinator, root=root, node=node, scratch=scratch))
+
+
+@app.command()
+def status(where: Where, as_json: AsJson = False) -> None:
+    """Phase, reason, attempt, step, nodes, ranks, pids, last commit, goodput.
+
+    Example: keepstep status runs/quickstart
+    """
+    from .viewing import print_status
+
+    print_status(where, as_json=as_json)
+
+
+@app.command()
+def events(
+    where: Where, as_json: AsJson = False, follow: Annotated[bool, typer.Option("--follow", help="Go on until the run is over.")] = False
+) -> None:
+    """The story of the run, one line per event. With --json one JSON document (with --follow one per line).
+
+    Example: keepstep events runs/quickstart --follow
+    """
+    from .viewing import print_events
+
+    print_events(where, as_json=as_json, follow=follow)
+
+
+@app.command()
+def stop(where: Where) -> None:
+    """Checkpoint at one step boundary and leave (exit code 75 of the run: requeue me).
+
+    Example: keepstep stop runs/quickstart
+    """
+    from .viewing import post
+
+    print(post(where, "/v1/stop"), end="")
+
+
+@app.command()
+def save(where: Where) -> None:
+    """Checkpoint now and go on.
+
+    Example: keepstep save runs/quickstart
+    """
+    from .viewing import post
+
+    print(post(where, "/v1/save"), end="")
+
+
+@app.command()
+def drain(node: Annotated[str, typer.Argument(metavar="NODE")], where: Where) -> None:
+    """Move the run off a node.
+
+    Example: keepstep drain gpu07 runs/quickstart
+    """
+    from .viewing import post
+
+    print(post(where, "/v1/drain", node=node), end="")
+
+
+@checkpoints.command("list")
+def checkpoints_list(root: Root, as_json: AsJson = False) -> None:
+    """Every committed checkpoint: step, attempt, directory, state.
+
+    Example: keepstep checkpoints list runs/quickstart
+    """
+    from .viewing import print_checkpoints
+
+    print_checkpoints(root, as_json=as_json)
+
+
+@checkpoints.command("verify")
+def checkpoints_verify(
+    root: Root, step: Annotated[int, typer.Option(help="Only the checkpoint of this step; default: all.")] = -1, as_json: AsJson = False
+) -> None:
+    """Read every byte of the committed checkpoints and compare it with the hashes; exit code 3 if one is damaged.
+
+    Example: keepstep checkpoints verify runs/quickstart --step 120
+    """
+    from .viewing import verify_checkpoints
+
+    raise typer.Exit(verify_checkpoints(root, step=step, as_json=as_json))
+
+
+@app.command()
+def prepare(path: RunFile, override: Overrides = None) -> None:
+    """Turn data.source into token shards below the run's root. `keepstep run` does it by itself.
+
+    Example: keepstep prepare run.toml -o data.source=/data/books
+    """
+    from .tools import prepare_data
+
+    prepare_data(_config(path, override))
+
+
+@app.command()
+def evaluate(
+    root: Root, step: Annotated[int, typer.Option(help="A committed step; default: the newest.")] = -1, as_json: AsJson = False
+) -> None:
+    """Perplexity of a committed checkpoint on the held-out text, on one process.
+
+    Example: keepstep evaluate runs/quickstart
+    """
+    from .tools import evaluate_checkpoint
+
+    evaluate_checkpoint(root, step=step, as_json=as_json)
+
+
+@app.command()
+def generate(
+    root: Root,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The ",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among so many likeliest tokens; 0: all.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    step: Step = -1,
+) -> None:
+    """Text from a committed checkpoint, on one process.
+
+    Example: keepstep generate runs/quickstart --prompt "Return a list of"
+    """
+    from .tools import generate_text
+
+    generate_text(root, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, step=step)
+
+
+@app.command()
+def doctor(path: RunFile, override: Overrides = None, as_json: AsJson = False) -> None:
+    """Store probe, versions, ports, memory, disk: says what would fail before it does. Exit code 2 if something would.
+
+    Example: keepstep doctor run.toml
+    """
+    from .doctor import examine
+
+    raise typer.Exit(examine(_config(path, override), as_json=as_json))
+
+
+def main() -> None:
+    """Process entry: nothing leaves as a traceback but our own bugs."""
+    try:
+        app()
+    except InputError as error:
+        print(f"keepstep: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except StorageError as error:
+        print(f"keepstep: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except BrokenPipeError:  # `keepstep events ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""HTTP from an agent or the CLI to the coordinator: a token on every call, a deadline on every wait."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+
+from .wire import AgentReport, Directive
+
+LONG_POLL_S = 1.0  # the server answers at the latest after this time; also the floor of the report period
+CALL_TIMEOUT_S = 5.0
+
+
+class CoordinatorUnreachable(ConnectionError):
+    """No answer: the coordinator is dead, away, or its network is. Says nothing about which."""
+
+
+class CoordinatorRefused(PermissionError):
+    """The coordinator answered, and does not want us (wrong token, other run)."""
+
+
+class CoordinatorClient:
+    """Calls of one coordinator at one address. Every method raises CoordinatorUnreachable or CoordinatorRefused."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url = url.rstrip("/")
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {token}"},
+            connector=aiohttp.TCPConnector(limit=8, force_close=False),
+        )
+
+    async def __aenter__(self) -> CoordinatorClient:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def report(self, report: AgentReport) -> Directive:
+        """Tells the node's whole state; the answer is what it should be doing now."""
+        return Directive.model_validate_json(await self._call("POST", "/v1/report", data=report.model_dump_json().encode()))
+
+    async def directive(self, node: str, known: str) -> Directive:
+        """Long poll: answers as soon as the directive differs from the one whose digest is `known`, else after LONG_POLL_S."""
+        params = {"node": node, "known": known}
+        return Directive.model_validate_json(
+            await self._call("GET", "/v1/directive", params=params, timeout_s=LONG_POLL_S + CALL_TIMEOUT_S)
+        )
+
+    async def get(self, path: str, **params: str) -> bytes:
+        return await self._call("GET", path, params=params)
+
+    async def post(self, path: str, **params: str) -> bytes:
+        return await self._call("POST", path, params=params)
+
+    async def _call(self, method: str, path: str, *, timeout_s: float = CALL_TIMEOUT_S, **arguments: Any) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=timeout_s, connect=2.0)
+        try:
+            async with self._session.request(method, self.url + path, timeout=timeout, **arguments) as answer:
+                body = await answer.read()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise CoordinatorUnreachable(f"no answer from {self.url}{path}: {type(error).__name__} {error}") from error
+        if answer.status in (401, 403, 404, 409):
+            raise CoordinatorRefused(f"{self.url}{path}: {answer.status} {body.decode(errors='replace').strip()}")
+        if answer.status != 200:
+            raise CoordinatorUnreachable(f"{self.url}{path}: {answer.status} {body.decode(errors='replace').strip()[:200]}")
+        return body

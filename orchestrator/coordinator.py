@@ -1,0 +1,242 @@
+"""One per run: the asyncio shell around the pure machine. Torch-free.
+
+Events go in one at a time, on the loop; requests come out and are carried out beside it: everything that touches the run log in one
+thread, in order; what is slow and idempotent (reading rank indexes, writing a manifest) in others. The answer comes back as an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from keepstep.storage.errors import Fenced, StoreError
+from keepstep.storage.runlog import RunLog
+from keepstep.storage.store import Store
+from keepstep.trainer.contract import EXIT_REQUEUE
+
+from . import events as ev
+from .archive import EventFile, write_result
+from .client import LONG_POLL_S
+from .commits import InvalidCheckpoint, write_manifest
+from .endings import exit_code_of
+from .logbook import Logbook
+from .machine import Run, begin, directive, may_answer, step
+from .membership import Node
+from .policies import policy_of
+from .sections import RunConfig
+from .status import live_status, slowest_step, with_history
+from .wire import AgentReport, Directive, digest
+
+T = TypeVar("T")
+
+TICK_S = 0.1
+LOG_READ_PERIOD_S = 1.0
+FAREWELL_S = 3.0  # how long the agents may take to hear that the run is over
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    exit_code: int
+    why: str
+
+
+class NoAuthority(Exception):
+    """Whether somebody has succeeded us is not known at the moment: agents read the log themselves."""
+
+
+class Coordinator:
+    """One term. `serve()` returns when the run is over, or a newer coordinator reigns."""
+
+    def __init__(self, config: RunConfig, store: Store, log: RunLog, tell: Callable[[dict[str, Any]], None]) -> None:
+        self.config = config
+        self.log = log
+        opened = log.newest_opened()
+        assert opened, "the term is opened first"
+        self.term, self._url = opened.term, opened.url
+        self.store = store
+        self.run: Run = begin(policy_of(config))
+        self._logbook = Logbook(log, self.term)
+        self._events = EventFile(store, config.run.name)
+        self._tell = tell
+        self._told_step = -1
+        self._working: set[ev.Asking] = set()
+        self._news = asyncio.Event()
+        self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
+        self._log_thread = ThreadPoolExecutor(1, thread_name_prefix="run-log")
+        self._event_thread = ThreadPoolExecutor(1, thread_name_prefix="events")
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- a reign ----------------------------------------------------------------------------------------------------
+
+    async def reign(self, opened: ev.Opened) -> End:
+        """From our `opened` record to the end. The server must be listening already: its URL stands in that record."""
+        self._apply(opened)
+        periodic = [asyncio.create_task(self._tick()), asyncio.create_task(self._read_log())]
+        try:
+            end = await self._ended
+            await self._see_agents_off()
+            return end
+        finally:
+            for task in (*periodic, *self._tasks):
+                task.cancel()
+            await asyncio.gather(*periodic, *self._tasks, return_exceptions=True)
+            self._log_thread.shutdown()
+            self._event_thread.shutdown()
+
+    async def _tick(self) -> None:
+        while True:
+            self._apply(ev.Tick(time.monotonic()))
+            self._tell_progress()
+            await asyncio.sleep(TICK_S)
+
+    def _tell_progress(self) -> None:
+        if (reached := slowest_step(self.run)) != self._told_step:
+            self._told_step = reached
+            self._tell({"kind": "progress", "attempt": self.run.attempt, "step": reached})
+
+    async def _read_log(self) -> None:
+        """Learns of a successor even when it has nothing to write."""
+        while True:
+            await self._read_log_once()
+            await asyncio.sleep(LOG_READ_PERIOD_S)
+
+    async def _read_log_once(self) -> None:
+        began = time.monotonic()
+        try:
+            await self._in_log_thread(self.log.refresh)
+        except StoreError:
+            return  # cannot observe: the machine sees that no LogRead comes
+        if (newest := self.log.newest_opened()) and newest.term > self.term:
+            self._apply(ev.Fenced(time.monotonic(), newest.term, newest.host))
+        else:
+            self._apply(ev.LogRead(time.monotonic(), began))
+
+    async def _see_agents_off(self) -> None:
+        """Keeps answering until every node has heard that the run is over and has left."""
+        deadline = time.monotonic() + FAREWELL_S
+        while time.monotonic() < deadline and self._anybody_there():
+            await asyncio.sleep(TICK_S / 2)
+
+    def _anybody_there(self) -> bool:
+        now = time.monotonic()
+        return any(node.broken_at is None and now - node.heard_at < 2 * LONG_POLL_S for node in self._heard().values())
+
+    def _heard(self) -> Mapping[str, Node]:
+        return self.run.members.nodes
+
+    # --- events in, requests out ------------------------------------------------------------------------------------
+
+    def _apply(self, event: ev.Event) -> None:
+        self.run, requests = step(self.run, event)
+        for request in requests:
+            self._carry_out(request)
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    def _carry_out(self, request: ev.Request) -> None:
+        if isinstance(request, ev.Say):
+            self._say(request)
+        elif request not in self._working:
+            self._working.add(request)
+            task = asyncio.create_task(self._answer(request))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, request: ev.Asking) -> None:
+        try:
+            event = await self._work(request)
+        except StoreError as error:
+            event = self._failed(request, str(error))
+        except InvalidCheckpoint as error:
+            event = self._failed(request, str(error), damaged=True)
+        except Fenced as error:
+            event = ev.Fenced(time.monotonic(), error.opened.term, error.opened.host)
+        finally:
+            self._working.discard(request)
+        self._apply(event)
+
+    async def _work(self, request: ev.Asking) -> ev.Event:
+        if isinstance(request, ev.Commit):
+            return await self._commit(request)
+        answer = await self._in_log_thread(self._logbook.carry_out, request)
+        if isinstance(request, ev.LogEnd):
+            await self._end(request)
+        return answer
+
+    async def _commit(self, request: ev.Commit) -> ev.Event:
+        manifest_sha256 = await asyncio.to_thread(write_manifest, self.store, request)
+        answer = await self._in_log_thread(self._logbook.commit, request, manifest_sha256)
+        self._in_background(self._retire)
+        return answer
+
+    def _retire(self) -> None:
+        self._logbook.retire(self.store, keep=self.config.checkpoint.keep)
+
+    async def _end(self, request: ev.LogEnd) -> None:
+        await self._in_log_thread(write_result, self.store, self.log.lineage)
+        if not self._ended.done():
+            self._ended.set_result(End(exit_code_of(request), request.why))
+
+    def _failed(self, request: ev.Asking, why: str, *, damaged: bool = False) -> ev.Event:
+        at = time.monotonic()
+        if isinstance(request, ev.Commit):
+            return ev.CommitFailed(at=at, attempt=request.attempt, step=request.step, directory=request.directory, why=why, damaged=damaged)
+        return ev.LogFailed(at, request, why)
+
+    def _say(self, event: ev.Say) -> None:
+        if event.kind == "fenced" and not self._ended.done():
+            self._ended.set_result(End(EXIT_REQUEUE, event.why))
+        told = {"term": self.term, **dataclasses.asdict(event)}
+        self._tell(told)
+        self._event_thread.submit(self._events.append, told)
+
+    def _in_background(self, work: Callable[[], None]) -> None:
+        asyncio.get_running_loop().run_in_executor(self._log_thread, work)
+
+    async def _in_log_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._log_thread, work, *arguments)
+
+    # --- what the server calls --------------------------------------------------------------------------------------
+
+    def hear(self, report: AgentReport) -> Directive:
+        """Raises NoAuthority while an answer could prolong a lease that a successor counts on."""
+        self._apply(ev.Reported(time.monotonic(), report))
+        return self._directive(report.node)
+
+    def _directive(self, node: str) -> Directive:
+        if not may_answer(self.run, time.monotonic()):
+            raise NoAuthority
+        return directive(self.run, node)
+
+    async def next_directive(self, node: str, known: str, patience_s: float) -> Directive:
+        """The node's directive as soon as it differs from the one with digest `known`, or after `patience_s`. Raises NoAuthority."""
+        deadline = time.monotonic() + patience_s
+        while digest(current := self._directive(node)) == known and (left := deadline - time.monotonic()) > 0:
+            news = self._news
+            try:
+                await asyncio.wait_for(news.wait(), left)
+            except TimeoutError:
+                break
+        return current
+
+    def connection_broke(self, node: str) -> None:
+        self._apply(ev.Disconnected(time.monotonic(), node))
+
+    def ask_stop(self, why: str) -> None:
+        self._apply(ev.StopAsked(time.monotonic(), why))
+
+    def ask_save(self) -> None:
+        self._apply(ev.SaveAsked(time.monotonic()))
+
+    def ask_drain(self, node: str, why: str) -> None:
+        self._apply(ev.DrainAsked(time.monotonic(), node, why))
+
+    async def status(self) -> dict[str, Any]:
+        """The document of `keepstep status --json`. Reads the step files, in a thread."""
+        live = live_status(self.run, self.config, url=self._url)
+        return await asyncio.to_thread(with_history, live, self.store, self.log.lineage)

@@ -1,0 +1,146 @@
+"""`keepstep run`: the platform of a run on one machine. Starts a coordinator and simulated nodes, and restarts what dies, as Slurm or
+Kubernetes would. It decides nothing about the training.
+
+Each simulated node is an agent in a process group, scratch directory and memory tier of its own. All of them die with this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keepstep.trainer.contract import EXIT_BUG, EXIT_OK
+
+from .processes import ENV_PARENT, bury, python_command
+from .scratch import default_scratch
+from .sections import RunConfig
+
+if TYPE_CHECKING:
+    from .screen import Screen
+
+RESTART_PAUSE_S = 0.05  # a platform that restarts at once; doubled for a process that keeps dying young
+MAX_RESTART_PAUSE_S = 5.0
+YOUNG_S = 2.0
+LEAVE_S = 10.0
+CLI = "keepstep.orchestrator.cli"
+
+
+@dataclass(slots=True)
+class Role:
+    """One process that the platform keeps alive."""
+
+    name: str
+    command: list[str]
+    log: Path | None  # None: its standard output is events for the screen
+    process: asyncio.subprocess.Process | None = None
+    young_deaths: int = 0
+
+
+class LocalPlatform:
+    """Main thread only. `run()` returns the coordinator's exit code."""
+
+    def __init__(self, config: RunConfig, config_path: Path, screen: Screen) -> None:
+        self._config = config
+        self._screen = screen
+        self._say = screen.say
+        root = config.run.root
+        logs = Path(root) / "logs" if "://" not in root else default_scratch(root, "logs")
+        logs.mkdir(parents=True, exist_ok=True)
+        self.coordinator = Role("coordinator", python_command(CLI, "coordinator", str(config_path), "--managed"), None)
+        self.nodes = [self._node(f"node{i}", logs) for i in range(config.cluster.nodes + config.cluster.spares)]
+        self._leaving = False
+
+    def _node(self, name: str, logs: Path) -> Role:
+        scratch = default_scratch(self._config.run.root, name)
+        command = python_command(CLI, "agent", "--root", self._config.run.root, "--node", name, "--scratch", str(scratch))
+        return Role(name, command, logs / f"agent-{name}.log")
+
+    async def run(self, beside: Coroutine[Any, Any, None] | None = None) -> int:
+        """`beside` runs as long as the run does: a demonstration."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        guards = [asyncio.create_task(self._keep_alive(role)) for role in self.nodes]
+        extra = asyncio.create_task(beside) if beside else None
+        try:
+            return await self._keep_coordinator_alive()
+        finally:
+            if extra:
+                extra.cancel()
+            self._leaving = True
+            await self._wait_for_nodes(guards)
+
+    async def _keep_coordinator_alive(self) -> int:
+        """A coordinator that was killed is succeeded; one that exits has decided."""
+        while True:
+            code = await self._run_once(self.coordinator)
+            if code >= 0:
+                return code
+            self._say(f"the coordinator was killed by {signal.Signals(-code).name}: starting its successor")
+            await asyncio.sleep(self._pause(self.coordinator))
+
+    async def _keep_alive(self, role: Role) -> None:
+        """An agent that leaves by itself (code 0) after the run's end stays away; any other is started again under a new incarnation."""
+        while not self._leaving:
+            code = await self._run_once(role)
+            if self._leaving or code == EXIT_OK:
+                return
+            if code > 0:
+                self._say(f"the agent of {role.name} ended with code {code}, see {role.log}")
+            await asyncio.sleep(self._pause(role))
+
+    async def _run_once(self, role: Role) -> int:
+        """Its exit code; negative for a signal."""
+        began = time.monotonic()
+        role.process = await self._spawn(role)
+        if role.process.stdout:
+            await self._show_events(role.process.stdout)
+        code = await role.process.wait()
+        role.young_deaths = role.young_deaths + 1 if time.monotonic() - began < YOUNG_S else 0
+        return code
+
+    async def _spawn(self, role: Role) -> asyncio.subprocess.Process:
+        environment = {**os.environ, ENV_PARENT: str(os.getpid())}
+        with open(role.log or os.devnull, "ab") as log:
+            return await asyncio.create_subprocess_exec(
+                *role.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log if role.log else subprocess.PIPE,
+                stderr=log if role.log else None,
+                env=environment,
+                start_new_session=True,
+            )
+
+    async def _show_events(self, lines: asyncio.StreamReader) -> None:
+        while line := await lines.readline():
+            self._screen.event(json.loads(line))
+
+    def _pause(self, role: Role) -> float:
+        return min(MAX_RESTART_PAUSE_S, RESTART_PAUSE_S * 2.0**role.young_deaths)
+
+    def _on_signal(self) -> None:
+        """First: checkpoint and leave. Again: at once, which loses what is not committed."""
+        if self._leaving:
+            os._exit(EXIT_BUG)  # everything else dies with us
+        self._leaving = True
+        self._say("stopping at the next step boundary; once more to leave at once")
+        if self.coordinator.process and self.coordinator.process.returncode is None:
+            self.coordinator.process.terminate()
+
+    async def _wait_for_nodes(self, guards: list[asyncio.Task[None]]) -> None:
+        _, late = await asyncio.wait(guards, timeout=LEAVE_S)
+        for guard in late:
+            guard.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+        for role in self.nodes:
+            if role.process and role.process.returncode is None:
+                role.process.kill()
+                await role.process.wait()
+            await asyncio.to_thread(bury, default_scratch(self._config.run.root, role.name))

@@ -1,0 +1,26 @@
+"""Events and numbers as lines for people. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """ "attempt 2, step 41: rank 3 on node1#ab12 was killed by SIGKILL" """
+    place = ", ".join(part for part in (_numbered("attempt", event, 1), _numbered("step", event, 0)) if part)
+    at = f"{event['at'][11:19]} " if event.get("at") else ""
+    return f"{at}{event['kind']:<10} {place + ': ' if place else ''}{event['why']}"
+
+
+def _numbered(name: str, event: Mapping[str, Any], smallest: int) -> str:
+    number = event.get(name)
+    return f"{name} {number}" if isinstance(number, int) and number >= smallest else ""
+
+
+def human_bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"

@@ -1,0 +1,163 @@
+"""The machine's requests as records of the run log, and the log's history as the machine's first event. One thread calls this.
+
+A request that comes twice finds its record in the log and is answered with it; only what storage raised is not an answer.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import assert_never
+
+from keepstep.storage.errors import Fenced, StoreError
+from keepstep.storage.faults import fault_point
+from keepstep.storage.records import Attempt, Commit, Failed, Finished, Quarantine, Retire
+from keepstep.storage.retention import choose_retired
+from keepstep.storage.runlog import RunLog
+from keepstep.storage.store import Store
+
+from . import events as ev
+from .archive import utc_now
+from .commits import InvalidCheckpoint
+
+
+class Logbook:
+    """Raises StoreError when storage is in the way, Fenced when a newer coordinator reigns."""
+
+    def __init__(self, log: RunLog, term: int) -> None:
+        self._log = log
+        self._term = term
+
+    def carry_out(self, request: ev.FindCheckpoint | ev.LogAttempt | ev.LogQuarantine | ev.LogEnd) -> ev.Event:
+        match request:
+            case ev.FindCheckpoint():
+                self._log.refresh()
+                return ev.Found(time.monotonic(), newest_checkpoint(self._log))
+            case ev.LogAttempt():
+                return ev.Logged(time.monotonic(), self._attempt(request))
+            case ev.LogQuarantine():
+                return ev.Logged(time.monotonic(), self._quarantine(request))
+            case ev.LogEnd():
+                return ev.Logged(time.monotonic(), self._end(request))
+            case _:
+                assert_never(request)
+
+    def commit(self, request: ev.Commit, manifest_sha256: str) -> ev.Event:
+        """Makes the checkpoint exist."""
+        self._log.refresh()
+        if self._log.lineage.commit_of(request.directory) is None:
+            self._append_commit(request, manifest_sha256)
+        return ev.Committed(
+            at=time.monotonic(),
+            attempt=request.attempt,
+            step=request.step,
+            directory=request.directory,
+            manifest_sha256=manifest_sha256,
+        )
+
+    def retire(self, store: Store, *, keep: int) -> None:
+        """Record first, deletion afterwards: nobody resumes from what is about to go."""
+        lineage = self._log.lineage
+        committed = {commit.directory for commit in lineage.commits}  # acknowledged writes count as verified here
+        directories = choose_retired(lineage, keep=keep, verified=committed).retire
+        if not directories:
+            return
+        try:
+            self._log.append(Retire(term=self._term, directories=directories, why=f"checkpoint.keep = {keep}", at=utc_now()))
+            for directory in directories:
+                store.delete_tree(directory)
+        except (StoreError, Fenced):
+            return  # the next commit tries again what was not recorded; what was recorded and not deleted is garbage to `checkpoints gc`
+
+    def _append_commit(self, request: ev.Commit, manifest_sha256: str) -> None:
+        fault_point("coordinator.commit.before", step=request.step)
+        record = Commit(
+            term=self._term,
+            attempt=request.attempt,
+            step=request.step,
+            directory=request.directory,
+            manifest_sha256=manifest_sha256,
+            world_size=len(request.indexes),
+            at=utc_now(),
+        )
+        try:
+            self._log.append(record)
+        except ValueError as error:  # void: a newer attempt was logged, or a newer step committed
+            raise InvalidCheckpoint(str(error)) from error
+        fault_point("coordinator.commit.after", step=request.step)
+
+    def _attempt(self, request: ev.LogAttempt) -> ev.AttemptRecord:
+        logged = next((record for record in self._log.lineage.attempts if record.attempt == request.attempt), None)
+        return attempt_record(logged or self._append_attempt(request), self._log)
+
+    def _append_attempt(self, request: ev.LogAttempt) -> Attempt:
+        resume = request.resume
+        return self._log.append(
+            Attempt(
+                term=self._term,
+                attempt=request.attempt,
+                nodes=request.gang,
+                world_size=request.world_size,
+                resume_step=resume.step if resume else -1,
+                resume_directory=resume.directory if resume else "",
+                nonce=secrets.token_hex(8),
+                unconfirmed=request.unconfirmed,
+                at=utc_now(),
+            )
+        )
+
+    def _quarantine(self, request: ev.LogQuarantine) -> ev.QuarantineRecord:
+        if request.directory not in self._log.lineage.quarantined:
+            self._log.append(Quarantine(term=self._term, directory=request.directory, why=request.why, at=utc_now()))
+        return ev.QuarantineRecord(request.directory)
+
+    def _end(self, request: ev.LogEnd) -> ev.EndRecord:
+        if self._log.lineage.outcome is None:
+            self._log.append(_outcome(request, self._term))
+        return ev.EndRecord(outcome=request.outcome, step=request.step, why=request.why, requeue=request.requeue)
+
+
+def _outcome(request: ev.LogEnd, term: int) -> Finished | Failed:
+    if request.outcome == "failed":
+        return Failed(term=term, why=request.why, requeue=request.requeue, at=utc_now())
+    return Finished(term=term, step=request.step, outcome=request.outcome, why=request.why, at=utc_now())
+
+
+def newest_checkpoint(log: RunLog) -> ev.Checkpoint | None:
+    """The one place that chooses a checkpoint."""
+    commit = log.lineage.newest_committed()
+    return ev.Checkpoint(step=commit.step, directory=commit.directory, manifest_sha256=commit.manifest_sha256) if commit else None
+
+
+def attempt_record(record: Attempt, log: RunLog) -> ev.AttemptRecord:
+    commit = log.lineage.commit_of(record.resume_directory)
+    resume = None if commit is None else ev.Checkpoint(step=commit.step, directory=commit.directory, manifest_sha256=commit.manifest_sha256)
+    return ev.AttemptRecord(
+        attempt=record.attempt,
+        gang=record.nodes,
+        world_size=record.world_size,
+        nonce=record.nonce,
+        resume=resume,
+        unconfirmed=record.unconfirmed,
+    )
+
+
+def opened_event(log: RunLog) -> ev.Opened:
+    """What a new coordinator must know of the run so far; the log's newest record of that kind must be its own `opened`."""
+    newest = log.newest_attempt()
+    last = attempt_record(newest, log) if newest else None
+    lineage, at = log.lineage, time.monotonic()
+    if last is None:
+        return ev.Opened(at=at, term=lineage.term)
+    return ev.Opened(
+        at=at,
+        term=lineage.term,
+        last_attempt=last.attempt,
+        last_gang=last.gang,
+        last_world_size=last.world_size,
+        last_nonce=last.nonce,
+        last_resume=last.resume,
+        last_unconfirmed=last.unconfirmed,
+        newest_commit=newest_checkpoint(log),
+        ended=lineage.outcome is not None,
+    )

@@ -1,0 +1,305 @@
+"""The ranks of one attempt on one node, launched by torchrun's own library from a warm forkserver. The only torch in this folder.
+
+torch.distributed.elastic starts the processes and gives them torchrun's environment; its restart logic is not used: one `RankGroup` is
+one attempt, and a group that lost a rank is killed whole. `warm()` must be called from the agent's main thread (see lifeline.py).
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from keepstep.storage.errors import DamagedCheckpoint
+from keepstep.storage.store import ENV_OPTIONS
+from keepstep.trainer.contract import DAMAGED_KIND, ENV_NODE, ENV_SPEC, RankSpec
+
+from .processes import ENV_PARENT, die_with_parent, kill_session, signal_name
+
+FIRST_PRELOAD: Final = ("keepstep.orchestrator.lifeline", "keepstep.orchestrator.ranks")
+TRAINER_PRELOAD: Final = "keepstep.trainer.preload"
+ROLE: Final = "default"  # torchrun's default role name
+
+# What a rank says whose peer died: a victim, never the culprit. Texts of gloo, NCCL and c10d of torch 2.13.
+PEER_LOST: Final = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "socket closed",
+    "connection refused",
+    "connection was closed",
+    "failed to recv",
+    "sendbytes failed",
+    "recvvalue failed",
+    "remote process exited",
+    "ncclremoteerror",
+    "connectfullmesh failed",
+    "timed out waiting",
+    "application timeout caused pair closure",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSpec:
+    """One node's share of an attempt."""
+
+    specs: tuple[RankSpec, ...]  # by local rank
+    log_paths: tuple[str, ...]
+    script: str  # "" : the LM trainer
+    script_args: tuple[str, ...]
+    node: str
+    first_rank: int
+    group_rank: int
+    num_nodes: int
+    world_size: int
+    master_addr: str
+    master_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a rank ended. `exit_code` is negative for a signal; `kind` and `why` are empty after success."""
+
+    exit_code: int
+    kind: str
+    why: str
+    damaged: str
+
+
+def forget_main_module() -> None:
+    """Forked ranks would import our main module again (a third of a second each): multiprocessing finds none to import."""
+    main = sys.modules["__main__"]
+    main.__spec__ = None
+    if hasattr(main, "__file__"):
+        del main.__file__
+
+
+def start_forkserver() -> None:
+    """Main thread only: the forkserver dies with the thread that started it. Returns at once; the imports go on in the forkserver."""
+    assert threading.current_thread() is threading.main_thread()
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*FIRST_PRELOAD, TRAINER_PRELOAD])
+    os.environ[ENV_PARENT] = str(os.getpid())
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        del os.environ[ENV_PARENT]
+
+
+def wait_until_warm() -> None:
+    """Blocks until the forkserver has finished its imports and forked once."""
+    process = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
+def forkserver_pid() -> int:
+    return int(multiprocessing.forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+
+
+class HostedStore:
+    """A TCPStore of one attempt, served by this process on a port of its own; it listens on `address` only."""
+
+    def __init__(self, address: str) -> None:
+        import socket
+
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        listener = socket.create_server((address, 0))
+        self.host, self.port = address, listener.getsockname()[1]
+        # The store owns the descriptor from here on.
+        self._store = TCPStore(address, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+class RankGroup:
+    """The processes of one attempt on this node: start, watch the sentinels, kill."""
+
+    def __init__(self, group: GroupSpec) -> None:
+        self.group = group
+        self._context = _start(group)
+        self.pids: tuple[int, ...] = tuple(pid for _, pid in sorted(self._context.pids().items()))
+        self._stopped: set[int] = set()
+
+    @property
+    def sentinels(self) -> dict[int, int]:
+        """File descriptor that becomes readable when a rank has ended -> its local rank."""
+        return dict(self._context._pc.sentinels)
+
+    def ended(self, local_rank: int) -> Exit | None:
+        """How this rank ended, None while it runs."""
+        code = self._context._pc.processes[local_rank].exitcode
+        return None if code is None else _explain(code, self.group.specs[local_rank].error_path)
+
+    def kill(self) -> None:
+        """SIGKILL to every rank's session. The kernel's confirmation is the sentinel."""
+        for local_rank, pid in enumerate(self.pids):
+            if self.ended(local_rank) is None:
+                self._stopped.add(local_rank)
+                kill_session(pid)
+
+    def was_stopped(self, local_rank: int) -> bool:
+        """True when we ended this rank: it is not to blame."""
+        return local_rank in self._stopped
+
+
+def _start(group: GroupSpec) -> Any:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+    envs = {local_rank: torchrun_environment(group, local_rank) for local_rank in range(len(group.specs))}
+    parent = forkserver_pid()
+    args = {i: (group, i, parent) for i in range(len(group.specs))}
+    for spec in group.specs:
+        Path(spec.error_path).unlink(missing_ok=True)
+    logs = DefaultLogsSpecs(log_dir=str(Path(group.specs[0].scratch) / "elastic"))
+    return start_processes(name=ROLE, entrypoint=rank_main, args=args, envs=envs, logs_specs=logs, start_method="forkserver")
+
+
+def torchrun_environment(group: GroupSpec, local_rank: int) -> dict[str, str]:
+    """The variables that torchrun 2.13 gives a worker (a test compares them with a real torchrun's), and ours beside them."""
+    rank = group.first_rank + local_rank
+    threads = os.environ.get("OMP_NUM_THREADS") or ("1" if len(group.specs) > 1 else "")
+    return {
+        "LOCAL_RANK": str(local_rank),
+        "RANK": str(rank),
+        "GROUP_RANK": str(group.group_rank),
+        "ROLE_RANK": str(rank),
+        "ROLE_NAME": ROLE,
+        "LOCAL_WORLD_SIZE": str(len(group.specs)),
+        "WORLD_SIZE": str(group.world_size),
+        "GROUP_WORLD_SIZE": str(group.num_nodes),
+        "ROLE_WORLD_SIZE": str(group.world_size),
+        "MASTER_ADDR": group.master_addr,
+        "MASTER_PORT": str(group.master_port),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_RUN_ID": f"{group.specs[local_rank].run}-{group.specs[local_rank].attempt}",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+        **({"OMP_NUM_THREADS": threads} if threads else {}),
+        **({ENV_OPTIONS: os.environ[ENV_OPTIONS]} if ENV_OPTIONS in os.environ else {}),  # the forkserver is older than the config
+        ENV_NODE: group.node,
+        ENV_SPEC: group.specs[local_rank].to_json(),
+    }
+
+
+def rank_main(group: GroupSpec, local_rank: int, parent: int) -> None:
+    """The rank's process, forked from the forkserver: own session, own log, then the trainer or the user's script. Never returns."""
+    os.setsid()
+    die_with_parent(parent)
+    _redirect_output(group.log_paths[local_rank])
+    _restore_signals()
+    faulthandler.enable()
+    code = _run_guarded(group, Path(group.specs[local_rank].error_path))
+    _leave(code)
+
+
+def _restore_signals() -> None:
+    """What an interpreter that was started the ordinary way has; the forkserver ignores SIGINT for its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _redirect_output(path: str) -> None:
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _run_guarded(group: GroupSpec, error_path: Path) -> int:
+    try:
+        _run(group.script, group.script_args)
+    except SystemExit as error:
+        return _exit_code(error)
+    except BaseException as error:  # noqa: BLE001  (the process entry: whatever it was becomes the verdict)
+        traceback.print_exc()
+        _write_error(error_path, error)
+        return 1
+    return 0
+
+
+def _run(script: str, arguments: Sequence[str]) -> None:
+    _obey_thread_limit()
+    if not script:
+        from keepstep.trainer.__main__ import main
+
+        main()
+        return
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).resolve().parent)  # as `python script` has it
+    runpy.run_path(script, run_name="__main__")
+
+
+def _obey_thread_limit() -> None:
+    """OpenMP read OMP_NUM_THREADS when the forkserver imported torch, before torchrun's environment was known."""
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        import torch
+
+        torch.set_num_threads(int(threads))
+
+
+def _exit_code(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code
+    print(error.code, file=sys.stderr)  # noqa: T201  (what the interpreter itself does with sys.exit("text"))
+    return 1
+
+
+def _leave(code: int) -> None:
+    """What interpreter shutdown does for a script, without torch.elastic's hand-shake for return values that nobody reads."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def _write_error(path: Path, error: BaseException) -> None:
+    text = str(error).strip()
+    why = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": ")
+    damaged = error.directory if isinstance(error, DamagedCheckpoint) else ""
+    path.write_text(json.dumps({"kind": _kind(error), "why": why[:500], "damaged": damaged}))
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, DamagedCheckpoint):
+        return DAMAGED_KIND
+    return "peer-lost" if is_peer_lost(error) else "exception"
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """A collective that failed because somebody else died: torch raises RuntimeError subclasses with the transport's text."""
+    from torch.distributed import DistError
+
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, DistError)) and any(sign in text for sign in PEER_LOST)
+
+
+def _explain(code: int, error_path: str) -> Exit:
+    if code == 0:
+        return Exit(0, "", "", "")
+    if code < 0:
+        return Exit(code, "signal", signal_name(code), "")
+    return _from_error_file(code, error_path) or Exit(code, "exit", f"exit code {code}", "")
+
+
+def _from_error_file(code: int, error_path: str) -> Exit | None:
+    try:
+        body: Mapping[str, str] = json.loads(Path(error_path).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # it left through sys.exit, or died while writing
+        return None
+    return Exit(code, body["kind"], body["why"], body["damaged"])

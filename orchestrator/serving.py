@@ -1,0 +1,81 @@
+"""The coordinator's process: bind the port, open a term, reign, leave with an exit code that a platform understands."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+
+from keepstep.storage.errors import Fenced, StoreError
+from keepstep.storage.records import Finished, Opened
+from keepstep.storage.runlog import RunLog
+from keepstep.storage.store import Store
+from keepstep.trainer.contract import EXIT_OK, EXIT_REQUEUE
+
+from .archive import utc_now, write_result
+from .config import identity
+from .coordinator import Coordinator, End
+from .errors import InputError
+from .logbook import opened_event
+from .roots import token_of
+from .sections import RunConfig
+from .server import application
+
+Teller = Callable[[dict[str, Any]], None]
+
+
+def serve(config: RunConfig, store: Store, tell: Teller) -> End:
+    """Runs one coordinator until the run is over. Raises InputError where the person who started it must do something."""
+    with _bound_socket(config.cluster.listen) as listener:
+        return asyncio.run(_serve(config, store, listener, tell))
+
+
+async def _serve(config: RunConfig, store: Store, listener: socket.socket, tell: Teller) -> End:
+    token = token_of(store)
+    try:
+        log = await asyncio.to_thread(RunLog.open, store)
+        if (over := log.lineage.outcome) and isinstance(over, Finished) and over.outcome == "succeeded":
+            await asyncio.to_thread(write_result, store, log.lineage)  # its coordinator may have died just before
+            return End(EXIT_OK, f"the run is over already: {over.why}")
+        await asyncio.to_thread(_open_term, log, config, _url_of(listener))
+    except StoreError as error:
+        raise InputError(f"run.root = {config.run.root!r}: {error}") from error
+    except Fenced as error:
+        return End(EXIT_REQUEUE, str(error))
+    coordinator = Coordinator(config, store, log, tell)
+    runner = web.AppRunner(application(coordinator, token), handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    _stop_on_signals(coordinator)
+    try:
+        return await coordinator.reign(opened_event(log))
+    finally:
+        await runner.cleanup()
+
+
+def _open_term(log: RunLog, config: RunConfig, url: str) -> Opened:
+    return log.open_term(run=config.run.name, identity=identity(config), host=socket.gethostname(), pid=os.getpid(), url=url, at=utc_now())
+
+
+def _stop_on_signals(coordinator: Coordinator) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, coordinator.ask_stop, f"the coordinator got {number.name}")
+
+
+def _bound_socket(listen: str) -> socket.socket:
+    host, _, port = listen.rpartition(":")
+    try:
+        return socket.create_server((host.strip("[]"), int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+    except OSError as error:
+        raise InputError(f"cluster.listen = {listen!r}: {error.strerror}; choose another port, or 0 for any free one") from error
+
+
+def _url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    name = socket.gethostbyname(socket.gethostname()) if host in ("0.0.0.0", "::") else host
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"

@@ -1,0 +1,107 @@
+"""The document of `keepstep status --json`: what the machine knows, as people and scripts read it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from keepstep.storage.lineage import Lineage
+from keepstep.storage.runlog import RunLog
+from keepstep.storage.store import Store
+from keepstep.trainer.contract import Phase
+
+from . import membership, phases
+from .archive import elapsed_s, goodput, outcome_name, read_steps
+from .machine import Run, describe
+from .roots import stored_config
+from .sections import RunConfig
+from .wire import AgentReport, RankReport
+
+UNKNOWN: Final = "UNKNOWN"
+
+
+def live_status(run: Run, config: RunConfig, *, url: str) -> dict[str, Any]:
+    """What the machine knows now; cheap."""
+    phase, why = describe(run)
+    nodes = [_node(run, name) for name in run.members.nodes]
+    attempt = getattr(run.phase, "attempt", None)
+    record = attempt.record if isinstance(attempt, phases.Attempt) else getattr(run.phase, "record", None)
+    return {
+        "run": config.run.name,
+        "phase": phase,
+        "why": why,
+        "attempt": run.attempt,
+        "step": slowest_step(run),
+        "steps": config.run.steps,
+        "world_size": record.world_size if record else 0,
+        "coordinator": {"pid": os.getpid(), "url": url, "term": run.term},
+        "nodes": nodes,
+    }
+
+
+def slowest_step(run: Run) -> int:
+    """Steps that every rank of the current attempt has finished; between attempts, the newest that any rank had."""
+    ranks = [rank for node in run.members.nodes.values() if node.report.attempt == run.attempt for rank in node.report.ranks]
+    return min((rank.step for rank in ranks), default=max(run.reached, run.saves.committed_step, 0))
+
+
+def _node(run: Run, name: str) -> dict[str, Any]:
+    report = run.members.nodes[name].report
+    state, why = _state(run, name, report)
+    return {
+        "id": name,
+        "host": report.host,
+        "pid": report.pid,
+        "state": state,
+        "why": why,
+        "ranks": [_rank(rank) for rank in report.ranks],
+    }
+
+
+def _state(run: Run, name: str, report: AgentReport) -> tuple[str, str]:
+    if why := membership.absence(run.members, run.policy, name, run.now, run.opened_at):
+        return "lost", why
+    if any(rank.state == "running" for rank in report.ranks):
+        return "running", ""
+    why = membership.why_unfit(run.members, run.policy, name, run.now)
+    return ("unfit", why) if why else ("ready", "")
+
+
+def _rank(rank: RankReport) -> dict[str, Any]:
+    phase = Phase(rank.phase).name.lower() if rank.state == "running" else "exited"
+    return {"rank": rank.rank, "local_rank": rank.local_rank, "pid": rank.pid, "step": rank.step, "phase": phase}
+
+
+def with_history(status: dict[str, Any], store: Store, lineage: Lineage) -> dict[str, Any]:
+    """Adds what the log and the step files say: last commit and goodput. Reads files."""
+    return {**status, "last_commit": _last_commit(lineage), "goodput": goodput(lineage, read_steps(store), elapsed_s(lineage))}
+
+
+def _last_commit(lineage: Lineage) -> Mapping[str, Any] | None:
+    commit = lineage.newest_committed()
+    if commit is None:
+        return None
+    age_s = (datetime.now(UTC) - datetime.fromisoformat(commit.at)).total_seconds()
+    return {"step": commit.step, "attempt": commit.attempt, "age_s": round(max(0.0, age_s), 1), "tier": "root"}
+
+
+def status_without_coordinator(store: Store, log: RunLog) -> dict[str, Any]:
+    """What the log alone says: nobody reigns, which says nothing about the ranks."""
+    lineage, config = log.lineage, stored_config(store)
+    opened, newest, commit = lineage.opened, lineage.newest_attempt(), lineage.newest_committed()
+    assert opened
+    over = lineage.outcome
+    status = {
+        "run": config.run.name,
+        "phase": outcome_name(over).upper() if over else UNKNOWN,
+        "why": over.why if over else f"the coordinator of term {opened.term} ({opened.url}) does not answer",
+        "attempt": newest.attempt if newest else 0,
+        "step": commit.step if commit else 0,
+        "steps": config.run.steps,
+        "world_size": newest.world_size if newest else 0,
+        "coordinator": {"pid": opened.pid, "url": opened.url, "term": opened.term},
+        "nodes": [],
+    }
+    return with_history(status, store, lineage)

@@ -1,0 +1,75 @@
+"""The trainer's tools on the command line. Torch is imported when one of them is used, not before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import Progress
+
+from keepstep.storage.store import Store
+
+from .errors import InputError
+from .roots import claim, open_root, stored_config
+from .sections import RunConfig
+
+if TYPE_CHECKING:
+    from keepstep.trainer.tokens import TokenIndex
+
+
+def prepare_tokens(config: RunConfig, store: Store) -> TokenIndex:
+    """The root's token shards, made unless they are there. Raises InputError where the text is the problem."""
+    from keepstep.trainer.tokens import prepare
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("preparing", total=1.0)
+        show: Callable[[str, float], None] = lambda what, share: progress.update(task, description=what, completed=share)  # noqa: E731
+        try:
+            return prepare(config.data, store, show)
+        except ValueError as error:
+            raise InputError(f"data.source = {config.data.source!r}: {error}") from error
+
+
+def prepare_data(config: RunConfig) -> None:
+    from keepstep.trainer.tokens import describe
+
+    store = open_root(config)
+    claim(store, config)
+    for name, value in describe(prepare_tokens(config, store)).items():
+        print(f"{name}: {value}")
+
+
+def evaluate_checkpoint(root: str, *, step: int, as_json: bool) -> None:
+    from keepstep.trainer.evaluate import evaluate_root
+
+    _open_as_stored(root)
+    try:
+        result = evaluate_root(root, step=None if step < 0 else step)
+    except ValueError as error:
+        raise InputError(f"{root}: {error}") from error
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def generate_text(root: str, *, prompt: str, tokens: int, temperature: float, top_k: int, seed: int, step: int) -> None:
+    from keepstep.trainer.generate import generate
+
+    _open_as_stored(root)
+    try:
+        print(generate(root, prompt, max_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, step=None if step < 0 else step))
+    except ValueError as error:
+        raise InputError(f"{root}: {error}") from error
+
+
+def _open_as_stored(root: str) -> None:
+    """Reads the root's own [storage] section, for what opens the root again below."""
+    try:
+        config = stored_config(Store.open(root))
+    except ValueError as error:
+        raise InputError(f"{root}: {error}") from error
+    open_root(config.model_copy(update={"run": config.run.model_copy(update={"root": root})}))

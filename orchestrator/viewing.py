@@ -1,0 +1,180 @@
+"""What people ask of a run from outside: its status, its story, its checkpoints; and the few things that they may tell it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from keepstep.storage.errors import DamagedCheckpoint, StorageError
+from keepstep.storage.records import Commit
+from keepstep.storage.runlog import RunLog
+from keepstep.storage.store import Store
+from keepstep.storage.verify import verify_checkpoint
+from keepstep.trainer.contract import EXIT_FAILED, EXIT_OK
+
+from .archive import read_events
+from .client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
+from .errors import InputError
+from .lines import event_line
+from .roots import ENV_TOKEN, known_token
+from .status import status_without_coordinator
+
+FOLLOW_PERIOD_S = 0.5
+
+
+def _is_coordinator(where: str) -> bool:
+    return where.startswith(("http://", "https://"))
+
+
+def visit(root: str) -> tuple[Store, RunLog]:
+    """A run from outside. Raises InputError where there is none."""
+    try:
+        store = Store.open(root)
+        log = RunLog.open(store)
+    except (ValueError, StorageError) as error:
+        raise InputError(f"{root}: {error}") from error
+    if not log.entries:
+        raise InputError(f"{root}: no run lives there; check the path, or start one with `keepstep run`")
+    return store, log
+
+
+def coordinator_of(where: str) -> CoordinatorClient:
+    """A client for a URL, or for the newest coordinator that a root's log names. Needs a running loop."""
+    if _is_coordinator(where):
+        return CoordinatorClient(where, os.environ.get(ENV_TOKEN, ""))
+    store, log = visit(where)
+    opened = log.newest_opened()
+    assert opened
+    return CoordinatorClient(opened.url, known_token(store))
+
+
+async def _call(where: str, method: str, path: str, **params: str) -> bytes:
+    try:
+        async with coordinator_of(where) as client:
+            return await (client.post(path, **params) if method == "POST" else client.get(path, **params))
+    except CoordinatorRefused as error:
+        raise InputError(str(error)) from error
+
+
+def post(where: str, path: str, **params: str) -> str:
+    """Tells the coordinator something. Raises InputError when none is there to hear it."""
+    try:
+        return asyncio.run(_call(where, "POST", path, **params)).decode()
+    except CoordinatorUnreachable as error:
+        raise InputError(f"{where}: no coordinator answers ({error}); start one with `keepstep run` or `keepstep coordinator`") from error
+
+
+def read_status(where: str) -> dict[str, Any]:
+    """From the coordinator, or, while none answers, what the run log says."""
+    try:
+        status: dict[str, Any] = json.loads(asyncio.run(_call(where, "GET", "/v1/status")))
+    except CoordinatorUnreachable as error:
+        if _is_coordinator(where):
+            raise InputError(f"{where}: {error}") from error
+        return status_without_coordinator(*visit(where))
+    return status
+
+
+def print_status(where: str, *, as_json: bool) -> None:
+    status = read_status(where)
+    if as_json:
+        print(json.dumps(status))
+        return
+    console = Console(highlight=False)
+    console.print(f"{status['run']}: {status['phase']}: {status['why']}", markup=False)
+    console.print(f"attempt {status['attempt']}, step {status['step']}/{status['steps']}, {status['world_size']} ranks", markup=False)
+    commit, share = status["last_commit"], status["goodput"]
+    console.print(f"last commit: step {commit['step']}, {commit['age_s']:.0f} s ago" if commit else "no commit yet")
+    console.print(f"goodput {100 * share['ratio']:.1f} %, steps computed again {share['lost_steps']}")
+    if status["nodes"]:
+        console.print(_node_table(status["nodes"]))
+
+
+def _node_table(nodes: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("node", "state", "pid", "ranks (pid, phase, step)")
+    for node in nodes:
+        ranks = ", ".join(f"{rank['rank']} ({rank['pid']}, {rank['phase']}, {rank['step']})" for rank in node["ranks"])
+        table.add_row(node["id"], node["state"], str(node["pid"]), ranks)
+    return table
+
+
+def print_events(where: str, *, as_json: bool, follow: bool) -> None:
+    store, log = visit(where)
+    shown = read_events(store)
+    if as_json and not follow:
+        print(json.dumps(shown))
+        return
+    show = json.dumps if as_json else event_line
+    for event in shown:
+        print(show(event), flush=True)
+    while follow and log.lineage.outcome is None:
+        time.sleep(FOLLOW_PERIOD_S)
+        log.refresh()
+        for event in (events := read_events(store))[len(shown) :]:
+            print(show(event), flush=True)
+        shown = events
+
+
+def commits(log: RunLog) -> tuple[Commit, ...]:
+    return (*log.lineage.abandoned, *log.lineage.commits)
+
+
+def _state_of(log: RunLog, commit: Commit) -> str:
+    lineage = log.lineage
+    if commit.directory in lineage.quarantined:
+        return "quarantined"
+    if commit.directory in lineage.retired:
+        return "retired"
+    return "abandoned" if commit in lineage.abandoned else "committed"
+
+
+def print_checkpoints(root: str, *, as_json: bool) -> None:
+    _, log = visit(root)
+    names = ("step", "attempt", "directory", "manifest_sha256", "world_size", "at")
+    rows = [{name: getattr(commit, name) for name in names} | {"state": _state_of(log, commit)} for commit in commits(log)]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("step", "attempt", "state", "directory", "committed at")
+    for row in rows:
+        table.add_row(str(row["step"]), str(row["attempt"]), row["state"], row["directory"], row["at"])
+    Console(highlight=False).print(table)
+
+
+def verify_checkpoints(root: str, *, step: int, as_json: bool) -> int:
+    """Exit code: 0 when every byte is right, 3 when a checkpoint is damaged."""
+    store, log = visit(root)
+    wanted = [commit for commit in commits(log) if commit.directory not in log.lineage.retired and step in (-1, commit.step)]
+    if not wanted:
+        raise InputError(
+            f"{root}: no committed checkpoint" + (f" of step {step}; `keepstep checkpoints list {root}` shows them" if step >= 0 else "")
+        )
+    with Progress(console=Console(stderr=True), disable=as_json) as progress:
+        rows = [_verified(store, commit, progress) for commit in wanted]
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        for row in rows:
+            print(f"step {row['step']}: {row['verdict']}")
+    return EXIT_OK if all(row["verdict"] == "every byte is right" for row in rows) else EXIT_FAILED
+
+
+def _verified(store: Store, commit: Commit, progress: Progress) -> dict[str, Any]:
+    task = progress.add_task(f"step {commit.step}", total=None)
+    try:
+        manifest = verify_checkpoint(
+            store, commit.directory, commit.manifest_sha256, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+        verdict = "every byte is right"
+        num_bytes = manifest.num_bytes
+    except DamagedCheckpoint as error:
+        verdict, num_bytes = f"DAMAGED: {error.file}: {error.why}", 0
+    return {"step": commit.step, "directory": commit.directory, "bytes": num_bytes, "verdict": verdict}
