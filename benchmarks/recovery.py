@@ -1,0 +1,340 @@
+"""Kill of a rank to the next finished step on all ranks: keepstep beside plain torchrun, in alternating runs on 4 ranks.
+
+    python benchmarks/recovery.py                 all contenders, results/recovery.json
+    python benchmarks/recovery.py --rounds 1 --kills 1 --only keepstep-2x2
+
+Both sides are timed in the same way: every rank writes (step, time.monotonic()) into a small file after each finished step, and this script
+reads those files. A kill is recovered when every rank of the new generation has finished a step; the time of the last of them counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keepstep.trainer.contract import PROGRESS, Phase
+
+HERE = Path(__file__).resolve().parent
+RANKS = 4
+STEPS_BETWEEN_KILLS = 15  # more than the checkpoint interval: every kill finds committed progress since the last one
+START_TIMEOUT_S = 180.0
+RECOVERY_TIMEOUT_S = 90.0
+POLL_S = 0.005
+# torchrun of torch 2.13 keeps one store for all rounds and does not recover over gloo; this makes it (pytorch #167288).
+TORCHRUN_FIX = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One rank process's progress, as it wrote it itself."""
+
+    phase: int
+    step: int
+    at: float  # time.monotonic() of the last report, one clock for all processes of a machine
+
+
+def pages(folder: Path) -> dict[Path, Page]:
+    """Every progress page below a folder, of living and dead ranks."""
+    found = {}
+    for path in folder.rglob("progress-*"):
+        with contextlib.suppress(FileNotFoundError):  # a dead rank's page was cleared away between the listing and the reading
+            content = path.read_bytes()
+            if len(content) >= PROGRESS.size:
+                phase, _, step, _, at = PROGRESS.unpack_from(content)
+                found[path] = Page(phase, step, at)
+    return found
+
+
+@dataclass(slots=True)
+class Life:
+    """One process of one rank."""
+
+    path: Path
+    base: int  # the step that it began with
+    page: Page
+    first_step_at: float | None = None
+
+
+class Generation:
+    """The ranks that were started after a certain moment. Of a rank that was started more than once, the newest process counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._old = set(pages(folder))
+        self._lives: dict[tuple[Path, str], Life] = {}  # by node's folder and local rank
+
+    def look(self) -> None:
+        for path, page in pages(self._folder).items():
+            if path not in self._old:
+                self._see(path, page)
+
+    def _see(self, path: Path, page: Page) -> None:
+        rank = (path.parent, path.name.rpartition("-")[2])
+        life = self._lives.get(rank)
+        if life is None or (life.path != path and page.at > life.page.at):
+            life = self._lives[rank] = Life(path, page.step, page)
+        if life.path == path:
+            life.page = page
+            if life.first_step_at is None and page.step > life.base and page.phase >= Phase.STEP:
+                life.first_step_at = page.at
+
+    @property
+    def slowest(self) -> int:
+        """Finished steps of the slowest rank; -1 until all ranks are there."""
+        return min(life.page.step for life in self._lives.values()) if len(self._lives) == RANKS else -1
+
+    @property
+    def stepped_at(self) -> float | None:
+        """When the last rank finished its first step (monotonic); None until it has."""
+        times = [life.first_step_at for life in self._lives.values() if life.first_step_at is not None]
+        return max(times) if len(times) == RANKS else None
+
+    def wait_stepped(self, timeout_s: float) -> float | None:
+        """`stepped_at`, or None if that takes longer than the time-out."""
+        deadline = time.monotonic() + timeout_s
+        while self.stepped_at is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            self.look()
+        return self.stepped_at
+
+
+class Contender(ABC):
+    """A training system on 4 ranks: start it, name a rank's process, end it for certain."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    @abstractmethod
+    def start(self) -> None: ...
+
+    @abstractmethod
+    def victim(self) -> int:
+        """Pid of the last rank's living process."""
+
+    @abstractmethod
+    def stop(self) -> None: ...
+
+    def spawn(self, *command: str, **environment: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        with (self.folder / f"output-{len(self.processes)}.log").open("wb") as output:
+            self.processes.append(
+                subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder, start_new_session=True)
+            )
+
+
+class Keepstep(Contender):
+    """`keepstep run` plays all nodes; each has its own agent, persister and forkserver, as on real ones."""
+
+    nodes = 2
+
+    def start(self) -> None:
+        overrides = (f"run.root={self.folder / 'root'}", f"cluster.nodes={self.nodes}", f"cluster.ranks_per_node={RANKS // self.nodes}")
+        options = [word for override in overrides for word in ("-o", override)]
+        self.spawn(*keepstep("run", str(HERE / "recovery.toml"), *options), KEEPSTEP_SCRATCH_BASE=str(self.folder / "s"))
+
+    def victim(self) -> int:
+        status = subprocess.run(keepstep("status", str(self.folder / "root"), "--json"), stdout=subprocess.PIPE, check=True)
+        ranks = [rank for node in json.loads(status.stdout)["nodes"] for rank in node["ranks"]]
+        return int(next(rank["pid"] for rank in ranks if rank["rank"] == RANKS - 1))
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()  # all of a local run's processes die with the one that plays the platform
+            process.wait()
+
+
+class KeepstepOneNode(Keepstep):
+    nodes = 1
+
+
+class Torchrun(Contender):
+    """Plain torchrun with the setting that makes it recover; one agent per node."""
+
+    nodes = 1
+
+    def start(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        options = [f"--nnodes={self.nodes}", f"--nproc-per-node={RANKS // self.nodes}", "--max-restarts=1000", "--rdzv-id=bench"]
+        meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+        program = [str(HERE / "torchrun_train.py"), str(self.folder)]
+        for _ in range(self.nodes):
+            self.spawn(sys.executable, "-m", "torch.distributed.run", *options, *meeting, *program, **TORCHRUN_FIX)
+
+    def victim(self) -> int:
+        return next(pid for pid, rank in self._living() if rank == RANKS - 1)
+
+    def stop(self) -> None:
+        ranks = [pid for pid, _ in self._living()]
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for pid in ranks:  # torchrun's workers have sessions of their own and outlive a killed torchrun
+            with contextlib.suppress(ProcessLookupError):  # it had ended by itself
+                os.kill(pid, signal.SIGKILL)
+
+    def _living(self) -> Iterator[tuple[int, int]]:
+        for path in self.folder.glob("progress-*"):
+            _, pid, rank = path.name.split("-")
+            if Path(f"/proc/{pid}/environ").exists() and str(self.folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                yield int(pid), int(rank)
+
+
+class TorchrunTwoNodes(Torchrun):
+    nodes = 2
+
+
+CONTENDERS: Mapping[str, type[Contender]] = {
+    "keepstep-2x2": Keepstep,
+    "torchrun-2x2": TorchrunTwoNodes,
+    "keepstep-1x4": KeepstepOneNode,
+    "torchrun-1x4": Torchrun,
+}
+
+
+def keepstep(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "keepstep.orchestrator.cli", *arguments]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One kill."""
+
+    contender: str
+    round: int
+    kill: int
+    recovery_s: float | None  # None: not within RECOVERY_TIMEOUT_S
+    step_s: float  # median seconds per step before the kill, for scale
+    load: float  # of the machine just before the kill
+
+
+def trial(name: str, number: int, kills: int) -> Iterator[Row]:
+    """One launch of one contender, killed `kills` times."""
+    folder = Path(tempfile.mkdtemp(prefix="ks-bench-"))
+    contender = CONTENDERS[name](folder)
+    generation = Generation(folder)
+    try:
+        contender.start()
+        if generation.wait_stepped(START_TIMEOUT_S) is None:
+            raise SystemExit(f"{name} did not start within {START_TIMEOUT_S:.0f} s, see {folder}/output-*.log")
+        for kill in range(kills):
+            step_s = run_on(generation, STEPS_BETWEEN_KILLS)
+            victim, load = contender.victim(), os.getloadavg()[0]
+            generation = Generation(folder)
+            killed_at = time.monotonic()
+            os.kill(victim, signal.SIGKILL)
+            recovered_at = generation.wait_stepped(RECOVERY_TIMEOUT_S)
+            yield Row(
+                contender=name,
+                round=number,
+                kill=kill,
+                recovery_s=None if recovered_at is None else round(recovered_at - killed_at, 3),
+                step_s=round(step_s, 4),
+                load=load,
+            )
+            if recovered_at is None:
+                break
+    finally:
+        contender.stop()
+    shutil.rmtree(folder, ignore_errors=True)  # kept after an error: its logs say why
+
+
+def run_on(generation: Generation, steps: int) -> float:
+    """Lets it train; returns the seconds per step."""
+    generation.look()
+    began, first = time.monotonic(), generation.slowest
+    while generation.slowest < first + steps:
+        if time.monotonic() - began > START_TIMEOUT_S:
+            raise SystemExit(f"no {steps} steps within {START_TIMEOUT_S:.0f} s")
+        time.sleep(POLL_S)
+        generation.look()
+    return (time.monotonic() - began) / steps
+
+
+def summary(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Per contender: kills, recoveries, median, smallest and largest seconds; the ratio is against keepstep on as many nodes."""
+    table: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(row.contender for row in rows):
+        mine = [row for row in rows if row.contender == name]
+        times = sorted(row.recovery_s for row in mine if row.recovery_s is not None)
+        table[name] = {
+            "kills": len(mine),
+            "recovered": len(times),
+            "median_s": statistics.median(times) if times else None,
+            "min_s": times[0] if times else None,
+            "max_s": times[-1] if times else None,
+            "step_s": statistics.median(row.step_s for row in mine),
+        }
+    for name, line in table.items():
+        ours = table.get(f"keepstep-{name.partition('-')[2]}", {}).get("median_s")
+        line["ratio"] = round(line["median_s"] / ours, 2) if ours and line["median_s"] else None
+    return table
+
+
+def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| contender | recovered | median s | min - max s | step s | x keepstep |", "|---|---|---|---|---|---|"]
+    for name, line in table.items():
+        spread = f"{line['min_s']:.2f} - {line['max_s']:.2f}" if line["recovered"] else "-"
+        median, ratio = (f"{value:.2f}" if value is not None else "-" for value in (line["median_s"], line["ratio"]))
+        lines.append(f"| {name} | {line['recovered']} of {line['kills']} | {median} | {spread} | {line['step_s']:.3f} | {ratio} |")
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    cpu = next((line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="launches of each contender, in alternation")
+    parser.add_argument("--kills", type=int, default=3, help="kills per launch")
+    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "recovery.json")
+    arguments = parser.parse_args()
+    rows: list[Row] = []
+    for number in range(arguments.rounds):
+        for name in arguments.only:
+            for row in trial(name, number, arguments.kills):
+                print(f"{name} round {number} kill {row.kill}: {row.recovery_s} s (step {row.step_s} s, load {row.load})", flush=True)
+                rows.append(row)
+    table = summary(rows)
+    print(markdown(table))
+    document = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "summary": table,
+        "rows": [asdict(r) for r in rows],
+    }
+    arguments.output.parent.mkdir(exist_ok=True)
+    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
