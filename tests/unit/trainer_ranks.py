@@ -1,0 +1,183 @@
+"""Real ranks for tests of the trainer: forked processes with gloo between them, and a staging area that writes straight to a folder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from keepstep.storage.arena import Buffer, StagedFile
+from keepstep.storage.manifest import FileEntry, Manifest, RankIndex, TensorEntry, hash_blocks, merge
+from keepstep.trainer.attach import Attached
+from keepstep.trainer.contract import ENV_SPEC, PROGRESS_BYTES, RankSpec, Resume
+
+DEADLINE_S = 120.0
+TINY = {
+    "data": {"tokenizer": "bytes"},
+    "model": {"layers": 2, "width": 32, "heads": 2, "context": 16, "dropout": 0.1},
+    "optimizer": {"warmup_steps": 2},
+    "train": {"batch_tokens": 128},
+    "evaluate": {"max_tokens": 500},
+}
+
+
+class FolderStaging:
+    """What storage.arena.Staging does, without a persister: a checkpoint is on the disk when `submit` returns."""
+
+    def __init__(self, root: Path, *, attempt: int, rank: int, world_size: int) -> None:
+        self.root, self.attempt, self.rank, self.world_size = root, attempt, rank, world_size
+        self.memory = bytearray()
+        self.template = ""
+        self.last_error = ""
+        self.busy = False
+        self.records: list[dict[str, Any]] = []
+
+    def reserve(self, num_bytes: int) -> None:
+        self.memory = bytearray(num_bytes)
+
+    def buffer(self, num_bytes: int, template: str = "") -> Buffer | None:
+        fresh = len(self.memory) != num_bytes or self.template != template
+        if fresh:
+            self.memory, self.template = bytearray(num_bytes), template
+        return Buffer(view=memoryview(self.memory), fresh=fresh)
+
+    def submit(
+        self, *, directory: str, step: int, files: Sequence[StagedFile], tensors: Sequence[TensorEntry], state: Mapping[str, Any]
+    ) -> None:
+        folder = self.root / directory
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = []
+        for file in files:
+            body = memoryview(self.memory)[file.offset : file.offset + file.num_bytes]
+            (folder / file.name).write_bytes(body)
+            entries.append(FileEntry(name=file.name, num_bytes=file.num_bytes, hashes=hash_blocks(body)))
+        index = RankIndex(
+            attempt=self.attempt,
+            step=step,
+            rank=self.rank,
+            world_size=self.world_size,
+            directory=directory,
+            files=tuple(entries),
+            tensors=tuple(tensors),
+            state=state,
+        )
+        (folder / f"rank-{self.rank:05d}.json").write_bytes(index.body())
+
+    def wait_idle(self, deadline_s: float) -> bool:
+        return True
+
+    def record_step(self, record: Mapping[str, Any]) -> None:
+        self.records.append(dict(record))
+        with (self.root / "records.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def resident(self, directory: str, file_name: str) -> memoryview | None:
+        return None
+
+
+def commit(root: Path, directory: str) -> Resume:
+    """What the coordinator does with complete rank indexes; the manifest's place in the root."""
+    folder = root / directory
+    manifest = merge([RankIndex.parse(path.read_bytes()) for path in sorted(folder.glob("rank-*.json"))])
+    (folder / "MANIFEST.json").write_bytes(manifest.body())
+    return Resume(step=manifest.step, directory=directory, manifest_sha256=manifest.sha256())
+
+
+def manifest_of(root: Path, resume: Resume) -> Manifest:
+    return Manifest.parse((root / resume.directory / "MANIFEST.json").read_bytes())
+
+
+def train_ranks(root: Path, config: Mapping[str, Any], *, world_size: int, attempt: int = 1, resume: Resume | None = None, stop_at: int = 0) -> None:
+    """One attempt of `config` (sections of run.toml): every rank in its own process, checkpoints and records below `root`.
+
+    Args:
+        stop_at: the agent asks for a stop at this step; 0: never.
+    """
+    run_ranks(world_size, _train, str(root), dict(config), attempt, resume, stop_at)
+
+
+def _train(rank: int, world_size: int, root: str, config: Mapping[str, Any], attempt: int, resume: Resume | None, stop_at: int) -> None:
+    from keepstep.trainer.config import TrainerConfig
+    from keepstep.trainer.contract import Request
+    from keepstep.trainer.loop import train
+    from keepstep.trainer.parallel import join
+    from keepstep.trainer.run import open_run
+
+    class Me(Attached):
+        def request(self) -> Request:
+            return Request.STOP if stop_at and run.step + 1 >= stop_at else Request.NONE
+
+    me = Me(_spec(Path(root), rank, attempt, resume))
+    me.__dict__["staging"] = FolderStaging(Path(root), attempt=attempt, rank=rank, world_size=world_size)
+    run = open_run(TrainerConfig.model_validate(config), me, join(me))
+    train(run)
+
+
+def _spec(root: Path, rank: int, attempt: int, resume: Resume | None) -> RankSpec:
+    scratch = root / "scratch"
+    scratch.mkdir(exist_ok=True)
+    page = scratch / f"progress-{attempt}-{rank}"
+    page.write_bytes(bytes(PROGRESS_BYTES))
+    return RankSpec(
+        run="test",
+        attempt=attempt,
+        nonce=f"nonce{attempt}",
+        root=str(root),
+        config_path="",
+        scratch=str(scratch),
+        progress_path=str(page),
+        staging_socket="",
+        error_path="",
+        resume=resume,
+    )
+
+
+def run_ranks(world_size: int, target: Callable[..., None], *arguments: Any) -> None:
+    """Calls target(rank, world_size, *arguments) in `world_size` processes with torchrun's environment. AssertionError if one fails."""
+    from torch.distributed import TCPStore
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["keepstep.trainer.preload"])
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    queue = context.SimpleQueue()
+    ranks = [
+        context.Process(target=_enter, args=(rank, world_size, store.port, queue, target, arguments), daemon=True) for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(DEADLINE_S)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    assert codes == [0] * world_size, "\n".join(queue.get() for _ in range(world_size) if not queue.empty()) or f"exit codes {codes}"
+
+
+def _enter(rank: int, world_size: int, port: int, queue: Any, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+    }
+    os.environ.pop(ENV_SPEC, None)
+    torch.set_num_threads(1)
+    try:
+        target(rank, world_size, *arguments)
+    except BaseException:
+        queue.put(f"rank {rank}: {traceback.format_exc()}")
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
