@@ -7,6 +7,7 @@ retried request caused): read back, compare, and the truth is known. It makes th
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import uuid
@@ -77,9 +78,11 @@ def sync_directory(path: Path) -> None:
 
 
 def make_directories(path: Path) -> None:
-    """Like mkdir -p, with every new name durable in its parent."""
+    """Like mkdir -p, with every new name durable in its parent. Raises NotADirectoryError where a file is in the way."""
     if path.is_dir():
         return
+    if path.exists():
+        raise NotADirectoryError(errno.ENOTDIR, f"{path} is a file, not a folder", str(path))
     make_directories(path.parent)
     path.mkdir(exist_ok=True)
     sync_directory(path.parent)

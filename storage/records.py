@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, get_type_hints
 
 from .canonical import canonical_json, sha256_hex
@@ -182,12 +183,17 @@ def _decode_record(fields: Any, sequence: int) -> Record:
     kind = fields.get("kind") if isinstance(fields, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
         raise CorruptRecord(f"record {sequence} is of unknown kind {kind!r}")
-    hints = get_type_hints(KINDS[kind])
+    hints = _hints(kind)
     known = {name: _decode_field(fields[name], hint, f"record {sequence}, {kind}.{name}") for name, hint in hints.items() if name in fields}
     try:
         return KINDS[kind](**known)
     except TypeError as error:
         raise CorruptRecord(f"record {sequence}, {kind}: {error}") from None
+
+
+@cache
+def _hints(kind: str) -> dict[str, Any]:
+    return get_type_hints(KINDS[kind])
 
 
 def _decode_field(value: Any, hint: Any, where: str) -> Any:

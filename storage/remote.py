@@ -164,6 +164,7 @@ class MemoryStore(ObjectStore):
     """memory://name: shared by all stores of one process, for tests and examples. One lock makes its operations atomic."""
 
     segment_period_s = 0.0
+    parallel_reads = 1
     _lock = threading.RLock()
 
     def __init__(self, path: str) -> None:

@@ -159,9 +159,10 @@ class Store(ABC):
 
     def get_many(self, keys: Sequence[str]) -> tuple[bytes | StoreError, ...]:
         """Many small objects at once, in order; an error stands in the place of its object."""
-        if not keys:
-            return ()
-        with ThreadPoolExecutor(min(self.parallel_reads, len(keys)), thread_name_prefix="get") as pool:
+        threads = min(self.parallel_reads, len(keys))
+        if threads <= 1:
+            return tuple(self._get_or_error(key) for key in keys)
+        with ThreadPoolExecutor(threads, thread_name_prefix="get") as pool:
             return tuple(pool.map(self._get_or_error, keys))
 
     def _get_or_error(self, key: str) -> bytes | StoreError:

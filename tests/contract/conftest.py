@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from keepstep.storage.store import Store
 from s3server import S3Server, running_s3_server
+
+from keepstep.storage.store import Store
 
 
 @pytest.fixture(scope="session")

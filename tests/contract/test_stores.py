@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from keepstep.storage.errors import NotFound, StoreError
 from keepstep.storage.store import Store
 

@@ -1,0 +1,144 @@
+"""Stores that must not hold a run, and what they are told."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+from s3server import KEY, S3Server
+
+from keepstep.storage.errors import NotFound, StoreForbidden, StoreRefused, StoreUnavailable
+from keepstep.storage.remote import MemoryStore
+from keepstep.storage.store import StorageOptions, Store
+
+
+class StoreThatIgnoresConditions(MemoryStore):
+    """As rclone's S3 server, Garage and SeaweedFS before 3.97 do: everybody wins."""
+
+    def put_new(self, key: str, body: bytes) -> bool:
+        self.put(key, body)
+        return True
+
+
+class StoreThatRaces(MemoryStore):
+    """Looks first and writes then: two writers in a row are fine, two at once are not."""
+
+    def __init__(self, path: str, writers: int) -> None:
+        super().__init__(path)
+        self._all_looked = threading.Barrier(writers)
+
+    def put_new(self, key: str, body: bytes) -> bool:
+        is_there = self.exists(key)
+        if key.endswith("race"):
+            self._all_looked.wait(timeout=30)
+        if is_there:
+            return self.get(key) == body
+        self.put(key, body)
+        return True
+
+
+class StoreThatRemembers(MemoryStore):
+    """Eventually consistent: a read may still give what was there before."""
+
+    def get(self, key: str) -> bytes:
+        return b"old" if key.endswith("small") else super().get(key)
+
+
+class TestProbe:
+    def test_a_store_that_ignores_the_condition_is_refused_with_the_remedy(self) -> None:
+        store = StoreThatIgnoresConditions(uuid.uuid4().hex)
+        with pytest.raises(StoreRefused, match=r"memory://\w+ ignores the condition .* use a store with conditional writes"):
+            store.probe()
+        assert list(store.list()) == []
+
+    def test_a_store_that_looks_and_then_writes_is_refused(self) -> None:
+        with pytest.raises(StoreRefused, match="of 8 writers of one new object 8 were told that they won"):
+            StoreThatRaces(uuid.uuid4().hex, writers=8).probe()
+
+    def test_a_store_without_read_after_write_is_refused(self) -> None:
+        with pytest.raises(StoreRefused, match=r"does not return what was just written \(read back\)"):
+            StoreThatRemembers(uuid.uuid4().hex).probe()
+
+
+class TestFolders:
+    def test_a_root_that_is_a_file_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "root").write_text("x")
+        with pytest.raises(StoreRefused, match="root is a file, not a folder; correct run"):
+            Store.open(tmp_path / "root").probe()
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_a_root_that_cannot_be_written_is_refused_with_the_remedy(self, tmp_path: Path) -> None:
+        (tmp_path / "root").mkdir(mode=0o500)
+        with pytest.raises(StoreRefused, match="give this user permission"):
+            Store.open(tmp_path / "root").probe()
+
+    def test_a_torn_line_spoils_only_itself(self, tmp_path: Path) -> None:
+        store = Store.open(tmp_path)
+        (tmp_path / "events.jsonl").write_bytes(b'{"a":1}\n{"to')
+        assert list(store.read_records("events.jsonl")) == [{"a": 1}]
+        store.append("events.jsonl", b'{"b":2}')
+        assert list(store.read_records("events.jsonl")) == [{"a": 1}, {"b": 2}]
+
+    def test_what_a_killed_writer_left_is_never_listed(self, tmp_path: Path) -> None:
+        (tmp_path / "log").mkdir()
+        (tmp_path / "log" / f".new-{uuid.uuid4().hex}").write_bytes(b"half")
+        assert list(Store.open(tmp_path).list()) == []
+
+    def test_a_file_url_is_the_same_folder(self, tmp_path: Path) -> None:
+        Store.open(f"file://{tmp_path}").put("x", b"1")
+        assert Store.open(str(tmp_path)).get("x") == b"1"
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+class TestS3:
+    def options(self, server: S3Server, **changes: object) -> StorageOptions:
+        given = {"endpoint_url": server.endpoint_url, "region": "us-east-1", "key": KEY, "secret": server.options.secret, "deadline_s": 2.0}
+        return StorageOptions(**(given | changes))  # type: ignore[arg-type]
+
+    def test_a_missing_bucket_is_refused_with_the_remedy(self, s3_server: S3Server) -> None:
+        store = Store.open("s3://no-such-bucket/x", self.options(s3_server))
+        with pytest.raises(StoreRefused, match=r"bucket does not exist.*create the bucket"):
+            store.probe()
+        with pytest.raises(NotFound):
+            store.get("x")
+
+    def test_wrong_credentials_are_refused_with_the_remedy(self, s3_server: S3Server) -> None:
+        store = Store.open(f"{s3_server.url}/x", self.options(s3_server, secret="wrong"))
+        with pytest.raises(StoreRefused, match="correct the credentials"):
+            store.probe()
+        with pytest.raises(StoreForbidden):
+            store.put("x", b"")
+
+    def test_a_server_that_does_not_answer_is_tried_until_the_deadline(self, s3_server: S3Server) -> None:
+        store = Store.open("s3://demo/x", self.options(s3_server, endpoint_url="http://127.0.0.1:9", deadline_s=0.3))
+        with pytest.raises(StoreUnavailable, match="tries, the last one said"):
+            store.get("x")
+        with pytest.raises(StoreRefused, match="check address, network and time-outs"):
+            store.probe()
+
+    def test_the_environment_alone_is_enough(self, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in s3_server.environment.items():
+            monkeypatch.setenv(name, value)
+        store = Store.open(f"{s3_server.url}/{uuid.uuid4().hex}")
+        store.put("x", b"1")
+        assert store.get("x") == b"1"
+
+    def test_uploads_that_a_killed_process_left_are_swept_with_their_folder(self, s3_server: S3Server) -> None:
+        prefix = uuid.uuid4().hex
+        store = Store.open(f"{s3_server.url}/{prefix}", self.options(s3_server))
+        filesystem = store._fs  # type: ignore[attr-defined]
+        filesystem.call_s3("create_multipart_upload", Bucket="demo", Key=f"{prefix}/data/a/x")
+        store.delete_tree("data/a")
+        left = filesystem.call_s3("list_multipart_uploads", Bucket="demo", Prefix=prefix)
+        assert left.get("Uploads", []) == []
+
+    def test_what_one_client_wrote_another_reads_at_once(self, s3_server: S3Server) -> None:
+        prefix = uuid.uuid4().hex
+        writer, reader = (Store.open(f"{s3_server.url}/{prefix}", self.options(s3_server)) for _ in range(2))
+        for number in range(10):
+            assert writer.put_new(f"log/{number}", b"%d" % number)
+            assert reader.get(f"log/{number}") == b"%d" % number

@@ -1,0 +1,224 @@
+"""What the run log means: history, terms, void records, retention."""
+
+from __future__ import annotations
+
+import random
+from functools import reduce
+
+import pytest
+
+from keepstep.storage.layout import checkpoint_directory
+from keepstep.storage.lineage import Lineage, fold, refusal
+from keepstep.storage.records import Attempt, Commit, Failed, Finished, Opened, Pin, Quarantine, Record, Retire
+from keepstep.storage.retention import choose_retired, garbage
+
+
+def opened(term: int = 1, identity: str = "i") -> Opened:
+    return Opened(term=term, run="x", identity=identity, host="h", pid=1)
+
+
+def directory(attempt: int, step: int) -> str:
+    return checkpoint_directory(attempt, step, f"nonce-{attempt}")
+
+
+def attempt(number: int, resume: tuple[int, int] | None = None, term: int = 1) -> Attempt:
+    """`resume`: (attempt, step) of the checkpoint."""
+    return Attempt(
+        term=term,
+        attempt=number,
+        nodes=("a#1",),
+        world_size=2,
+        resume_step=resume[1] if resume else -1,
+        resume_directory=directory(*resume) if resume else "",
+        nonce=f"nonce-{number}",
+    )
+
+
+def commit(number: int, step: int, term: int = 1) -> Commit:
+    return Commit(term=term, attempt=number, step=step, directory=directory(number, step), manifest_sha256="00", world_size=2)
+
+
+def quarantine(number: int, step: int) -> Quarantine:
+    return Quarantine(term=1, directory=directory(number, step), why="damaged")
+
+
+def lineage_of(*records: Record) -> Lineage:
+    return reduce(fold, records, Lineage())
+
+
+def steps(*numbers: int) -> list[dict[str, int]]:
+    return [{"step": number} for number in numbers]
+
+
+class TestHistory:
+    def test_an_empty_log_has_nothing(self) -> None:
+        assert lineage_of().newest_committed() is None
+        assert lineage_of().history({1: steps(1, 2)}) == ()
+
+    def test_the_newest_commit_is_resumed_from(self) -> None:
+        assert lineage_of(opened(), attempt(1), commit(1, 20), commit(1, 40)).newest_committed() == commit(1, 40)
+
+    def test_steps_belong_to_the_attempt_that_the_commits_select(self) -> None:
+        lineage = lineage_of(opened(), attempt(1), commit(1, 2), attempt(2, (1, 2)), commit(2, 4))
+        records = {1: steps(1, 2, 3, 4), 2: steps(3, 4, 5)}
+        history = [(step.step, step.attempt, step.provisional) for step in lineage.history(records)]
+        assert history == [(1, 1, False), (2, 1, False), (3, 2, False), (4, 2, False), (5, 2, True)]
+
+    def test_without_a_commit_everything_of_the_running_attempt_is_provisional(self) -> None:
+        history = lineage_of(opened(), attempt(1), attempt(2)).history({1: steps(1, 2), 2: steps(1)})
+        assert [(step.step, step.attempt, step.provisional) for step in history] == [(1, 2, True)]
+
+    def test_an_attempt_without_commits_leaves_no_trace(self) -> None:
+        lineage = lineage_of(opened(), attempt(1), commit(1, 2), attempt(2, (1, 2)), attempt(3, (1, 2)), commit(3, 4))
+        history = lineage.history({1: steps(1, 2), 2: steps(3), 3: steps(3, 4)})
+        assert [(step.step, step.attempt) for step in history] == [(1, 1), (2, 1), (3, 3), (4, 3)]
+
+    def test_a_step_written_twice_by_one_attempt_counts_once(self) -> None:
+        history = lineage_of(opened(), attempt(1), commit(1, 2)).history({1: [{"step": 1, "n": 1}, {"step": 1, "n": 2}]})
+        assert [step.record["n"] for step in history] == [2]
+
+    def test_a_rewind_takes_later_commits_out_of_the_history(self) -> None:
+        lineage = lineage_of(opened(), attempt(1), commit(1, 20), commit(1, 40), attempt(2, (1, 20)))
+        assert lineage.newest_committed() == commit(1, 20)
+        assert lineage.abandoned == (commit(1, 40),)
+
+    def test_starting_from_scratch_leaves_nothing_in_the_history(self) -> None:
+        lineage = lineage_of(opened(), attempt(1), commit(1, 20), attempt(2))
+        assert (lineage.newest_committed(), lineage.commits) == (None, ())
+
+
+class TestDamage:
+    def test_a_quarantined_checkpoint_is_not_resumed_from(self) -> None:
+        lineage = lineage_of(opened(), attempt(1), commit(1, 20), commit(1, 40), quarantine(1, 40))
+        assert lineage.newest_committed() == commit(1, 20)
+
+    def test_a_retired_checkpoint_is_not_resumed_from(self) -> None:
+        retire = Retire(term=1, directories=(directory(1, 20),))
+        lineage = lineage_of(opened(), attempt(1), commit(1, 20), commit(1, 40), retire, quarantine(1, 40))
+        assert lineage.newest_committed() is None
+
+    def test_retired_steps_stay_in_the_history(self) -> None:
+        retire = Retire(term=1, directories=(directory(1, 1),))
+        lineage = lineage_of(opened(), attempt(1), commit(1, 1), commit(1, 2), retire)
+        assert [step.step for step in lineage.history({1: steps(1, 2)})] == [1, 2]
+
+
+class TestVoidRecords:
+    @pytest.mark.parametrize(
+        ("log", "record", "why"),
+        [
+            ([opened(2)], opened(2), "term 2 was opened after term 2"),
+            ([opened(1)], opened(2, identity="other"), "holds run 'x' with identity i, not 'x' with other"),
+            ([opened(1), opened(2)], attempt(1, term=1), "attempt of term 1 while term 2 is open"),
+            ([opened()], attempt(1, term=2), "attempt of term 2 while term 1 is open"),
+            ([], attempt(1), "attempt of term 1 while term 0 is open"),
+            ([opened(), attempt(3)], attempt(3), "attempt 3 came after attempt 3"),
+            ([opened(), attempt(3)], attempt(2), "attempt 2 came after attempt 3"),
+            ([opened()], attempt(1, (7, 20)), "not a usable commit of the history"),
+            ([opened(), attempt(1), commit(1, 20), quarantine(1, 20)], attempt(2, (1, 20)), "not a usable commit"),
+            ([opened()], commit(1, 20), "while attempt none runs"),
+            ([opened(), attempt(1), attempt(2)], commit(1, 20), "commit of attempt 1 while attempt 2 runs"),
+            ([opened(), attempt(1), commit(1, 20)], commit(1, 20), "commit of step 20 after step 20"),
+            ([opened(), attempt(1)], quarantine(1, 20), "never committed"),
+            ([opened(), attempt(1), commit(1, 20)], Retire(term=1, directories=(directory(1, 20),)), "last usable checkpoint"),
+        ],
+    )
+    def test_a_void_record_changes_nothing_and_says_why(self, log: list[Record], record: Record, why: str) -> None:
+        lineage = lineage_of(*log)
+        assert why in refusal(lineage, record)
+        assert fold(lineage, record) is lineage
+
+    def test_a_resume_step_must_be_the_committed_one(self) -> None:
+        lineage = lineage_of(opened(), attempt(1), commit(1, 20))
+        wrong = Attempt(term=1, attempt=2, nodes=(), world_size=2, resume_step=21, resume_directory=directory(1, 20), nonce="n")
+        assert "calls" in refusal(lineage, wrong)
+
+    def test_the_end_is_forgotten_when_the_run_goes_on(self) -> None:
+        end = Finished(term=1, step=20, outcome="stopped", why="asked to")
+        assert lineage_of(opened(), attempt(1), commit(1, 20), end).outcome == end
+        assert lineage_of(opened(), attempt(1), commit(1, 20), end, attempt(2, (1, 20))).outcome is None
+        assert lineage_of(opened(), Failed(term=1, why="x", requeue=False)).outcome == Failed(term=1, why="x", requeue=False)
+
+
+def random_record(chance: random.Random, lineage: Lineage) -> Record:
+    """Anything, sensible or not."""
+    number, step, term = chance.randint(1, 6), chance.randint(0, 9), max(1, lineage.term + chance.choice([0, 0, 0, 0, -1]))
+    known = [(c.attempt, c.step) for c in (*lineage.commits, *lineage.abandoned)] or [(1, 1)]
+    newest = lineage.newest_attempt()
+    running = newest.attempt if newest else 1
+    return chance.choice(
+        [
+            opened(lineage.term + chance.choice([0, 1])),
+            attempt(running + chance.choice([0, 1, 1]), chance.choice([None, *known]), term),
+            commit(chance.choice([running, running, number]), step, term),
+            commit(running, step, term),
+            Quarantine(term=term, directory=directory(*chance.choice(known)), why="x"),
+            Retire(term=term, directories=tuple(directory(*of) for of in known if chance.random() < 0.5)),
+            Pin(term=term, directory=directory(*chance.choice(known)), pinned=chance.random() < 0.7),
+            Finished(term=term, step=step, outcome="stopped", why="x"),
+        ]
+    )
+
+
+def check(lineage: Lineage) -> None:
+    committed = [commit.step for commit in lineage.commits]
+    assert committed == sorted(set(committed)), "the history goes forward"
+    numbers = [attempt.attempt for attempt in lineage.attempts]
+    assert numbers == sorted(set(numbers)), "attempts are never reused"
+    assert not {c.directory for c in lineage.commits} & {c.directory for c in lineage.abandoned}
+    everything = {number: steps(*range(12)) for number in range(20)}
+    of_history = [step.step for step in lineage.history(everything)]
+    assert of_history == sorted(set(of_history)), "every step of the history was computed once"
+    if newest := lineage.newest_committed():
+        assert newest.directory not in lineage.quarantined | lineage.retired
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_sequence_of_records_breaks_the_history(seed: int) -> None:
+    chance, lineage = random.Random(seed), Lineage()
+    for _ in range(60):
+        lineage = fold(lineage, random_record(chance, lineage))
+        check(lineage)
+
+
+class TestRetention:
+    LOG = (opened(), attempt(1), *(commit(1, step) for step in (10, 20, 30, 40)))
+
+    def retired(self, *more: Record, keep: int = 2, verified: tuple[int, ...] = (10, 20, 30, 40), every: int = 0) -> list[int]:
+        found = choose_retired(lineage_of(*self.LOG, *more), keep=keep, verified={directory(1, step) for step in verified}, every=every)
+        return [step for step in (10, 20, 30, 40) if directory(1, step) in found.retire]
+
+    def test_the_newest_verified_ones_stay(self) -> None:
+        assert self.retired() == [10, 20]
+
+    def test_what_is_newer_than_the_newest_verified_stays(self) -> None:
+        assert self.retired(keep=1, verified=(10, 20)) == [10]
+
+    def test_nothing_goes_while_nothing_is_verified(self) -> None:
+        assert self.retired(verified=()) == []
+
+    def test_pins_and_every_nth_stay(self) -> None:
+        assert self.retired(Pin(term=1, directory=directory(1, 10))) == [20]
+        assert self.retired(Pin(term=1, directory=directory(1, 10)), Pin(term=1, directory=directory(1, 10), pinned=False)) == [10, 20]
+        assert self.retired(every=20) == [10]
+
+    def test_a_damaged_one_does_not_count(self) -> None:
+        assert self.retired(quarantine(1, 40)) == [10]
+
+    def test_what_left_the_history_goes(self) -> None:
+        assert self.retired(attempt(2, (1, 20)), keep=2) == [30, 40]
+
+    def test_fewer_than_one_cannot_be_kept(self) -> None:
+        with pytest.raises(ValueError, match="keep = 0"):
+            choose_retired(Lineage(), keep=0, verified=())
+
+    def test_what_it_retires_is_never_refused(self) -> None:
+        for keep in (1, 2, 5):
+            lineage = lineage_of(*self.LOG)
+            found = choose_retired(lineage, keep=keep, verified={commit.directory for commit in lineage.commits})
+            assert not refusal(lineage, Retire(term=1, directories=found.retire))
+
+    def test_garbage_is_what_older_attempts_left_uncommitted(self) -> None:
+        lineage = lineage_of(opened(), attempt(1), commit(1, 10), attempt(2, (1, 10)))
+        found = [directory(1, 10), directory(1, 20), directory(2, 20), "data/other"]
+        assert garbage(lineage, found) == (directory(1, 20),)
