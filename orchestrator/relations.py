@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from keepstep.trainer.cadence import parse_interval
+
 from .sections import RunConfig, value_of, values
 
 _KEY = re.compile(r"<(\w+\.\w+)>")
@@ -64,11 +66,11 @@ def _samples(config: RunConfig) -> int:
 
 
 def _is_interval(value: int | str) -> bool:
-    """Steps, seconds as text ("30s", "2.5s"), or "auto"."""
-    if isinstance(value, int):
-        return value >= 1
-    match = re.fullmatch(r"auto|(\d+(?:\.\d+)?)s", value)
-    return match is not None and (match[1] is None or float(match[1]) > 0)
+    try:
+        parse_interval(value, attempt=1)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_address(listen: str) -> bool:
