@@ -41,7 +41,9 @@ def _config(me: Attached, arguments: list[str] | None) -> TrainerConfig:
     if me.spec:
         config = TrainerConfig.model_validate_json(Path(me.spec.config_path).read_text())
         return config.model_copy(update={"run": config.run.model_copy(update={"root": me.spec.root})})
-    parser = argparse.ArgumentParser(prog="python -m keepstep.trainer", description="One rank of a training run, without keepstep's restarts.")
+    parser = argparse.ArgumentParser(
+        prog="python -m keepstep.trainer", description="One rank of a training run, without keepstep's restarts."
+    )
     parser.add_argument("--config", type=Path, required=True, help="run.toml")
     path: Path = parser.parse_args(arguments).config
     return TrainerConfig.model_validate(tomllib.loads(path.read_text()))

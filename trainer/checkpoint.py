@@ -39,11 +39,6 @@ class StagingArea(Protocol):
     last_error: str
 
     @property
-    def last_error(self) -> str:
-        """Why the newest checkpoint did not become durable; "" when all is well."""
-        return self._staging.last_error if self._staging is not None else ""
-
-    @property
     def busy(self) -> bool: ...
     def reserve(self, num_bytes: int) -> None: ...
     def buffer(self, num_bytes: int, template: str = "") -> Buffer | None: ...
@@ -92,6 +87,11 @@ class Checkpointer:
     @property
     def can_save(self) -> bool:
         return self._staging is not None
+
+    @property
+    def last_error(self) -> str:
+        """Why the newest checkpoint did not become durable; "" when all is well."""
+        return self._staging.last_error if self._staging is not None else ""
 
     @property
     def busy(self) -> bool:
@@ -207,5 +207,5 @@ def _has_elements(item: WriteItem) -> bool:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """"float32" for torch.float32."""
+    """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")

@@ -26,7 +26,8 @@ class RunSection(Section):
 
 class DataSection(Section):
     source: str = "installed-docs"
-    """Text to train on: "installed-docs" (the English documentation installed with Python, PyTorch and NumPy), or a path or URL of a text file or a folder of text files."""
+    """Text to train on: "installed-docs" (the English documentation installed with Python, PyTorch and NumPy), or a path or URL of a
+    text file or a folder of text files."""
     tokenizer: Literal["bpe", "bytes"] = "bpe"
     """"bpe": byte-level BPE learnt from the text; "bytes": one token per byte."""
     vocabulary: int = Field(2048, ge=257, le=1 << 20)
@@ -85,12 +86,14 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward and backward pass; master weights stay fp32."""
     reshard: bool = False
-    """Free a block's gathered parameters after its forward pass and gather them again for the backward pass: less memory, more communication."""
+    """Free a block's gathered parameters after its forward pass and gather them again for the backward pass: saves memory, costs
+    communication."""
 
 
 class CheckpointSection(Section):
     interval: int | str = 20
-    """Optimizer updates between checkpoints; or seconds as text ("30s"); or "auto" (from the measured cost of a save and the observed failures)."""
+    """Optimizer updates between checkpoints; or seconds as text ("30s"); or "auto" (from the measured cost of a save and the observed
+    failures)."""
     keep: int = Field(3, ge=1)
     """Newest committed checkpoints that are kept."""
 

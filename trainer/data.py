@@ -52,7 +52,9 @@ def feed_for(tokens: TokenArray, *, seed: int, context: int, batch_tokens: int) 
     """Raises ValueError when the text is shorter than one sample or the batch is no whole number of samples."""
     num_samples = (len(tokens) - 1) // context
     if num_samples < 1:
-        raise ValueError(f"data.source gave {len(tokens)} training tokens, fewer than one sample (model.context = {context}): give it more text")
+        raise ValueError(
+            f"data.source gave {len(tokens)} training tokens, fewer than one sample (model.context = {context}): give it more text"
+        )
     if batch_tokens % context:
         raise ValueError(f"train.batch_tokens = {batch_tokens} must be a multiple of model.context = {context}")
     return Feed(seed=seed, num_samples=num_samples, samples_per_step=batch_tokens // context)
@@ -61,7 +63,8 @@ def feed_for(tokens: TokenArray, *, seed: int, context: int, batch_tokens: int) 
 def rows(tokens: TokenArray, samples: Positions, context: int) -> Batch:
     """(samples, context + 1) token ids as int64: inputs are [:, :-1], targets [:, 1:]. Sample i starts at token i * context."""
     starts = samples.astype(np.int64) * context
-    return tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+    ids: Batch = tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
+    return ids
 
 
 def micro_batches(first: int, last: int, largest_share: int, micro_batch_samples: int) -> list[tuple[int, int]]:

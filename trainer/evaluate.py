@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tokens import TokenArray, TokenIndex
+from .tokens import TokenArray
 
 Gather = Callable[[list[float]], Tensor]  # World.gather: one row per rank
 _IGNORED = -100  # cross_entropy's mark for targets that do not count
@@ -34,7 +35,15 @@ def nll_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def evaluate(
-    model: nn.Module, held_out: TokenArray, *, context: int, max_tokens: int, rank: int, world_size: int, gather: Gather, device: torch.device
+    model: nn.Module,
+    held_out: TokenArray,
+    *,
+    context: int,
+    max_tokens: int,
+    rank: int,
+    world_size: int,
+    gather: Gather,
+    device: torch.device,
 ) -> Evaluation:
     """Collective. Windows of `context` tokens, one after the other; the first token of the text is given, not predicted.
 
@@ -68,11 +77,38 @@ def _windows(held_out: TokenArray, windows: range, context: int, count: int) -> 
     return torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT)
 
 
-def alone(row: list[float]) -> Tensor:
+def _alone(row: list[float]) -> Tensor:
     """`Gather` of a single process without a process group."""
     return torch.tensor([row], dtype=torch.float64)
 
 
-def baseline(index: TokenIndex) -> Evaluation:
-    """A model that knows the frequencies of tokens and no context: its loss on the held-out text."""
-    return Evaluation(nats_per_token=index.held_out.unigram_nats, tokens=index.held_out.tokens)
+def evaluate_root(root: str, *, step: int | None = None) -> dict[str, Any]:
+    """A committed checkpoint (None: the newest) on the whole held-out text, on this process alone.
+
+    `unigram_nats` is what a model reaches that knows the frequencies of tokens and no context.
+
+    Raises:
+        ValueError: nothing is committed, or not this step.
+        DamagedCheckpoint: its bytes are not those that were committed.
+    """
+    from .trained import load_trained
+
+    trained = load_trained(root, step)
+    held_out = trained.tokens.held_out
+    result = evaluate(
+        trained.model,
+        held_out,
+        context=trained.config.model.context,
+        max_tokens=len(held_out),
+        rank=0,
+        world_size=1,
+        gather=_alone,
+        device=torch.device("cpu"),
+    )
+    return {
+        "step": trained.step,
+        "perplexity": result.perplexity,
+        "nats_per_token": result.nats_per_token,
+        "unigram_nats": trained.tokens.index.held_out.unigram_nats,
+        "tokens": result.tokens,
+    }

@@ -64,7 +64,7 @@ def backward(run: Run, step: int) -> tuple[float, int]:
         # A rank without samples left goes through one that counts nothing, because the others wait for it in every layer.
         nll = nll_sum(run.model(rows[:, :-1]), rows[:, 1:]) * float(end > start)
         run.sharded.set_requires_gradient_sync(i == len(parts) - 1)
-        (nll / (feed.samples_per_step * context)).backward()
+        torch.autograd.backward(nll / (feed.samples_per_step * context))
         total += nll.detach()
     run.optimizer.take_gradients()
     return float(total), (last - first) * context
@@ -142,4 +142,3 @@ def record_step(run: Run, agreed: Agreed, lr: float, seconds: float) -> None:
     }
     run.me.record_step(record)
     log.info("step %d/%d  loss %.4f  %.0f tokens/s", run.step, run.config.run.steps, agreed.loss, tokens / max(seconds, 1e-9))
-

@@ -57,7 +57,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC))
-        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        x_BTC = x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        return x_BTC
 
 
 class Gpt(nn.Module):
@@ -75,7 +76,8 @@ class Gpt(nn.Module):
         x_BTC = F.dropout(x_BTC, self.dropout, self.training)
         for block in self.blocks:
             x_BTC = block(x_BTC)
-        return F.linear(self.norm(x_BTC), self.tokens.weight)
+        logits_BTV: Tensor = F.linear(self.norm(x_BTC), self.tokens.weight)
+        return logits_BTV
 
 
 def build_model(config: ModelSection, vocabulary: int, device: str | torch.device = "cpu") -> Gpt:

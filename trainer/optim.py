@@ -1,7 +1,7 @@
 """AdamW over the rank's own shards, its learning rate as a function of the step, and clipping by the global norm.
 
-The optimizer never sees DTensors: AdamW is element-wise, so it runs on the plain local shard of each parameter, which shares its memory with
-the sharded model. The bits are the same, and a step costs microseconds per tensor instead of DTensor's dispatch.
+The optimizer never sees DTensors: AdamW is element-wise, so it runs on the plain local shard of each parameter, which shares its
+memory with the sharded model. The bits are the same, and a step costs microseconds per tensor instead of DTensor's dispatch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class ShardOptimizer:
         self.parameters = dict(model.named_parameters())
         self.shards = {name: nn.Parameter(local(parameter)) for name, parameter in self.parameters.items()}
         # One group per kind; a group without parameters would lose its hyper-parameters on the way through a checkpoint.
-        groups = {"decayed": [n for n, p in self.parameters.items() if p.ndim > 1], "exempt": [n for n, p in self.parameters.items() if p.ndim <= 1]}
+        groups = {
+            "decayed": [n for n, p in self.parameters.items() if p.ndim > 1],
+            "exempt": [n for n, p in self.parameters.items() if p.ndim <= 1],
+        }
         self.group_names = {group: names for group, names in groups.items() if names}
         decay = {"decayed": config.weight_decay, "exempt": 0.0}
         self.adamw = torch.optim.AdamW(
@@ -57,7 +60,10 @@ class ShardOptimizer:
 
     def hyper_parameters(self) -> dict[str, dict[str, Any]]:
         """Group -> its hyper-parameters, as JSON."""
-        return {name: {key: group[key] for key in HYPER_PARAMETERS} for name, group in zip(self.group_names, self.adamw.param_groups, strict=True)}
+        return {
+            name: {key: group[key] for key in HYPER_PARAMETERS}
+            for name, group in zip(self.group_names, self.adamw.param_groups, strict=True)
+        }
 
     def take_gradients(self) -> None:
         """Moves each parameter's reduced gradient to its shard; the model's own are cleared."""

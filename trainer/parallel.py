@@ -47,7 +47,7 @@ def join(me: Attached) -> World:
     if threads := os.environ.get("OMP_NUM_THREADS"):  # a forked rank has torch imported before its environment is known
         torch.set_num_threads(int(threads))
     # Without torchrun there is nobody to meet: one rank needs no address.
-    alone = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    alone = None if "MASTER_ADDR" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
         store=alone,
@@ -69,7 +69,7 @@ def shard(model: Gpt, world: World, *, precision: str, reshard: bool) -> FSDPMod
     for block in model.blocks:
         fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
     sharded = fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
-    for module in sharded.modules():
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

@@ -49,9 +49,12 @@ class Restored:
 
 
 def restore(manifest: Manifest, reader: VerifiedReader, tensors: NestedTensors) -> Restored:
-    """Fills every tensor of this rank. Raises CheckpointMismatch, before it reads a byte, or DamagedCheckpoint."""
+    """Fills every tensor of this rank. Raises CheckpointMismatch, before it reads a byte, or DamagedCheckpoint.
+
+    Only the parts that `tensors` has keys for are read, each of them whole: {"model": ...} leaves the optimizer alone.
+    """
     flat = flatten(tensors)
-    saved = [entry for rank in manifest.ranks for entry in rank.tensors]
+    saved = [entry for rank in manifest.ranks for entry in rank.tensors if entry.name.partition(".")[0] in tensors]
     check_same_model(saved, flat)
     chunks = {(entry.name, entry.starts, entry.shape): entry for entry in saved}
     wanted = {name: chunk for name, tensor in flat.items() for chunk in chunks_of(tensor) if local(tensor).numel()}
@@ -68,7 +71,11 @@ def check_same_model(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -
     here = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in flat.items()}
     wrong = [f"{name} is missing in it" for name in sorted(here.keys() - there.keys())]
     wrong += [f"{name} is not in this model" for name in sorted(there.keys() - here.keys())]
-    wrong += [f"{name} is {_shown(there[name])} in it and {_shown(here[name])} here" for name in sorted(here) if there.get(name, here[name]) != here[name]]
+    wrong += [
+        f"{name} is {_shown(there[name])} in it and {_shown(here[name])} here"
+        for name in sorted(here)
+        if there.get(name, here[name]) != here[name]
+    ]
     if wrong:
         more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
         raise CheckpointMismatch(f"the checkpoint is of another model or optimizer: {'; '.join(wrong[:5])}{more}")
@@ -80,7 +87,9 @@ def _shown(what: tuple[str, tuple[int, ...]]) -> str:
 
 def read_chunk(reader: VerifiedReader, entry: TensorEntry, destination: Tensor) -> int:
     """Reads one saved chunk into a tensor of its shape and dtype, through a copy only where the tensor is no plain memory."""
-    target = destination if destination.device.type == "cpu" and destination.is_contiguous() else torch.empty_like(destination, device="cpu")
+    target = (
+        destination if destination.device.type == "cpu" and destination.is_contiguous() else torch.empty_like(destination, device="cpu")
+    )
     reader.read_into(entry.file, entry.offset, byte_view(target))
     if target is not destination:
         destination.copy_(target)

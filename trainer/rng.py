@@ -1,6 +1,6 @@
 """Every random stream of a rank: captured as JSON, restored exactly, or derived when there is nothing exact to restore.
 
-    Python's random, NumPy's global generator, torch's CPU generator, the generator of every CUDA device of this process.
+Python's random, NumPy's global generator, torch's CPU generator, the generator of every CUDA device of this process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def seed_everything(*facts: int) -> None:
 def capture() -> dict[str, Any]:
     """All streams, as JSON."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     return {
         "python": {"version": version, "words": _pack(np.array(words, dtype=np.uint32)), "gauss": _hex(gauss)},
         "numpy": {"name": name, "keys": _pack(keys), "position": int(position), "has_gauss": int(has_gauss), "cached": float(cached).hex()},
@@ -65,7 +66,9 @@ def _check(saved: Mapping[str, Any]) -> None:
     if wrong := PARTS ^ set(saved):
         raise RngMismatch(f"the checkpoint's random streams lack or add {sorted(wrong)}: refusing to train on with other ones")
     if len(saved["cuda"]) != len(_cuda_states()):
-        raise RngMismatch(f"the checkpoint holds random streams of {len(saved['cuda'])} CUDA devices, this process has {len(_cuda_states())}")
+        raise RngMismatch(
+            f"the checkpoint holds random streams of {len(saved['cuda'])} CUDA devices, this process has {len(_cuda_states())}"
+        )
 
 
 def _cuda_states() -> list[torch.Tensor]:

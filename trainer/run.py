@@ -165,4 +165,6 @@ def _resume(run: Run, store: Store, resume: Resume) -> None:
     run.step, run.loss_hex = saved.step, saved.loss_hex
     run.is_finished = manifest.ranks[0].state.get("result") is not None and saved.step >= run.config.run.steps
     run.cadence = run.cadence.saved(saved.step, time.monotonic(), run.cadence.stall_s)
-    log.info("resumed step %d from %s (%d bytes, %d from memory)", saved.step, resume.directory, restored.num_bytes, reader.bytes_from_memory)
+    log.info(
+        "resumed step %d from %s (%d bytes, %d from memory)", saved.step, resume.directory, restored.num_bytes, reader.bytes_from_memory
+    )

@@ -52,7 +52,9 @@ def tensors_of(model: nn.Module, optimizer: ShardOptimizer) -> NestedTensors:
     The optimizer's moments are plain shards; here they carry the placement of their parameter.
     """
     parameters = dict(model.named_parameters())
-    moments = {name: {key: _placed_like(parameters[name], value) for key, value in state.items()} for name, state in optimizer.state().items()}
+    moments = {
+        name: {key: _placed_like(parameters[name], value) for key, value in state.items()} for name, state in optimizer.state().items()
+    }
     return {"model": {name: parameter.detach() for name, parameter in parameters.items()}, "optimizer": moments}
 
 
@@ -102,7 +104,7 @@ def byte_view(tensor: Tensor) -> memoryview:
     import torch
 
     assert tensor.is_contiguous()
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(bytearray())
 
 
 def state_digest(tensors: Mapping[str, str], rng: Sequence[str], *, step: int, position: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import IO, Any, Final, cast
 
 import numpy as np
 import torch
@@ -71,7 +71,10 @@ class Template:
 
 
 def lay_out(items: Iterable[WriteItem]) -> Template:
-    """The file that holds these items of a DCP save plan, in their order. A pure function of the items: any rank can lay out any other's."""
+    """The file that holds these items of a DCP save plan, in their order.
+
+    A pure function of the items: any rank can lay out any other's.
+    """
     placed: list[Placed] = []
     end = 0
     for item in items:
@@ -101,7 +104,7 @@ def pattern_of(dtype: torch.dtype, shape: tuple[int, ...]) -> Pattern:
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(stand_in, recorder)
+        torch.save(stand_in, cast("IO[bytes]", recorder))
     finally:
         torch.serialization.set_crc32_options(before)
     assert recorder.data_offset is not None, "torch.save did not write the tensor's own memory in one piece"

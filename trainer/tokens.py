@@ -36,7 +36,7 @@ _BLOCK_BYTES: Final = 8 << 20
 _ENCODE_DOCUMENTS: Final = 256
 
 Progress = Callable[[str, float], None]  # (what is being done, share that is done)
-TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,19 +114,23 @@ def prepare(config: DataSection, store: Store, progress: Progress = lambda what,
     if found:
         return _checked_recipe(found, config, store)
     progress("reading text", 0.0)
-    parts = dict(zip(PARTS, split(_enough(config, list(_limited(documents(config.source), config.max_bytes))), config.held_out), strict=True))
+    parts = dict(
+        zip(PARTS, split(_enough(config, list(_limited(documents(config.source), config.max_bytes))), config.held_out), strict=True)
+    )
     progress("learning the tokenizer", 0.1)
     tokenizer = learn_tokenizer(config, (document.text for document in parts["train"]))
     arrays = {name: _encode(tokenizer, parts[name], progress) for name in PARTS}
     progress("writing tokens", 0.9)
     index = _index(config, tokenizer, parts, arrays)
     for name in PARTS:
-        body = memoryview(arrays[name]).cast("B")
+        body = arrays[name].data.cast("B")
         blocks = (body[start : start + _BLOCK_BYTES] for start in range(0, body.nbytes, _BLOCK_BYTES))
         store.write_file(f"{FOLDER}/{name}.bin", blocks, num_bytes=body.nbytes)
     store.put(TOKENIZER, tokenizer.to_json())
     if not store.put_new(INDEX, index.body()):
-        raise ValueError(f"{store.name} was prepared by somebody else at the same time with other text; start again, or choose another run.root")
+        raise ValueError(
+            f"{store.name} was prepared by somebody else at the same time with other text; start again, or choose another run.root"
+        )
     progress("tokens ready", 1.0)
     return index
 
@@ -184,7 +188,7 @@ def _index(config: DataSection, tokenizer: Tokenizer, parts: Mapping[str, list[D
             documents=len(parts[name]),
             text_bytes=sum(len(document.text.encode()) for document in parts[name]),
             tokens=len(arrays[name]),
-            sha256=hashlib.sha256(memoryview(arrays[name]).cast("B")).hexdigest(),
+            sha256=hashlib.sha256(arrays[name].data.cast("B")).hexdigest(),
             unigram_nats=unigram_nats(counts, arrays[name], smoothing=0 if name == "train" else 1),
         )
         for name in PARTS

@@ -91,7 +91,9 @@ def manifest_of(root: Path, resume: Resume) -> Manifest:
     return Manifest.parse((root / resume.directory / "MANIFEST.json").read_bytes())
 
 
-def train_ranks(root: Path, config: Mapping[str, Any], *, world_size: int, attempt: int = 1, resume: Resume | None = None, stop_at: int = 0) -> None:
+def train_ranks(
+    root: Path, config: Mapping[str, Any], *, world_size: int, attempt: int = 1, resume: Resume | None = None, stop_at: int = 0
+) -> None:
     """One attempt of `config` (sections of run.toml): every rank in its own process, checkpoints and records below `root`.
 
     Args:
@@ -145,7 +147,8 @@ def run_ranks(world_size: int, target: Callable[..., None], *arguments: Any) -> 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     queue = context.SimpleQueue()
     ranks = [
-        context.Process(target=_enter, args=(rank, world_size, store.port, queue, target, arguments), daemon=True) for rank in range(world_size)
+        context.Process(target=_enter, args=(rank, world_size, store.port, queue, target, arguments), daemon=True)
+        for rank in range(world_size)
     ]
     for process in ranks:
         process.start()
