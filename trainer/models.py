@@ -57,8 +57,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC))
-        x_BTC = x_BTC + self.mlp(self.mlp_norm(x_BTC))
-        return x_BTC
+        added_BTC: Tensor = self.mlp(self.mlp_norm(x_BTC))
+        return x_BTC + added_BTC
 
 
 class Gpt(nn.Module):

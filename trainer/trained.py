@@ -1,0 +1,67 @@
+"""A trained model from a run's root, whole, in one process: for evaluating and generating anywhere."""
+
+from __future__ import annotations
+
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from keepstep.storage.errors import NotFound
+from keepstep.storage.layout import RUN_CONFIG_KEY
+from keepstep.storage.records import Commit
+from keepstep.storage.runlog import RunLog
+from keepstep.storage.store import Store
+from keepstep.storage.verify import CheckpointReader, read_manifest
+
+from .config import TrainerConfig
+from .models import Gpt, build_model
+from .restore import restore
+from .tokens import Tokens, open_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    config: TrainerConfig
+    tokens: Tokens
+    model: Gpt  # in evaluation mode, on the CPU
+    step: int
+
+
+def load_trained(root: str, step: int | None = None) -> Trained:
+    """The model of a committed checkpoint, of the newest one for None. Every byte is verified.
+
+    Raises:
+        ValueError: the root holds no run, nothing is committed yet, or not this step.
+        DamagedCheckpoint: the bytes are not those that were committed.
+    """
+    store = Store.open(root)
+    config = _config(store)
+    commit = _commit(store, step)
+    with tempfile.TemporaryDirectory(prefix="keepstep-") as scratch:  # mapped files stay readable after they are gone
+        tokens = open_tokens(store, Path(scratch))
+    model = build_model(config.model, tokens.index.vocabulary)
+    manifest = read_manifest(store, commit.directory, commit.manifest_sha256)
+    reader = CheckpointReader(store, commit.directory, manifest)
+    restore(manifest, reader, {"model": {name: parameter.detach() for name, parameter in model.named_parameters()}})
+    return Trained(config=config, tokens=tokens, model=model.eval(), step=commit.step)
+
+
+def _config(store: Store) -> TrainerConfig:
+    try:
+        return TrainerConfig.model_validate(tomllib.loads(store.get(RUN_CONFIG_KEY).decode()))
+    except NotFound:
+        raise ValueError(f"{store.name} holds no run: there is no {RUN_CONFIG_KEY} in it") from None
+
+
+def _commit(store: Store, step: int | None) -> Commit:
+    lineage = RunLog.open(store).lineage
+    usable = [commit for commit in lineage.commits if lineage.is_usable(commit)]
+    if not usable:
+        raise ValueError(f"{store.name} holds no committed checkpoint yet")
+    if step is None:
+        return usable[-1]
+    found = next((commit for commit in usable if commit.step == step), None)
+    if found is None:
+        raise ValueError(f"step {step} is not committed in {store.name}; committed are {', '.join(str(commit.step) for commit in usable)}")
+    return found
