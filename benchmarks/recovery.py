@@ -155,7 +155,7 @@ class Keepstep(Contender):
     def victim(self) -> int:
         status = subprocess.run(keepstep("status", str(self.folder / "root"), "--json"), stdout=subprocess.PIPE, check=True)
         ranks = [rank for node in json.loads(status.stdout)["nodes"] for rank in node["ranks"]]
-        return int(next(rank["pid"] for rank in ranks if rank["rank"] == RANKS - 1))
+        return int(next(rank["pid"] for rank in ranks if rank["rank"] == RANKS - 1 and rank["phase"] != "exited"))
 
     def stop(self) -> None:
         for process in self.processes:
@@ -240,6 +240,7 @@ def trial(name: str, number: int, kills: int) -> Iterator[Row]:
         for kill in range(kills):
             step_s = run_on(generation, STEPS_BETWEEN_KILLS)
             victim, load = contender.victim(), os.getloadavg()[0]
+            assert victim > 1, "0 would be this script's own process group"
             generation = Generation(folder)
             killed_at = time.monotonic()
             os.kill(victim, signal.SIGKILL)
@@ -253,7 +254,8 @@ def trial(name: str, number: int, kills: int) -> Iterator[Row]:
                 load=load,
             )
             if recovered_at is None:
-                break
+                print(f"{name} did not recover within {RECOVERY_TIMEOUT_S:.0f} s, see {folder}", flush=True)
+                return
     finally:
         contender.stop()
     shutil.rmtree(folder, ignore_errors=True)  # kept after an error: its logs say why
