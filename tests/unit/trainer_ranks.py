@@ -92,17 +92,18 @@ def manifest_of(root: Path, resume: Resume) -> Manifest:
 
 
 def train_ranks(
-    root: Path, config: Mapping[str, Any], *, world_size: int, attempt: int = 1, resume: Resume | None = None, stop_at: int = 0
+    root: Path, config: Mapping[str, Any], *, world_size: int, attempt: int = 1, resume: Resume | None = None, stop_at: int = 0, mutant: str = ""
 ) -> None:
     """One attempt of `config` (sections of run.toml): every rank in its own process, checkpoints and records below `root`.
 
     Args:
-        stop_at: the agent asks for a stop at this step; 0: never.
+        stop_at: the agents ask for a stop at this step; 0: never.
+        mutant: "rng" or "optimizer": forgets to restore that.
     """
-    run_ranks(world_size, _train, str(root), dict(config), attempt, resume, stop_at)
+    run_ranks(world_size, _train, str(root), dict(config), attempt, resume, stop_at, mutant)
 
 
-def _train(rank: int, world_size: int, root: str, config: Mapping[str, Any], attempt: int, resume: Resume | None, stop_at: int) -> None:
+def _train(rank: int, world_size: int, root: str, config: Mapping[str, Any], attempt: int, resume: Resume | None, stop_at: int, mutant: str) -> None:
     from keepstep.trainer.config import TrainerConfig
     from keepstep.trainer.contract import Request
     from keepstep.trainer.loop import train
@@ -113,13 +114,24 @@ def _train(rank: int, world_size: int, root: str, config: Mapping[str, Any], att
         def request(self) -> Request:
             return Request.STOP if stop_at and run.step + 1 >= stop_at else Request.NONE
 
-    me = Me(_spec(Path(root), rank, attempt, resume))
+    me = Me(spec_of(Path(root), rank, attempt, resume))
     me.__dict__["staging"] = FolderStaging(Path(root), attempt=attempt, rank=rank, world_size=world_size)
+    _mutate(mutant)
     run = open_run(TrainerConfig.model_validate(config), me, join(me))
     train(run)
 
 
-def _spec(root: Path, rank: int, attempt: int, resume: Resume | None) -> RankSpec:
+def _mutate(mutant: str) -> None:
+    from keepstep.trainer import rng, run
+
+    if mutant == "rng":
+        rng.restore = lambda saved: rng.seed_everything(0)
+    if mutant == "optimizer":
+        whole, model_only = run.restore, lambda tensors: {"model": tensors["model"]}
+        run.restore = lambda manifest, reader, tensors: whole(manifest, reader, model_only(tensors))
+
+
+def spec_of(root: Path, rank: int, attempt: int, resume: Resume | None) -> RankSpec:
     scratch = root / "scratch"
     scratch.mkdir(exist_ok=True)
     page = scratch / f"progress-{attempt}-{rank}"
