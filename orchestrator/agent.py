@@ -35,6 +35,7 @@ REPORT_PERIOD_S = 1.0  # the floor; changes are reported at once
 PACE_PERIOD_S = 0.05  # how often the ranks' progress pages are read
 STEP_REPORT_PERIOD_S = 0.25  # news that is only "a step further" waits so long for company
 RETRY_S = 0.2
+LOG_PERIOD_S = 5.0  # how often the ranks' output goes to a remote root
 
 
 class Agent:
@@ -120,6 +121,7 @@ class Agent:
             self._keep_lease(),
             self._watch_pace(),
             self._watch_persister(),
+            self._ship_logs(),
         )
         tasks = [asyncio.create_task(loop) for loop in loops]
         for task in tasks:
@@ -131,6 +133,7 @@ class Agent:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._ranks.stop()
+            await asyncio.to_thread(self._ranks.logs.ship)
             await self._persister.stop(self.config.cluster.stop_grace_s)
             await self._client.close()
             await asyncio.to_thread(bury_own, self.scratch.path)
@@ -288,6 +291,12 @@ class Agent:
             if phases_differ or (pace != told and now - told_at >= STEP_REPORT_PERIOD_S):
                 told, told_at = pace, now
                 self._changed()
+
+    async def _ship_logs(self) -> None:
+        """What the ranks printed, for people, where the root is no local directory: the whole file whenever it has grown."""
+        while True:
+            await asyncio.sleep(LOG_PERIOD_S)
+            await asyncio.to_thread(self._ranks.logs.ship)
 
     async def _watch_persister(self) -> None:
         while True:

@@ -6,8 +6,10 @@ Nothing here decides anything: the run log is the authority, and a write that fa
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -27,31 +29,42 @@ def utc_now() -> str:
 
 
 class EventFile:
-    """Appends events. Called from one thread."""
+    """Appends events; an object store gets several of them in one segment. Called from one thread."""
 
     def __init__(self, store: Store, run: str) -> None:
         self._store = store
         self._run = run
+        self._waiting: list[bytes] = []
+        self._written_at = -math.inf
 
     def append(self, event: Mapping[str, Any]) -> None:
-        line = json.dumps({"at": utc_now(), "run": self._run, **event}).encode()
+        self._waiting.append(json.dumps({"at": utc_now(), "run": self._run, **event}).encode())
+        if event["kind"] == FAILURE or time.monotonic() - self._written_at >= self._store.segment_period_s:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._waiting:
+            return
         try:
-            self._store.append(EVENTS_KEY, line)
-        except StoreError as error:  # hurts only who reads events.jsonl later; the log and the terminal have it
+            self._store.append(EVENTS_KEY, b"\n".join(self._waiting))
+        except StoreError as error:  # kept for the next flush
             print(f"keepstep: events.jsonl: {error}", file=sys.stderr)  # noqa: T201
+            return
+        self._waiting, self._written_at = [], time.monotonic()
 
 
-def read_events(store: Store) -> list[dict[str, Any]]:
+def read_events(store: Store) -> Sequence[dict[str, Any]]:
+    """All events so far, oldest first."""
     return store.read_records(EVENTS_KEY)
 
 
-def read_steps(store: Store) -> dict[int, list[dict[str, Any]]]:
+def read_steps(store: Store) -> dict[int, Sequence[dict[str, Any]]]:
     """Step records by attempt, lost work included."""
     attempts = {attempt for attempt in map(parse_steps_key, store.list(STEPS)) if attempt is not None}
     return {attempt: store.read_records(steps_key(attempt)) for attempt in sorted(attempts)}
 
 
-def goodput(lineage: Lineage, steps: Mapping[int, list[dict[str, Any]]], elapsed_s: float) -> dict[str, Any]:
+def goodput(lineage: Lineage, steps: Mapping[int, Sequence[dict[str, Any]]], elapsed_s: float) -> dict[str, Any]:
     """goodput = seconds of the steps that count / seconds since the run's first attempt began.
 
     The remainder is start-up, saving, evaluation, steps that had to be computed again, and waiting for nodes.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,13 +30,14 @@ from .machine import Run, begin, directive, may_answer, step
 from .membership import Node
 from .policies import policy_of
 from .sections import RunConfig
-from .status import live_status, slowest_step, with_history
+from .status import goodput_of, goodput_of_nothing, last_commit, live_status, slowest_step
 from .wire import AgentReport, Directive, digest
 
 T = TypeVar("T")
 
 TICK_S = 0.1
 LOG_READ_PERIOD_S = 1.0
+GOODPUT_PERIOD_S = 2.0
 FAREWELL_S = 3.0  # how long the agents may take to hear that the run is over
 
 
@@ -64,6 +66,8 @@ class Coordinator:
         self._events = EventFile(store, config.run.name)
         self._tell = tell
         self._told_step = -1
+        self._goodput = goodput_of_nothing()
+        self._goodput_at = -math.inf
         self._working: set[ev.Asking] = set()
         self._news = asyncio.Event()
         self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
@@ -85,6 +89,7 @@ class Coordinator:
             for task in (*periodic, *self._tasks):
                 task.cancel()
             await asyncio.gather(*periodic, *self._tasks, return_exceptions=True)
+            self._event_thread.submit(self._events.flush)
             self._log_thread.shutdown()
             self._event_thread.shutdown()
 
@@ -237,6 +242,8 @@ class Coordinator:
         self._apply(ev.DrainAsked(time.monotonic(), node, why))
 
     async def status(self) -> dict[str, Any]:
-        """The document of `keepstep status --json`. Reads the step files, in a thread."""
-        live = live_status(self.run, self.config, url=self._url)
-        return await asyncio.to_thread(with_history, live, self.store, self.log.lineage)
+        """The document of `keepstep status --json`. What must be read from files is read in a thread, and not at every call."""
+        if time.monotonic() - self._goodput_at > GOODPUT_PERIOD_S:
+            self._goodput_at = time.monotonic()
+            self._goodput = await asyncio.to_thread(goodput_of, self.store, self.log.lineage)
+        return {**live_status(self.run, self.config, url=self._url), "last_commit": last_commit(self.log.lineage), "goodput": self._goodput}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import time
@@ -41,7 +42,7 @@ async def _break(store: Store, at_step: int, say: Say, kill: Callable[[Status, S
 
 
 def _all_stepped(status: Status) -> bool:
-    return status["phase"] == "TRAINING"
+    return bool(status["phase"] == "TRAINING")
 
 
 def _kill_last_rank(status: Status, say: Say) -> None:
@@ -63,8 +64,6 @@ def _kill(pid: int) -> None:
 
 
 async def _status_when(store: Store, holds: Callable[[Status], bool]) -> Status:
-    import json
-
     while True:
         try:
             async with await _client(store) as client:

@@ -77,7 +77,7 @@ def _may_come(run: Run, phase: phases.Draining, rank: int) -> bool:
 def _conclude(run: Run, phase: phases.Draining) -> Run:
     culprit = phase.culprit
     kind = "moved" if culprit.kind == "move" else "failure"
-    run = say(run, kind, culprit.why, node=culprit.node, rank=culprit.rank, step=culprit.step)
+    run = say(run, kind, culprit.why, node=culprit.node, rank=culprit.rank, step=culprit.step, cause=culprit.kind)
     if culprit.kind == DAMAGED_KIND:
         run = _quarantine(run, phase)
     if culprit.kind != "move":

@@ -268,6 +268,7 @@ class Say:
     node: str = ""
     rank: int = -1
     step: int = -1
+    cause: str = ""  # of a failure: the kind of its evidence, e.g. "signal"
 
 
 Asking: TypeAlias = FindCheckpoint | LogAttempt | Commit | LogQuarantine | LogEnd  # what is answered

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from keepstep.storage.errors import StoreError
 from keepstep.storage.layout import rank_log_key
 from keepstep.storage.store import Store
 from keepstep.trainer.contract import RankSpec, Request, Resume
@@ -63,7 +64,7 @@ class NodeRanks:
     def __init__(self, node: str, settings: NodeSettings, store: Store, on_change: Callable[[], None]) -> None:
         self.node = node
         self._settings = settings
-        self._store = store
+        self.logs = RankLogs(store, settings.scratch)
         self._on_change = on_change
         self._attempt: _Attempt | None = None
         self._hosted: dict[int, object] = {}
@@ -132,7 +133,7 @@ class NodeRanks:
         from .ranks import GroupSpec, RankGroup
 
         pages = [ProgressPage(self._page_path(launch, i), step=_first_step(launch)) for i in range(launch.num_ranks)]
-        logs = tuple(self._log_path(launch, i) for i in range(launch.num_ranks))
+        logs = tuple(str(self.logs.path(rank_log_key(launch.attempt, launch.first_rank + i))) for i in range(launch.num_ranks))
         spec = GroupSpec(
             specs=tuple(self._rank_spec(launch, page.path, i) for i, page in enumerate(pages)),
             log_paths=logs,
@@ -191,19 +192,33 @@ class NodeRanks:
     def _page_path(self, launch: Launch, local_rank: int) -> Path:
         return self._settings.scratch / f"progress-{launch.attempt:06d}-{local_rank}"
 
-    def _log_path(self, launch: Launch, local_rank: int) -> str:
-        """In the root where that is a local directory; else on scratch, and uploaded when the attempt has ended."""
-        key = rank_log_key(launch.attempt, launch.first_rank + local_rank)
-        path = self._store.local_path(key) or self._settings.scratch / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return str(path)
 
-    def remote_logs(self) -> dict[str, Path]:
-        """Key -> local file of every rank log of the ended attempt that the root does not hold by itself."""
-        if self._attempt is None:
-            return {}
-        keys = (rank_log_key(self.attempt, rank.number) for rank in self._attempt.ranks)
-        return {key: self._settings.scratch / key for key in keys if self._store.local_path(key) is None}
+class RankLogs:
+    """Where ranks print to: the root itself where it is a local directory; else scratch, shipped to the root now and then."""
+
+    def __init__(self, store: Store, scratch: Path) -> None:
+        self._store = store
+        self._scratch = scratch
+        self._shipped: dict[str, int] = {}  # remote keys -> bytes that the root has
+
+    def path(self, key: str) -> Path:
+        local = self._store.local_path(key)
+        if local is None:
+            self._shipped.setdefault(key, 0)
+        path = local or self._scratch / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def ship(self) -> None:
+        for key, shipped in list(self._shipped.items()):
+            body = (self._scratch / key).read_bytes() if (self._scratch / key).exists() else b""
+            if len(body) == shipped:
+                continue
+            try:
+                self._store.put(key, body)
+            except StoreError:
+                return  # hurts only who reads logs; the next round tries again
+            self._shipped[key] = len(body)
 
 
 def _first_step(launch: Launch) -> int:

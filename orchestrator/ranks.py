@@ -32,6 +32,7 @@ FIRST_PRELOAD: Final = ("keepstep.orchestrator.lifeline", "keepstep.orchestrator
 TRAINER_PRELOAD: Final = "keepstep.trainer.preload"
 ROLE: Final = "default"  # torchrun's default role name
 
+GLOO_ADVICE: Final = " This is typically caused by"  # what follows in its messages is for people who have no verdict
 # What a rank says whose peer died: a victim, never the culprit. Texts of gloo, NCCL and c10d of torch 2.13.
 PEER_LOST: Final = (
     "connection closed by peer",
@@ -270,7 +271,8 @@ def _leave(code: int) -> None:
 
 def _write_error(path: Path, error: BaseException) -> None:
     text = str(error).strip()
-    why = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": ")
+    first_line = text.splitlines()[0].partition(GLOO_ADVICE)[0] if text else ""
+    why = f"{type(error).__name__}: {first_line}".rstrip(": ")
     damaged = error.directory if isinstance(error, DamagedCheckpoint) else ""
     path.write_text(json.dumps({"kind": _kind(error), "why": why[:500], "damaged": damaged}))
 

@@ -57,8 +57,8 @@ def emit(run: Run, *requests: Request) -> Run:
     return replace(run, out=(*run.out, *requests))
 
 
-def say(run: Run, kind: str, why: str, *, node: str = "", rank: int = -1, step: int = -1) -> Run:
-    return emit(run, Say(kind=kind, why=why, attempt=run.attempt, node=node, rank=rank, step=step))
+def say(run: Run, kind: str, why: str, *, node: str = "", rank: int = -1, step: int = -1, cause: str = "") -> Run:
+    return emit(run, Say(kind=kind, why=why, attempt=run.attempt, node=node, rank=rank, step=step, cause=cause))
 
 
 def ask(run: Run, request: Asking) -> Run:

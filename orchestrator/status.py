@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -74,12 +73,16 @@ def _rank(rank: RankReport) -> dict[str, Any]:
     return {"rank": rank.rank, "local_rank": rank.local_rank, "pid": rank.pid, "step": rank.step, "phase": phase}
 
 
-def with_history(status: dict[str, Any], store: Store, lineage: Lineage) -> dict[str, Any]:
-    """Adds what the log and the step files say: last commit and goodput. Reads files."""
-    return {**status, "last_commit": _last_commit(lineage), "goodput": goodput(lineage, read_steps(store), elapsed_s(lineage))}
+def goodput_of(store: Store, lineage: Lineage) -> dict[str, Any]:
+    """Reads the step files."""
+    return goodput(lineage, read_steps(store), elapsed_s(lineage))
 
 
-def _last_commit(lineage: Lineage) -> Mapping[str, Any] | None:
+def goodput_of_nothing() -> dict[str, Any]:
+    return goodput(Lineage(), {}, 0.0)
+
+
+def last_commit(lineage: Lineage) -> dict[str, Any] | None:
     commit = lineage.newest_committed()
     if commit is None:
         return None
@@ -93,7 +96,7 @@ def status_without_coordinator(store: Store, log: RunLog) -> dict[str, Any]:
     opened, newest, commit = lineage.opened, lineage.newest_attempt(), lineage.newest_committed()
     assert opened
     over = lineage.outcome
-    status = {
+    return {
         "run": config.run.name,
         "phase": outcome_name(over).upper() if over else UNKNOWN,
         "why": over.why if over else f"the coordinator of term {opened.term} ({opened.url}) does not answer",
@@ -103,5 +106,6 @@ def status_without_coordinator(store: Store, log: RunLog) -> dict[str, Any]:
         "world_size": newest.world_size if newest else 0,
         "coordinator": {"pid": opened.pid, "url": opened.url, "term": opened.term},
         "nodes": [],
+        "last_commit": last_commit(lineage),
+        "goodput": goodput_of(store, lineage),
     }
-    return with_history(status, store, lineage)

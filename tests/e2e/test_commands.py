@@ -1,0 +1,103 @@
+"""What people do to a run from outside: stop it, look at it, verify it, load its checkpoints with stock PyTorch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from e2e.live import STEPS, LiveRun, Outcome
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+Start = Callable[..., LiveRun]
+
+STOCK_LOAD = """
+import json, sys
+import torch, torch.distributed.checkpoint as dcp
+reader = dcp.FileSystemReader(sys.argv[1])
+metadata = reader.read_metadata()
+state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in metadata.state_dict_metadata.items()}
+dcp.load(state, checkpoint_id=sys.argv[1])
+assert not any(name.split(".")[0] == "keepstep" for name in sys.modules)
+import hashlib
+digest = hashlib.sha256()
+for name in sorted(name for name in state if name.startswith("model.")):
+    digest.update(state[name].numpy().tobytes())
+print(json.dumps({"tensors": len(state), "finite": all(bool(t.isfinite().all()) for t in state.values()), "digest": digest.hexdigest()}))
+"""
+
+
+def keepstep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "keepstep.orchestrator.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_stop_commits_at_one_step_and_the_same_command_goes_on(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    run = start(root=root)
+    run.wait_for_step(8)
+    assert keepstep("stop", root).returncode == 0
+    assert run.wait() == 75, "\n".join(run.output)
+    stopped = run.result()
+    assert stopped["outcome"] == "stopped"
+    assert 8 <= stopped["step"] < STEPS
+    again = start(root=root)
+    assert again.wait() == 0, "\n".join(again.output) + again.logs()
+    again.check_what_always_holds()
+    assert again.outcome() == undisturbed
+    assert again.result()["lost_steps"] == 0
+
+
+def test_a_finished_run_is_shown_verified_and_loaded_by_stock_pytorch(start: Start, undisturbed: Outcome) -> None:
+    run = start()
+    assert run.wait() == 0, "\n".join(run.output) + run.logs()
+
+    status = json.loads(keepstep("status", run.root, "--json").stdout)
+    assert (status["phase"], status["step"], status["last_commit"]["step"]) == ("SUCCEEDED", STEPS, STEPS)
+
+    events = json.loads(keepstep("events", run.root, "--json").stdout)
+    assert {"at", "run", "term", "attempt", "node", "rank", "step", "kind", "why"} <= events[0].keys()
+
+    verified = keepstep("checkpoints", "verify", run.root, "--json")
+    assert verified.returncode == 0, verified.stderr
+    rows = json.loads(verified.stdout)
+    assert {row["verdict"] for row in rows} == {"every byte is right"}
+
+    directory = Path(run.root) / rows[-1]["directory"]
+    stock = subprocess.run([sys.executable, "-c", STOCK_LOAD, str(directory)], capture_output=True, text=True, timeout=120, check=False)
+    assert stock.returncode == 0, stock.stderr
+    loaded = json.loads(stock.stdout.splitlines()[-1])
+    assert loaded["finite"]
+    assert loaded["tensors"] > 20
+
+    evaluated = json.loads(keepstep("evaluate", run.root, "--json").stdout)
+    assert evaluated["perplexity"] == pytest.approx(run.result()["perplexity"], rel=1e-4)
+    first, second = (keepstep("generate", run.root, "--prompt", "abc", "--tokens", "20", "--seed", "3").stdout for _ in range(2))
+    assert first == second
+    assert first.startswith("abc")
+
+
+def test_damage_leads_to_the_commit_before_and_is_said(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    run = start(root=str(root))
+    run.wait_for_step(14)
+    run.kill_everything()
+    newest = json.loads(keepstep("checkpoints", "list", str(root), "--json").stdout)[-1]
+    shard = root / newest["directory"] / "__1_0.distcp"
+    body = bytearray(shard.read_bytes())
+    body[len(body) // 2] ^= 0x10
+    shard.write_bytes(bytes(body))
+    damaged = keepstep("checkpoints", "verify", str(root))
+    assert damaged.returncode == 3
+    assert "__1_0.distcp" in damaged.stdout
+
+    again = start(root=str(root))
+    assert again.wait() == 0, "\n".join(again.output) + again.logs()
+    again.check_what_always_holds()
+    assert again.outcome() == undisturbed
+    assert any(event["kind"] == "quarantined" and newest["directory"] in event["why"] for event in again.events())

@@ -1,0 +1,120 @@
+"""The promise: whatever is killed, whenever, the run ends with the bits of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e.live import STEPS, LiveRun, Outcome
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+Start = Callable[..., LiveRun]
+
+
+def ends_like(run: LiveRun, undisturbed: Outcome) -> None:
+    code = run.wait()
+    assert code == 0, "\n".join(run.output[-60:]) + run.logs()
+    run.check_what_always_holds()
+    assert run.outcome() == undisturbed
+    assert len(undisturbed.losses) == STEPS
+
+
+def last_rank(status: dict[str, Any]) -> dict[str, Any]:
+    rank: dict[str, Any] = status["nodes"][-1]["ranks"][-1]
+    return rank
+
+
+def test_a_run_is_repeatable(start: Start, undisturbed: Outcome) -> None:
+    ends_like(start(), undisturbed)
+
+
+def test_a_killed_rank_is_named_and_costs_no_bit(start: Start, undisturbed: Outcome) -> None:
+    run = start()
+    status = run.wait_for_step(8)
+    victim = last_rank(status)
+    os.kill(victim["pid"], signal.SIGKILL)
+    ends_like(run, undisturbed)
+    (failure,) = run.result()["failures"]
+    assert (failure["rank"], failure["attempt"]) == (victim["rank"], 1)
+    assert "SIGKILL" in failure["why"]
+
+
+def test_a_killed_agent_takes_its_ranks_along_and_costs_no_bit(start: Start, undisturbed: Outcome) -> None:
+    run = start()
+    status = run.wait_for_step(8)
+    node = status["nodes"][0]
+    os.kill(node["pid"], signal.SIGKILL)
+    ends_like(run, undisturbed)
+    assert [failure["node"] for failure in run.result()["failures"]] == [node["id"]]
+
+
+def test_a_killed_node_comes_back_under_a_new_incarnation(start: Start, undisturbed: Outcome) -> None:
+    run = start()
+    status = run.wait_for_step(8)
+    node = status["nodes"][1]
+    for pid in (*(rank["pid"] for rank in node["ranks"]), node["pid"]):
+        os.kill(pid, signal.SIGKILL)
+    ends_like(run, undisturbed)
+    assert [failure["node"] for failure in run.result()["failures"]] == [node["id"]]
+
+
+def test_a_killed_coordinator_is_succeeded_while_the_ranks_train_on(start: Start, undisturbed: Outcome) -> None:
+    run = start()
+    status = run.wait_for_step(8)
+    os.kill(status["coordinator"]["pid"], signal.SIGKILL)
+    ends_like(run, undisturbed)
+    result = run.result()
+    assert (result["attempts"], result["failures"], result["lost_steps"]) == (1, [], 0)
+
+
+def test_the_same_command_continues_after_everything_was_killed(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    first = start(root=root)
+    first.wait_for_step(8)
+    first.kill_everything()
+    first.check_what_always_holds()
+    second = start(root=root)
+    ends_like(second, undisturbed)
+
+
+def test_two_kills_in_a_row(start: Start, undisturbed: Outcome) -> None:
+    run = start()
+    os.kill(last_rank(run.wait_for_step(7))["pid"], signal.SIGKILL)
+    os.kill(last_rank(run.wait_for_step(7, attempt=2))["pid"], signal.SIGKILL)
+    ends_like(run, undisturbed)
+    assert run.result()["attempts"] == 3
+
+
+POINTS = {
+    "before the copy": "rank.stage.before:rank=1:step=12",
+    "after the copy": "rank.stage.after:rank=2:step=12",
+    "before the shards": "persister.shards.before:rank=1:step=12",
+    "in the middle of the shards": "persister.shards.middle:rank=2:step=12",
+    "after the shards": "persister.shards.after:rank=3:step=12",
+    "after the rank index": "persister.index.after:rank=0:step=12",
+    "before the manifest": "coordinator.manifest.before:step=12",
+    "after the manifest": "coordinator.manifest.after:step=12",
+    "before the commit record": "coordinator.commit.before:step=12",
+    "after the commit record": "coordinator.commit.after:step=12",
+}
+
+
+@pytest.mark.parametrize("point", POINTS.values(), ids=[name.replace(" ", "-") for name in POINTS])
+def test_a_kill_during_a_save_costs_no_bit(start: Start, undisturbed: Outcome, tmp_path: Path, point: str) -> None:
+    marker = tmp_path / "fired"
+    run = start(faults=f"{point}:once={marker}")
+    ends_like(run, undisturbed)
+    assert marker.exists(), "the fault was never reached: this test tested nothing"
+
+
+def test_the_last_step_and_the_end_record_survive_a_kill_of_the_coordinator(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
+    marker = tmp_path / "fired"
+    run = start(faults=f"coordinator.commit.after:step={STEPS}:once={marker}")
+    ends_like(run, undisturbed)
+    assert marker.exists()

@@ -1,0 +1,57 @@
+"""The same promise on an object store: a real S3 server, real kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from s3server import S3Server, running_s3_server
+
+from e2e.live import LiveRun, Outcome
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.s3]
+
+Start = Callable[..., LiveRun]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with running_s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def on_s3(start: Start, server: S3Server) -> Start:
+    def begin(**kwargs: object) -> LiveRun:
+        root = f"{server.url}/{uuid.uuid4().hex}"
+        return start(root=root, environment=server.environment, options=server.options, **kwargs)
+
+    return begin
+
+
+def ends_like(run: LiveRun, undisturbed: Outcome) -> None:
+    assert run.wait() == 0, "\n".join(run.output[-60:])
+    run.check_what_always_holds()
+    assert run.outcome() == undisturbed
+
+
+def test_a_killed_rank_then_a_killed_node(on_s3: Start, undisturbed: Outcome) -> None:
+    run = on_s3()
+    os.kill(run.wait_for_step(8)["nodes"][-1]["ranks"][-1]["pid"], signal.SIGKILL)
+    node = run.wait_for_step(13, attempt=2)["nodes"][0]
+    for pid in (node["pid"], *(rank["pid"] for rank in node["ranks"])):
+        os.kill(pid, signal.SIGKILL)
+    ends_like(run, undisturbed)
+    assert run.result()["attempts"] == 3
+
+
+@pytest.mark.parametrize("point", ["persister.shards.after:rank=1:step=12", "coordinator.commit.before:step=12"])
+def test_a_kill_during_a_save(on_s3: Start, undisturbed: Outcome, tmp_path: Path, point: str) -> None:
+    marker = tmp_path / "fired"
+    run = on_s3(faults=f"{point}:once={marker}")
+    ends_like(run, undisturbed)
+    assert marker.exists()
