@@ -1,0 +1,150 @@
+"""The coordinator's shell over a real socket and a real run log, with agents that are only reports."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from keepstep.orchestrator import config as configs
+from keepstep.orchestrator.archive import read_events
+from keepstep.orchestrator.client import CoordinatorClient, CoordinatorRefused
+from keepstep.orchestrator.coordinator import Coordinator
+from keepstep.orchestrator.lines import event_line, human_bytes
+from keepstep.orchestrator.logbook import opened_event
+from keepstep.orchestrator.roots import claim, token_of
+from keepstep.orchestrator.sections import RunConfig
+from keepstep.orchestrator.server import application
+from keepstep.orchestrator.wire import AgentReport, Directive, RankReport, StoreAddress, digest
+from keepstep.storage.records import Attempt
+from keepstep.storage.runlog import RunLog
+from keepstep.storage.store import Store
+
+NODES = ("node0#aaaa", "node1#bbbb")
+
+
+def two_nodes(root: Path) -> RunConfig:
+    text = f'[run]\nroot = "{root}"\nsteps = 30\n[cluster]\nnodes = 2\nranks_per_node = 1\n[optimizer]\nwarmup_steps = 1\n'
+    return configs.parse(text, "run.toml")
+
+
+@asynccontextmanager
+async def reigning(root: Path) -> AsyncIterator[tuple[Coordinator, CoordinatorClient, list[dict[str, Any]]]]:
+    config = two_nodes(root)
+    store = Store.open(root)
+    claim(store, config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    log = RunLog.open(store)
+    log.open_term(run=config.run.name, identity=configs.identity(config), host="here", pid=1, url=url)
+    said: list[dict[str, Any]] = []
+    coordinator = Coordinator(config, store, log, said.append)
+    runner = web.AppRunner(application(coordinator, token_of(store)), handler_cancellation=True)
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    reign = asyncio.create_task(coordinator.reign(opened_event(log)))
+    async with CoordinatorClient(url, token_of(store)) as client:
+        try:
+            while (await client.get("/v1/status")) and coordinator.run.read_at is None:
+                await asyncio.sleep(0)
+            yield coordinator, client, said
+        finally:
+            reign.cancel()
+            await asyncio.gather(reign, return_exceptions=True)
+            await runner.cleanup()
+
+
+def report(node: str, sequence: int, **fields: Any) -> AgentReport:
+    known = {"host": "here", "pid": 5, "address": "127.0.0.1", "slots": 1, "term": 1, "ready": True}
+    return AgentReport(node=node, sequence=sequence, **{**known, **fields})
+
+
+async def launched(client: CoordinatorClient, node: str) -> Directive:
+    """The directive once it tells the node to launch."""
+    current = await client.directive(node, "")
+    while current.launch is None:
+        current = await client.directive(node, digest(current))
+    return current
+
+
+def test_ready_nodes_are_told_to_launch_once_the_attempt_is_logged(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with reigning(tmp_path) as (_, client, said):
+            for node in NODES:
+                await client.report(report(node, 1))
+            first = await launched(client, NODES[0])
+            assert first.launch
+            assert (first.launch.attempt, first.launch.world_size, first.launch.store_node, first.launch.store) == (1, 2, NODES[0], None)
+            attempts = [record for record in RunLog.open(Store.open(tmp_path)).records if isinstance(record, Attempt)]
+            assert [(record.attempt, record.nodes, record.nonce) for record in attempts] == [(1, NODES, first.launch.nonce)]
+            assert any(event["kind"] == "starting" for event in said)
+
+            address = StoreAddress(attempt=1, host="127.0.0.1", port=4711)
+            told = await client.report(report(NODES[0], 2, attempt=0, store=address))
+            assert told.launch
+            assert told.launch.store == address
+            second = await launched(client, NODES[1])
+            assert second.launch
+            assert (second.launch.first_rank, second.launch.store) == (1, address)
+
+    asyncio.run(story())
+
+
+def test_a_killed_rank_drains_the_attempt_and_reaches_events_and_status(tmp_path: Path) -> None:
+    def running(rank: int, **fields: Any) -> RankReport:
+        return RankReport(**{"rank": rank, "local_rank": 0, "pid": 9, "state": "running", "phase": 2, "step": 3, **fields})
+
+    async def story() -> None:
+        async with reigning(tmp_path) as (_, client, _):
+            for node in NODES:
+                await client.report(report(node, 1))
+            await launched(client, NODES[0])
+            for rank, node in enumerate(NODES):
+                await client.report(report(node, 2, attempt=1, ranks=(running(rank),)))
+            status = json.loads(await client.get("/v1/status"))
+            assert (status["phase"], status["step"]) == ("TRAINING", 3)
+            dead = running(1, state="exited", exit_code=-9, kind="signal", why="SIGKILL", exit_order=0)
+            answer = await client.report(report(NODES[1], 3, attempt=1, ranks=(dead,)))
+            assert answer.launch is None
+            stopped = running(0, state="exited", exit_code=-9, kind="signal", why="SIGKILL", exit_order=0, stopped_by_agent=True)
+            await client.report(report(NODES[0], 3, attempt=1, ranks=(stopped,)))
+
+    asyncio.run(story())
+    (failure,) = [event for event in read_events(Store.open(tmp_path)) if event["kind"] == "failure"]
+    assert (failure["rank"], failure["node"], failure["cause"]) == (1, NODES[1], "signal")
+    assert failure["why"] == "rank 1 on node1#bbbb was killed by SIGKILL at step 3"
+
+
+@pytest.mark.parametrize("path", ["/v1/status", "/v1/config", "/metrics"])
+def test_every_call_needs_the_token(tmp_path: Path, path: str) -> None:
+    async def story() -> None:
+        async with reigning(tmp_path) as (_, client, _), CoordinatorClient(client.url, "wrong") as stranger:
+            assert await client.get(path)
+            with pytest.raises(CoordinatorRefused, match="wrong token"):
+                await stranger.get(path)
+
+    asyncio.run(story())
+
+
+def test_metrics_name_what_people_watch(tmp_path: Path) -> None:
+    async def story() -> str:
+        async with reigning(tmp_path) as (_, client, _):
+            return (await client.get("/metrics")).decode()
+
+    text = asyncio.run(story())
+    for name in ("keepstep_attempts_total", "keepstep_lost_steps_total", "keepstep_goodput_ratio", 'keepstep_phase{phase="WAITING"} 1.0'):
+        assert name in text
+
+
+def test_lines_for_people() -> None:
+    event = {"at": "2026-11-22T04:05:06.789Z", "kind": "failure", "attempt": 2, "step": 41, "rank": 3, "why": "rank 3 was killed"}
+    assert event_line(event) == "04:05:06 failure    attempt 2, step 41: rank 3 was killed"
+    assert event_line({"kind": "waiting", "attempt": 0, "step": -1, "why": "w"}) == "waiting    w"
+    assert (human_bytes(10), human_bytes(3 << 20)) == ("10 B", "3.0 MiB")
