@@ -70,17 +70,18 @@ class Staging:
     @staticmethod
     def connect(socket_path: str | Path, *, attempt: int, rank: int, world_size: int, deadline_s: float = 10.0) -> Staging:
         """Raises StoreError when the persister is not there or does not take this rank (a newer attempt is connected)."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             sock.settimeout(deadline_s)
             sock.connect(os.fspath(socket_path))
             frames = FrameSocket(sock)
             frames.send({"kind": "hello", "attempt": attempt, "rank": rank, "world_size": world_size}, deadline_s=deadline_s)
             answer = frames.receive(deadline_s)
         except (OSError, Disconnected) as error:
+            sock.close()
             raise StoreError(f"cannot reach the persister at {socket_path}: {error}") from error
         if answer is None or answer["kind"] != "welcome":
-            frames.close()
+            sock.close()
             raise StoreError(f"the persister at {socket_path} refused rank {rank}: {answer['why'] if answer else 'no answer'}")
         return Staging(frames, is_busy=answer["busy"])
 

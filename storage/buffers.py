@@ -5,6 +5,7 @@ While one is filled, the other still holds the newest durable checkpoint: the me
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import os
@@ -14,6 +15,7 @@ from enum import Enum, auto
 from typing import Final
 
 from .arena import StagedFile
+from .memory import available_bytes
 
 BUFFERS_PER_RANK: Final = 2
 _numbers: Iterator[int] = itertools.count(1)
@@ -42,8 +44,14 @@ class SharedBuffer:
 
     @staticmethod
     def allocate(num_bytes: int) -> SharedBuffer:
-        """Every page is touched here, once: first touch costs 5 to 10 times a copy. Raises OSError without memory."""
+        """Every page is touched here, once: first touch costs 5 to 10 times a copy.
+
+        Raises:
+            OSError: not enough memory. Asked before touching: shared memory has no limit of its own, the kernel would kill somebody.
+        """
         size = max(mmap.PAGESIZE, -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        if size > (available := available_bytes()):
+            raise OSError(errno.ENOMEM, f"only {available} bytes are available")
         descriptor = os.memfd_create("keepstep-arena", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(descriptor, 0, size)

@@ -37,6 +37,8 @@ from .submission import Submission, persist
 log = logging.getLogger(__name__)
 
 DEFAULT_GRACE_S: Final = 5.0
+TAKE_OVER_S: Final = 5.0
+HELLO_S: Final = 10.0
 _PR_SET_PDEATHSIG: Final = 1
 Emit = Callable[[Mapping[str, Any]], None]
 
@@ -50,6 +52,7 @@ class Session:
     rank: int
     world_size: int
     tensors: tuple[TensorEntry, ...] = ()
+    ended: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(slots=True, eq=False)
@@ -76,18 +79,27 @@ class Persister:
 
     def serve(self, frames: FrameSocket) -> None:
         """One rank from its hello to its end, however it ends."""
-        session = None
         try:
-            hello = frames.receive(10.0)
-            session = self._welcome(frames, hello) if hello else None
-            while session and (message := frames.receive()):
-                self._answer(session, message)
+            hello = frames.receive(HELLO_S)
+            session = self._begin_session(frames, hello) if hello else None
+            if session:
+                self._serve_session(session)
         except (Disconnected, TimeoutError):
             return  # a rank that ended, or one that does not read any more: what it submitted is in our hands
         finally:
-            if session:
-                self._leave(session)
             frames.close()
+
+    def _serve_session(self, session: Session) -> None:
+        try:
+            session.frames.send({"kind": "welcome", "busy": self._is_busy(session.rank)})
+            while message := session.frames.receive():
+                self._answer(session, message)
+        finally:
+            self._leave(session)
+
+    def _is_busy(self, rank: int) -> bool:
+        with self._lock:
+            return self.slots[rank].is_busy
 
     def flush_steps_for_ever(self, stopping: threading.Event) -> None:
         while not stopping.wait(0.2):
@@ -108,27 +120,36 @@ class Persister:
                 log.warning("step lines are lost: %s", error)
         return is_done
 
-    def _welcome(self, frames: FrameSocket, hello: Message) -> Session | None:
+    def _begin_session(self, frames: FrameSocket, hello: Message) -> Session | None:
         session = Session(frames=frames, attempt=hello["attempt"], rank=hello["rank"], world_size=hello["world_size"])
-        with self._lock:
-            slot = self.slots.setdefault(session.rank, Slot())
-            if session.attempt < slot.attempt:
-                frames.send({"kind": "refused", "why": f"attempt {session.attempt} was replaced by attempt {slot.attempt}"})
-                return None
-            if old := self.sessions.get(session.rank):
-                old.frames.shutdown()  # its process is dead or about to be killed; only one rank may fill these buffers
-            slot.attempt = session.attempt
-            slot.reclaim()
-            self.sessions[session.rank] = session
-            is_busy = slot.is_busy
-        frames.send({"kind": "welcome", "busy": is_busy})
+        if why := self._admit(session):
+            frames.send({"kind": "refused", "why": why})
+            return None
         return session
+
+    def _admit(self, session: Session) -> str:
+        """Makes this the rank's only session; why not, as a sentence, otherwise.
+
+        The one before it is read to its end first: what a killed rank had submitted may still be on its way.
+        """
+        while True:
+            with self._lock:
+                slot = self.slots.setdefault(session.rank, Slot())
+                if session.attempt < slot.attempt:
+                    return f"attempt {session.attempt} was replaced by attempt {slot.attempt}"
+                slot.attempt = session.attempt
+                old = self.sessions.setdefault(session.rank, session)
+            if old is session:
+                return ""
+            old.frames.shutdown()  # what is on its way still arrives, then the end
+            if not old.ended.wait(TAKE_OVER_S):
+                return f"rank {session.rank} of attempt {old.attempt} is still being served"
 
     def _leave(self, session: Session) -> None:
         with self._lock:
-            if self.sessions.get(session.rank) is session:
-                del self.sessions[session.rank]
-                self.slots[session.rank].reclaim()
+            del self.sessions[session.rank]
+            self.slots[session.rank].reclaim()
+        session.ended.set()
 
     def _answer(self, session: Session, message: Message) -> None:
         match message["kind"]:
@@ -153,7 +174,7 @@ class Persister:
         try:
             with self._lock:
                 slot = self.slots[session.rank]
-                if slot.is_busy or self.sessions.get(session.rank) is not session:
+                if slot.is_busy:
                     session.frames.send({"kind": "later"})
                     return
                 buffer, is_fresh, replaced = slot.hand_out(message["bytes"], message["template"])

@@ -240,6 +240,7 @@ def test_two_coordinators_on_a_flaky_store_make_one_history(seed: int) -> None:
     play(seed)
 
 
+@pytest.mark.slow
 def test_a_mutant_without_the_fence_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above is worth something: a log whose writers do not look at terms fails it."""
 
