@@ -18,7 +18,7 @@ from .store import Store
 Resident = Callable[[str, str], memoryview | None]  # (directory, file name) -> its bytes in this node's memory
 Progress = Callable[[int, int], None]  # (bytes verified, bytes of the checkpoint)
 
-CACHE_BYTES: Final = 256 << 20
+CACHE_BYTES: Final = 32 << 20
 
 
 def read_manifest(store: Store, directory: str, manifest_sha256: str) -> Manifest:
@@ -154,13 +154,18 @@ class CheckpointReader:
     def _cached(self, blocks: _Blocks, index: int) -> memoryview:
         key = (blocks.file.name, index)
         if key not in self._cache:
-            body = bytearray(blocks.length(index))
+            body = self._recycled(blocks.length(index))
             blocks.read(index, memoryview(body))
             self._cache[key] = body
         self._cache.move_to_end(key)
-        while len(self._cache) > 1 and sum(map(len, self._cache.values())) > self._cache_bytes:
-            self._cache.popitem(last=False)
         return memoryview(self._cache[key])
+
+    def _recycled(self, length: int) -> bytearray:
+        """Memory for a block: that of the one that leaves the cache, if it fits (fresh pages cost several times the copy)."""
+        body = bytearray()
+        while self._cache and sum(map(len, self._cache.values())) + length > self._cache_bytes:
+            _, body = self._cache.popitem(last=False)
+        return body if len(body) == length else bytearray(length)
 
 
 class _Blocks:

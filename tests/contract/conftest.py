@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,3 +27,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         server: S3Server = request.getfixturevalue("s3_server")
         return Store.open(f"{server.url}/{uuid.uuid4().hex}", server.options)
     return Store.open(tmp_path / "root" if request.param == "file" else f"memory://{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short: a Unix socket's path has at most 107 bytes."""
+    path = Path(tempfile.mkdtemp(prefix="ks-"))
+    yield path
+    shutil.rmtree(path)
