@@ -88,7 +88,9 @@ def _shown(what: tuple[str, tuple[int, ...]]) -> str:
 def read_chunk(reader: VerifiedReader, entry: TensorEntry, destination: Tensor) -> int:
     """Reads one saved chunk into a tensor of its shape and dtype, through a copy only where the tensor is no plain memory."""
     target = (
-        destination if destination.device.type == "cpu" and destination.is_contiguous() else torch.empty_like(destination, device="cpu")
+        destination
+        if destination.device.type == "cpu" and destination.is_contiguous()
+        else torch.empty(entry.shape, dtype=destination.dtype)
     )
     reader.read_into(entry.file, entry.offset, byte_view(target))
     if target is not destination:

@@ -23,12 +23,10 @@ _SKIPPED_FOLDERS: Final = frozenset({"site-packages", "dist-packages", "__pycach
 # PyTorch and NumPy keep the documentation of their C functions as string arguments in files of these names.
 _LITERAL_DOC_FILES: Final = ("_docs.py", "_newdocs.py", "_add_newdocs_scalars.py")
 _MIN_LITERAL_CHARS: Final = 80
-_LOOK_BACK_CHARS: Final = 4000
 _MIN_PIECE_CHARS: Final = 8 << 10
 _MAX_PIECE_CHARS: Final = 64 << 10
 _TRIPLE_QUOTES: Final = ('"' * 3, "'" * 3)
-_PREFIX: Final = re.compile(r"[a-zA-Z]+$")
-_COMMENT_LINES: Final = re.compile(r"(?m)^[ \t]*#.*$")
+_PREFIX: Final = re.compile(r"[a-zA-Z]+\Z")
 # Reads past comments and ordinary strings, so that a quote inside them opens nothing. A lexer of one expression: `ast` takes
 # twenty seconds for the same files, because it builds every node of 60 MB of source.
 _LITERAL_OR_COMMENT: Final = re.compile(
@@ -84,29 +82,39 @@ def _docstrings(package: str, folder: Path) -> Iterator[Document]:
 
 def _documentation(path: Path) -> str:
     source = path.read_text("utf-8", errors="replace")
-    keep = _is_long if path.name.endswith(_LITERAL_DOC_FILES) else _is_docstring
-    matches = (match for match in _LITERAL_OR_COMMENT.finditer(source) if match[0].startswith(_TRIPLE_QUOTES))
-    literals = ((_prefix(source, match.start()), match) for match in matches)
-    strings = (_value(prefix + match[0]) for prefix, match in literals if keep(source, match.start() - len(prefix), match.end()))
-    return "\n\n".join(dict.fromkeys(text for text in strings if text))
+    literals = _long_literals(source) if path.name.endswith(_LITERAL_DOC_FILES) else _docstring_literals(source)
+    return "\n\n".join(dict.fromkeys(text for literal in literals if (text := _value(literal))))
 
 
-def _prefix(source: str, start: int) -> str:
-    """The `r` of r\"\"\"...\"\"\"."""
-    match = _PREFIX.search(source, max(0, start - 2), start)
-    return match[0] if match else ""
+def _docstring_literals(source: str) -> Iterator[str]:
+    """Triple-quoted strings on lines of their own that follow the colon of a `class` or `def`, or begin the module."""
+    before, end = "", 0  # the last character of code so far, and where it was looked for
+    for match in _LITERAL_OR_COMMENT.finditer(source):
+        literal, start = _with_prefix(source, match)
+        code = source[end:start].rstrip()
+        before, end = code[-1:] or before, match.end()
+        if match[0].startswith("#"):
+            continue
+        if match[0].startswith(_TRIPLE_QUOTES) and before in ("", ":") and _begins_its_line(source, start):
+            yield literal
+        before = match[0][-1]
 
 
-def _is_docstring(source: str, start: int, end: int) -> bool:
-    """It follows the colon of a `class` or `def`, or nothing but comments."""
-    before = source[max(0, start - _LOOK_BACK_CHARS) : start].rstrip()
-    if not before.endswith(":"):
-        before = _COMMENT_LINES.sub("", before).rstrip()
-    return before.endswith(":") if before else start < _LOOK_BACK_CHARS
+def _long_literals(source: str) -> Iterator[str]:
+    for match in _LITERAL_OR_COMMENT.finditer(source):
+        if match[0].startswith(_TRIPLE_QUOTES) and len(match[0]) >= _MIN_LITERAL_CHARS:
+            yield _with_prefix(source, match)[0]
 
 
-def _is_long(source: str, start: int, end: int) -> bool:
-    return end - start >= _MIN_LITERAL_CHARS
+def _with_prefix(source: str, match: re.Match[str]) -> tuple[str, int]:
+    """The literal with the `r` of r\"\"\"...\"\"\", and where that begins."""
+    prefix = _PREFIX.search(source, max(0, match.start() - 2), match.start())
+    start = prefix.start() if prefix else match.start()
+    return source[start : match.end()], start
+
+
+def _begins_its_line(source: str, start: int) -> bool:
+    return not source[source.rfind("\n", 0, start) + 1 : start].strip()
 
 
 def _value(literal: str) -> str:
@@ -124,13 +132,13 @@ def _files(source: str) -> Iterator[Document]:
     try:
         filesystem, path = fsspec.core.url_to_fs(source)
         names = sorted(filesystem.find(path)) if filesystem.isdir(path) else [path]
-        if not names:
-            raise ValueError(f"data.source = {source!r} is an empty folder; {_REMEDY}")
         contents = [(name, filesystem.cat_file(name)) for name in names]
     except FileNotFoundError:
         raise ValueError(f"data.source = {source!r} does not exist; {_REMEDY}") from None
-    except (OSError, ImportError) as error:  # ImportError: fsspec knows the protocol but its library is not installed
+    except (OSError, ImportError, ValueError) as error:  # the last two: a protocol that fsspec does not know or whose library is missing
         raise ValueError(f"data.source = {source!r} cannot be read: {error}; {_REMEDY}") from error
+    if not names:
+        raise ValueError(f"data.source = {source!r} is an empty folder; {_REMEDY}")
     prefix = len(path.rstrip("/")) + 1
     texts = ((name[prefix:] or Path(name).name, _decoded(source, name, content)) for name, content in contents)
     return (Document(f"{name}#{i}", piece) for name, text in texts for i, piece in enumerate(_pieces(text)))

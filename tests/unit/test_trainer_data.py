@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from keepstep.trainer.data import Feed, feed_for, micro_batches, rows, shuffled
 
-feeds = st.builds(
-    Feed, seed=st.integers(0, 2**62), num_samples=st.integers(1, 300), samples_per_step=st.integers(1, 40)
-)
+feeds = st.builds(Feed, seed=st.integers(0, 2**62), num_samples=st.integers(1, 300), samples_per_step=st.integers(1, 40))
 world_sizes = st.integers(1, 50)
 
 
@@ -84,5 +82,5 @@ def test_the_last_sample_has_its_target() -> None:
 
 
 def test_a_batch_of_no_whole_number_of_samples_is_refused() -> None:
-    with pytest.raises(ValueError, match="train.batch_tokens = 40 must be a multiple of model.context = 16"):
+    with pytest.raises(ValueError, match=r"train\.batch_tokens = 40 must be a multiple of model\.context = 16"):
         feed_for(np.zeros(99, dtype=np.uint16), seed=0, context=16, batch_tokens=40)

@@ -92,7 +92,14 @@ def manifest_of(root: Path, resume: Resume) -> Manifest:
 
 
 def train_ranks(
-    root: Path, config: Mapping[str, Any], *, world_size: int, attempt: int = 1, resume: Resume | None = None, stop_at: int = 0, mutant: str = ""
+    root: Path,
+    config: Mapping[str, Any],
+    *,
+    world_size: int,
+    attempt: int = 1,
+    resume: Resume | None = None,
+    stop_at: int = 0,
+    mutant: str = "",
 ) -> None:
     """One attempt of `config` (sections of run.toml): every rank in its own process, checkpoints and records below `root`.
 
@@ -103,7 +110,9 @@ def train_ranks(
     run_ranks(world_size, _train, str(root), dict(config), attempt, resume, stop_at, mutant)
 
 
-def _train(rank: int, world_size: int, root: str, config: Mapping[str, Any], attempt: int, resume: Resume | None, stop_at: int, mutant: str) -> None:
+def _train(
+    rank: int, world_size: int, root: str, config: Mapping[str, Any], attempt: int, resume: Resume | None, stop_at: int, mutant: str
+) -> None:
     from keepstep.trainer.config import TrainerConfig
     from keepstep.trainer.contract import Request
     from keepstep.trainer.loop import train

@@ -1,0 +1,59 @@
+"""A rank's door to its agent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from trainer_ranks import spec_of
+
+from keepstep.trainer.attach import Attached, attach
+from keepstep.trainer.contract import ENV_SPEC, PROGRESS, REQUEST_OFFSET, Phase, RankSpec, Request, Resume
+
+RESUME = Resume(step=7, directory="data/a000001/s000000007-01234567", manifest_sha256="ab")
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> RankSpec:
+    return spec_of(tmp_path, 0, 1, RESUME)
+
+
+def test_a_spec_survives_the_environment(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_SPEC, spec.to_json())
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    me = attach()
+    assert (me.spec, me.resume) == (spec, RESUME)
+    assert (me.rank, me.world_size, me.local_rank) == (3, 4, 1)
+
+
+def test_a_spec_of_another_version_is_refused(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_SPEC, spec.to_json().replace('"nonce"', '"novelty"'))
+    with pytest.raises(TypeError, match="novelty"):
+        attach()
+
+
+def test_reports_reach_the_page_and_leave_the_request_alone(spec: RankSpec) -> None:
+    me = Attached(spec)
+    page = Path(spec.progress_path)
+    body = bytearray(page.read_bytes())
+    body[REQUEST_OFFSET] = Request.STOP
+    with page.open("r+b") as file:
+        file.write(body)
+    me.report(Phase.STEP, 41)
+    me.report(Phase.STEP, 42)
+    phase, request, step, beats, at = PROGRESS.unpack_from(page.read_bytes())
+    assert (phase, request, step, beats) == (Phase.STEP, Request.STOP, 42, 2)
+    assert at > 0
+    assert me.request() is Request.STOP
+
+
+def test_without_keepstep_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (ENV_SPEC, "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    me = attach()
+    assert (me.spec, me.resume, me.staging, me.request()) == (None, None, None, Request.NONE)
+    assert (me.rank, me.world_size, me.local_rank) == (0, 1, 0)
+    me.report(Phase.DONE, 1)
+    me.record_step({"step": 1})

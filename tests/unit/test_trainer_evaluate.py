@@ -1,0 +1,75 @@
+"""Perplexity."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from keepstep.trainer.config import ModelSection
+from keepstep.trainer.evaluate import Evaluation, evaluate
+from keepstep.trainer.models import build_model, initial_value
+
+VOCABULARY = 11
+TEXT = np.random.default_rng(0).integers(0, VOCABULARY, 150).astype(np.uint16)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    made = build_model(ModelSection(layers=1, width=16, heads=2, context=8, dropout=0.5), VOCABULARY)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, 0, 1) * (20 if parameter.ndim > 1 else 1))
+    return made
+
+
+def measured(model: nn.Module, world_size: int, max_tokens: int = 10**6) -> Evaluation:
+    """All ranks one after the other; the last one sees the rows of all."""
+    rows: list[list[float]] = []
+
+    def gather(row: list[float]) -> Tensor:
+        rows.append(row)
+        return torch.tensor(rows if len(rows) == world_size else [[0.0, 1.0]], dtype=torch.float64)
+
+    for rank in range(world_size):
+        result = evaluate(
+            model, TEXT, context=8, max_tokens=max_tokens, rank=rank, world_size=world_size, gather=gather, device=torch.device("cpu")
+        )
+    return result
+
+
+@torch.no_grad()
+def by_hand(model: nn.Module, count: int) -> float:
+    model.eval()
+    total = 0.0
+    for first in range(0, count, 8):
+        last = min(first + 8, count)
+        logits = model(torch.from_numpy(TEXT[first:last].astype(np.int64))[None])[0]
+        log_p = logits.double().log_softmax(-1)
+        total -= sum(float(log_p[i, int(TEXT[first + i + 1])]) for i in range(last - first))
+    model.train()
+    return total / count
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 40])
+def test_every_token_but_the_first_counts_once_on_any_number_of_ranks(model: nn.Module, world_size: int) -> None:
+    result = measured(model, world_size)
+    assert result.tokens == len(TEXT) - 1
+    assert result.nats_per_token == pytest.approx(by_hand(model, len(TEXT) - 1), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(result.nats_per_token))
+
+
+def test_max_tokens_limits_it(model: nn.Module) -> None:
+    assert measured(model, 2, max_tokens=21).tokens == 21
+    assert measured(model, 2, max_tokens=21).nats_per_token == pytest.approx(by_hand(model, 21), rel=1e-5)
+
+
+def test_it_draws_no_random_number_and_leaves_the_mode(model: nn.Module) -> None:
+    before = torch.get_rng_state()
+    model.train()
+    measured(model, 1)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
