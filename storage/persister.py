@@ -110,15 +110,26 @@ class Persister:
                     log.warning("step lines wait: %s", error)
 
     def finish(self, grace_s: float) -> bool:
-        """Waits for what is in flight; false if the grace was too short."""
-        with self._settled:
-            is_done = self._settled.wait_for(lambda: self._in_flight == 0, timeout=grace_s)
+        """Waits for what is in flight or on its way from a rank that ended; false if the grace was too short."""
+        until = time.monotonic() + grace_s
+        is_done = self._wait_settled(until) and self._read_to_the_end(until) and self._wait_settled(until)
         for lines in list(self.steps.values()):
             try:
                 lines.flush(sync=True)
             except StoreError as error:
                 log.warning("step lines are lost: %s", error)
         return is_done
+
+    def _wait_settled(self, until: float) -> bool:
+        with self._settled:
+            return self._settled.wait_for(lambda: self._in_flight == 0, timeout=until - time.monotonic())
+
+    def _read_to_the_end(self, until: float) -> bool:
+        for session in list(self.sessions.values()):
+            session.frames.shutdown()
+            if not session.ended.wait(until - time.monotonic()):
+                return False
+        return True
 
     def _begin_session(self, frames: FrameSocket, hello: Message) -> Session | None:
         session = Session(frames=frames, attempt=hello["attempt"], rank=hello["rank"], world_size=hello["world_size"])
@@ -174,13 +185,14 @@ class Persister:
         try:
             with self._lock:
                 slot = self.slots[session.rank]
-                if slot.is_busy:
-                    session.frames.send({"kind": "later"})
-                    return
-                buffer, is_fresh, replaced = slot.hand_out(message["bytes"], message["template"])
+                given = None if slot.is_busy else slot.hand_out(message["bytes"], message["template"])
         except OSError as error:
             session.frames.send({"kind": "error", "why": f"no memory for {message['bytes']} bytes of staging: {error}"})
             return
+        if given is None:
+            session.frames.send({"kind": "later"})
+            return
+        buffer, is_fresh, replaced = given
         _send_buffer(session, message, buffer, replaced, is_fresh=is_fresh)
 
     def _reserve(self, session: Session, message: Message) -> None:

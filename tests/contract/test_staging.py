@@ -174,6 +174,24 @@ class TestTrouble:
         assert staging.buffer(NUM_BYTES) is not None
 
 
+class TestEnding:
+    def test_what_a_rank_said_last_is_still_heard(self, node: Node) -> None:
+        staging = node.connect()
+        staging.record_step({"step": 20})
+        stage(staging, 20)
+        staging.close()
+        assert node.persister.finish(DEADLINE_S)
+        assert [line["kind"] for line in node.lines] == ["persisted"]
+        assert [record["step"] for record in node.store.read_records(steps_key(1))] == [20]
+
+    def test_a_store_that_hangs_does_not_hold_it_beyond_its_grace(self, node: Node) -> None:
+        staging = node.connect()
+        node.store.gate.clear()
+        stage(staging, 20)
+        assert staging.buffer(10) is None, "the submission has arrived"
+        assert not node.persister.finish(0.05)
+
+
 class TestBuffers:
     def test_two_buffers_take_turns_and_headers_are_written_once_in_each(self, node: Node) -> None:
         staging = node.connect()
