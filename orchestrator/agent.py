@@ -160,9 +160,9 @@ class Agent:
 
     async def _warm_up(self) -> None:
         """Torch is imported in this process (for the launcher and the attempts' stores) and, meanwhile, in the forkserver."""
-        from .ranks import wait_until_warm
+        from .ranks import import_launcher, wait_until_warm
 
-        await asyncio.to_thread(_import_launcher)
+        await asyncio.to_thread(import_launcher)
         await asyncio.to_thread(wait_until_warm)
         self._warm.set()
         self._changed()
@@ -303,12 +303,6 @@ class Agent:
             why = await self._persister.serve()
             self._ranks.blame_all("persister", why)
             await self._persister.start()
-
-
-def _import_launcher() -> None:
-    """The imports that hosting a store and launching ranks need; half a second to two of processor time."""
-    import torch.distributed
-    import torch.distributed.elastic.multiprocessing  # noqa: F401
 
 
 def address_towards(url: str) -> str:

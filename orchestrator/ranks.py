@@ -105,6 +105,12 @@ def wait_until_warm() -> None:
     process.join()
 
 
+def import_launcher() -> None:
+    """The imports that hosting a store and launching ranks need; half a second to two of processor time."""
+    import torch.distributed
+    import torch.distributed.elastic.multiprocessing  # noqa: F401
+
+
 def forkserver_pid() -> int:
     return int(multiprocessing.forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
 
