@@ -126,6 +126,13 @@ class S3Store(ObjectStore):
             raise
         return True
 
+    def _read(self, path: str) -> bytes:
+        """One request: s3fs would ask for the size first, in case parallel ranges were worth it."""
+        try:
+            return bytes(self._fs.cat_file(path, max_concurrency=1))
+        except FileNotFoundError as error:
+            raise NotFound(f"no object {path} in {self.name}") from error
+
     def _size(self, path: str) -> int:
         key = path.removeprefix(f"{self._bucket}/")
         try:
