@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from keepstep.storage.errors import StoreError
 from keepstep.storage.store import StorageOptions, Store
 
