@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A test never measures time: no deadlines. CI draws the same examples every time, people new ones.
+settings.register_profile("keepstep", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("keepstep")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -307,7 +307,7 @@ class TestResolved:
         assert all(f"[{section}]\n" in text for section in section_types())
         assert max(map(len, text.splitlines())) <= 120
 
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     @given(
         name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
         seed=st.integers(0, 2**63 - 1),
