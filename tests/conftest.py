@@ -13,9 +13,8 @@ settings.load_profile("keepstep")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--rewrite", action="store_true", help="accept what golden files say now; only commit the diff if you understand what caused it"
-    )
+    parser.addoption("--rewrite", action="store_true", help="golden files: accept what is; commit the diff only if you understand it")
+    parser.addoption("--seeds", type=int, default=200, help="simulation: so many simulated runs")
 
 
 @pytest.fixture
