@@ -61,9 +61,9 @@ def _show_off(config: RunConfig, store: Store, say: Callable[[str], None]) -> No
 
     say(same_bits(store))
     if not config.train.script:
-        from keepstep.trainer.generate import generate
+        from .tools import sample
 
-        say(f"sample: {generate(config.run.root, SAMPLE_PROMPT, max_tokens=80)!r}")
+        say(f"sample: {sample(config.run.root, SAMPLE_PROMPT)!r}")
 
 
 def coordinate(config: RunConfig, *, managed: bool) -> int:

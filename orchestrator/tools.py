@@ -66,6 +66,13 @@ def generate_text(root: str, *, prompt: str, tokens: int, temperature: float, to
         raise InputError(f"{root}: {error}") from error
 
 
+def sample(root: str, prompt: str) -> str:
+    """A few lines from the newest checkpoint of a run that this process has open."""
+    from keepstep.trainer.generate import generate
+
+    return generate(root, prompt, max_tokens=80)
+
+
 def _open_as_stored(root: str) -> None:
     """Reads the root's own [storage] section, for what opens the root again below."""
     try:
