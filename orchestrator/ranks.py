@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from keepstep.storage.errors import DamagedCheckpoint
 from keepstep.storage.store import ENV_OPTIONS
 from keepstep.trainer.contract import DAMAGED_KIND, ENV_NODE, ENV_SPEC, RankSpec
 
@@ -192,6 +191,7 @@ def torchrun_environment(group: GroupSpec, local_rank: int) -> dict[str, str]:
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_RUN_ID": f"{group.specs[local_rank].run}-{group.specs[local_rank].attempt}",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"),
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         **({"OMP_NUM_THREADS": threads} if threads else {}),
         **({ENV_OPTIONS: os.environ[ENV_OPTIONS]} if ENV_OPTIONS in os.environ else {}),  # the forkserver is older than the config
@@ -206,6 +206,7 @@ def rank_main(group: GroupSpec, local_rank: int, parent: int) -> None:
     die_with_parent(parent)
     _redirect_output(group.log_paths[local_rank])
     _restore_signals()
+    _forget_variables_of_preloaded_modules(torchrun_environment(group, local_rank))
     faulthandler.enable()
     code = _run_guarded(group, Path(group.specs[local_rank].error_path))
     _leave(code)
@@ -215,6 +216,13 @@ def _restore_signals() -> None:
     """What an interpreter that was started the ordinary way has; the forkserver ignores SIGINT for its children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _forget_variables_of_preloaded_modules(given: Mapping[str, str]) -> None:
+    """Imports in the forkserver set variables of their own (torch's compiler its cache folder); a fresh process would not have them."""
+    started_with = {entry.partition(b"=")[0].decode() for entry in Path("/proc/self/environ").read_bytes().split(b"\0")}
+    for name in set(os.environ) - started_with - set(given):
+        del os.environ[name]
 
 
 def _redirect_output(path: str) -> None:
@@ -279,14 +287,9 @@ def _write_error(path: Path, error: BaseException) -> None:
     text = str(error).strip()
     first_line = text.splitlines()[0].partition(GLOO_ADVICE)[0] if text else ""
     why = f"{type(error).__name__}: {first_line}".rstrip(": ")
-    damaged = error.directory if isinstance(error, DamagedCheckpoint) else ""
-    path.write_text(json.dumps({"kind": _kind(error), "why": why[:500], "damaged": damaged}))
-
-
-def _kind(error: BaseException) -> str:
-    if isinstance(error, DamagedCheckpoint):
-        return DAMAGED_KIND
-    return "peer-lost" if is_peer_lost(error) else "exception"
+    kind = getattr(error, "kind", "") or ("peer-lost" if is_peer_lost(error) else "exception")
+    damaged = getattr(error, "directory", "") if kind == DAMAGED_KIND else ""
+    path.write_text(json.dumps({"kind": kind, "why": why[:500], "damaged": damaged}))
 
 
 def is_peer_lost(error: BaseException) -> bool:
