@@ -1,7 +1,7 @@
 """Saving: tensors are copied into shared memory of this node's persister, which makes them durable while training goes on.
 
 What is staged is byte for byte what torch.distributed.checkpoint's own writer would have stored, see template.py: nothing is serialised
-at a save, and no collective runs after the first one. Restoring is in restore.py.
+at a save, and no collective runs after the plan was made once. Restoring is in restore.py.
 """
 
 from __future__ import annotations
@@ -98,8 +98,13 @@ class Checkpointer:
         """Whether the last checkpoint is still being written. Ranks must agree before they save: one busy rank postpones all."""
         return self._staging is not None and self._staging.busy
 
+    def get_ready(self, tensors: NestedTensors) -> None:
+        """Collective at the first call; later ones return at once. Plans and takes the memory, so that the first save need not."""
+        if self._staging is not None and self._layout is None:
+            self._staging.reserve(self._laid_out(tensors).num_bytes)
+
     def save(self, step: int, tensors: NestedTensors, state: Mapping[str, Any]) -> bool:
-        """Copies everything into shared memory. Collective at the first save and whenever shapes have changed.
+        """Copies everything into shared memory. Collective when nothing is planned yet or shapes have changed.
 
         Returns whether this rank's part was staged; if not, there is no memory for it or no persister, and no checkpoint comes about.
         """

@@ -39,6 +39,7 @@ def train(run: Run) -> None:
         run.me.report(Phase.STEP, step)
         record_step(run, agreed, lr, time.monotonic() - started_at)
         fault_point("rank.step", rank=run.world.rank, step=step)
+        run.checkpointer.get_ready(run.tensors)  # once, after the first step: a restart is over before it plans its saves
 
         if agreed.stop or step == steps:
             break
@@ -90,8 +91,6 @@ class Agreed:
 
 class NonFinite(ArithmeticError):
     """A loss or gradient became infinite or not a number."""
-
-    kind = "non-finite"
 
     def __init__(self, step: int, what: str, ranks: Sequence[int], value: float) -> None:
         self.step, self.ranks = step, tuple(ranks)
