@@ -81,10 +81,11 @@ def make_directories(path: Path) -> None:
     """Like mkdir -p, with every new name durable in its parent. Raises NotADirectoryError where a file is in the way."""
     if path.is_dir():
         return
-    if path.exists():
-        raise NotADirectoryError(errno.ENOTDIR, f"{path} is a file, not a folder", str(path))
     make_directories(path.parent)
-    path.mkdir(exist_ok=True)
+    try:
+        path.mkdir(exist_ok=True)  # not looked up first: another writer may be making it right now
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, f"{path} is a file, not a folder", str(path)) from None
     sync_directory(path.parent)
 
 
