@@ -15,6 +15,7 @@ settings.load_profile("keepstep")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite", action="store_true", help="golden files: accept what is; commit the diff only if you understand it")
     parser.addoption("--seeds", type=int, default=200, help="simulation: so many simulated runs")
+    parser.addoption("--first-seed", type=int, default=0, help="simulation: the first of their seeds")
 
 
 @pytest.fixture

@@ -1,0 +1,245 @@
+"""An agent as the machine may rely on it: obeys the newest directive, reports its whole state, keeps its lease."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sim_world import Rank, World
+
+from keepstep.orchestrator.policy import Policy
+from keepstep.orchestrator.wire import AgentReport, Directive, Launch, Persisted, RankReport, StoreAddress
+
+if TYPE_CHECKING:
+    from sim_coordinator import Coordinator, Platform
+
+PERIOD_S = 1.0
+
+
+class Agent:
+    """One incarnation on a host. Its processes (ranks, persister) die with it."""
+
+    def __init__(self, world: World, platform: Platform, policy: Policy, host: str, number: int, buried: tuple[str, ...]) -> None:
+        self.world, self.platform, self.policy, self.host = world, platform, policy, host
+        self.id = f"{host}#{number}"
+        self.buried = buried
+        self.alive = True
+        self.ranks: list[Rank] = []
+        self.attempt = 0
+        self.persisted: tuple[Persisted, ...] = ()
+        self.leaving = ""
+        self.store: StoreAddress | None = None
+        self.request = 0
+        self._newest = 0  # attempt launched or hosted
+        self._sequence = 0
+        self._term = 0
+        self._obeyed = 0
+        self._directive: Directive | None = None
+        self._busy = False
+        self._obeyed_at = world.now
+        self._told_at = -1.0
+        self._coordinator: Coordinator | None = None
+        world.at(world.rng.random() * 0.3, self._beat)
+        world.at(policy.lease_s / 3, self._keep_lease)
+
+    # --- reports ----------------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        if self.alive:
+            if self.world.now - self._told_at >= PERIOD_S * 0.99:
+                self.tell()
+            self.world.at(PERIOD_S, self._beat)
+
+    def tell(self) -> None:
+        """The whole state, at once on any change."""
+        coordinator = self._find_coordinator()
+        if not self.alive or coordinator is None:
+            return
+        self._told_at = self.world.now
+        self.world.send(self.host, coordinator.host, coordinator.hear, self, self._report(), self.world.now, self._directive)
+
+    def _find_coordinator(self) -> Coordinator | None:
+        if self._coordinator is None:
+            self._coordinator = self.platform.newest_coordinator()
+        return self._coordinator
+
+    def _report(self) -> AgentReport:
+        self._sequence += 1
+        return AgentReport(
+            node=self.id,
+            host=self.host,
+            pid=1,
+            address=self.host,
+            slots=0,
+            sequence=self._sequence,
+            term=self._term,
+            obeyed=self._obeyed,
+            ready=not self.leaving,
+            buried=self.buried,
+            attempt=self.attempt,
+            ranks=tuple(map(_rank_report, self.ranks)),
+            store=self.store,
+            persisted=self.persisted,
+            leaving=self.leaving,
+        )
+
+    # --- directives -------------------------------------------------------------------------------------------------
+
+    def take(self, asked_at: float, directive: Directive) -> None:
+        """Never goes back to an older directive, whatever the network delivers."""
+        if not self.alive:
+            return
+        is_old = (directive.term, directive.revision) < (self._term, self._directive.revision if self._directive else 0)
+        if is_old and self.world.mutant != "any-revision":
+            return
+        self._obeyed_at = max(self._obeyed_at, asked_at)
+        if directive.term != self._term:
+            self._term, self._obeyed = directive.term, 0
+        changed = directive != self._directive
+        self._directive = directive
+        self.persisted = tuple(part for part in self.persisted if not _is_settled(part, directive))
+        if directive.over or directive.forget:
+            self.platform.retire(self, again=directive.forget)
+        elif changed:
+            self._reconcile()
+            self.tell()  # the next poll
+
+    def _reconcile(self) -> None:
+        directive = self._directive
+        if self._busy or directive is None or not self.alive:
+            return
+        launch = directive.launch
+        self.request = launch.request if launch else 0
+        if self._running() and (launch is None or launch.attempt != self.attempt):
+            self._busy = True
+            self.world.at(self.world.rng.choice((0.02, 0.1, 0.3, 1.5)), self._kill, "", True)
+        elif launch is not None and launch.attempt > self._newest and launch.store is None:
+            self._host_store(launch)
+        elif launch is not None and launch.attempt > self._newest:
+            self._busy, self._newest = True, launch.attempt
+            self.world.at(self.world.rng.choice((0.05, 0.1, 0.2, 1.0)), self._fork, launch)
+        else:
+            self._comply(directive)
+
+    def _comply(self, directive: Directive) -> None:
+        if (directive.term, directive.revision) != (self._term, self._obeyed):
+            self._obeyed = directive.revision
+            self.tell()
+
+    def _running(self) -> bool:
+        return any(rank.alive for rank in self.ranks)
+
+    def _host_store(self, launch: Launch) -> None:
+        if launch.store_node == self.id and (self.store is None or self.store.attempt != launch.attempt):
+            self.store = StoreAddress(attempt=launch.attempt, host=self.host, port=1000 + launch.attempt)
+            self.tell()
+
+    def _fork(self, launch: Launch) -> None:
+        self._busy = False
+        if not self.alive:
+            return
+        self.attempt = launch.attempt
+        step = launch.resume.step if launch.resume else 0
+        self.ranks = [Rank(launch.attempt, launch.first_rank + i, i, self.host, step) for i in range(launch.num_ranks)]
+        for rank in self.ranks:
+            self.world.join(rank, self)
+        self.tell()
+        self._reconcile()
+
+    def _kill(self, kind: str, reconciles: bool) -> None:
+        for rank in self.ranks:
+            if rank.alive:
+                rank.stopped = not kind
+                self.world.exit(rank, -9, kind or "signal", kind or "SIGKILL")
+        if reconciles:
+            self._busy = False
+            self._reconcile()
+
+    def on_exit(self, rank: Rank) -> None:
+        """The kernel tells the agent; after a failure the node's other ranks are killed."""
+        if not self.alive:
+            return
+        rank.order = sum(not each.alive for each in self.ranks) - 1
+        if rank.exit_code and not rank.stopped:
+            self.world.at(0.01, self._kill, "", False)
+        self.tell()
+
+    # --- the lease --------------------------------------------------------------------------------------------------
+
+    def _keep_lease(self) -> None:
+        if not self.alive:
+            return
+        silent_s = self.world.now - self._obeyed_at
+        if silent_s > self.policy.lease_s and self._running() and self.world.mutant != "no-lease":
+            self.world.tell(f"{self.id}: lease ran out")
+            self._kill("lease", False)
+        if silent_s > self.policy.lease_s / 3:
+            self.world.storage(self.host, self._read_log, self._take_log(self.world.now))
+        self.world.at(self.policy.lease_s / 6, self._keep_lease)
+
+    def _read_log(self) -> tuple[int, str]:
+        return self.world.log.attempt, self.world.log.coordinator
+
+    def _take_log(self, began: float):  # type: ignore[no-untyped-def]
+        def take(found: tuple[int, str] | None, _why: str) -> None:
+            if found is None or not self.alive:
+                return
+            attempt, coordinator = found
+            if self._running() and attempt > self.attempt:
+                self.world.tell(f"{self.id}: attempt {attempt} has replaced attempt {self.attempt}")
+                self._kill("fenced", False)
+            self._obeyed_at = max(self._obeyed_at, began)
+            if self._coordinator is None or self._coordinator.host != coordinator:
+                self._coordinator = self.platform.coordinator_called(coordinator)
+                self.tell()
+
+        return take
+
+    # --- the persister ----------------------------------------------------------------------------------------------
+
+    def stage(self, attempt: int, step: int, directory: str, rank: int) -> None:
+        part = Persisted(attempt=attempt, step=step, rank=rank, directory=directory, index_sha256="x", num_bytes=1)
+        self.world.at(0.05 + self.world.rng.random() * 0.8, self._persist, part)
+
+    def _persist(self, part: Persisted) -> None:
+        if self.alive:
+            self.world.storage(self.host, lambda: self._write(part), lambda _, why: self._on_persisted(part, why))
+
+    def _write(self, part: Persisted) -> None:
+        self.world.durable.setdefault((part.attempt, part.step, part.directory), set()).add(part.rank)
+
+    def _on_persisted(self, part: Persisted, why: str) -> None:
+        if why:
+            self.world.at(0.3, self._persist, part)
+        elif self.alive:
+            self.persisted = (*self.persisted, part)
+            self.tell()
+
+    # --- death ------------------------------------------------------------------------------------------------------
+
+    def die(self) -> None:
+        self.alive = False
+        for rank in self.ranks:
+            if rank.alive:
+                self.world.exit(rank, -9, "signal", "SIGKILL")
+
+
+def _is_settled(part: Persisted, directive: Directive) -> bool:
+    return part.attempt < directive.settled_attempt or part.step <= directive.committed_step
+
+
+def _rank_report(rank: Rank) -> RankReport:
+    return RankReport(
+        rank=rank.rank,
+        local_rank=rank.local_rank,
+        pid=1,
+        state="running" if rank.alive else "exited",
+        phase=rank.phase,
+        step=rank.step,
+        beats=rank.step + 1,
+        exit_code=rank.exit_code,
+        exit_order=None if rank.alive else rank.order,
+        stopped_by_agent=rank.stopped,
+        kind=rank.kind,
+        why=rank.why,
+        damaged=rank.why if rank.kind == "damaged-checkpoint" else "",
+    )

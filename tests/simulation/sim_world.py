@@ -1,0 +1,314 @@
+"""A cluster in virtual time: clock, network, run log, and the physics of ranks that step together. One seed, one story."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from keepstep.orchestrator import events as ev
+from keepstep.trainer.contract import Phase, Request
+
+STORE = "store"
+
+
+class Violation(AssertionError):
+    """Something happened that must never happen."""
+
+
+@dataclass
+class Weather:
+    """How bad the network and the storage are at the moment."""
+
+    loss: float = 0.0
+    duplicates: float = 0.0
+    slow: float = 0.0  # share of messages and storage calls that take seconds
+    refusals: float = 0.0  # share of storage calls that fail
+    lost_answers: float = 0.0  # share of storage calls that work, but whose answer does not come
+
+
+@dataclass
+class Log:
+    """What is in storage. Every rule that must hold for it is checked at every append."""
+
+    steps: int
+    entries: list[tuple[int, Any]] = field(default_factory=list)  # (term, record)
+    term: int = 0
+    coordinator: str = ""
+    attempt: int = 0
+    newest: ev.AttemptRecord | None = None
+    history: list[ev.Committed] = field(default_factory=list)
+    quarantined: set[str] = field(default_factory=set)
+    end: ev.EndRecord | None = None
+
+    def open(self, coordinator: str) -> int:
+        self.term += 1
+        self.coordinator = coordinator
+        self.entries.append((self.term, f"opened by {coordinator}"))
+        return self.term
+
+    def newest_good(self) -> ev.Committed | None:
+        return next((commit for commit in reversed(self.history) if commit.directory not in self.quarantined), None)
+
+    def resume_of(self) -> ev.Checkpoint | None:
+        good = self.newest_good()
+        return None if good is None else ev.Checkpoint(step=good.step, directory=good.directory, manifest_sha256=good.manifest_sha256)
+
+    def append(self, term: int, record: ev.AttemptRecord | ev.Committed | ev.QuarantineRecord | ev.EndRecord) -> None:
+        self._must(term == self.term, f"{type(record).__name__} of term {term} was written while term {self.term} reigns")
+        self._must(self.end is None, f"{type(record).__name__} was written after the end")
+        self.entries.append((term, record))
+        match record:
+            case ev.AttemptRecord():
+                self._append_attempt(record)
+            case ev.Committed():
+                self._append_commit(record)
+            case ev.QuarantineRecord(directory=directory):
+                self._must(any(commit.directory == directory for commit in self.history), f"{directory} was never committed")
+                self.quarantined.add(directory)
+            case ev.EndRecord():
+                self._append_end(record)
+
+    def _append_attempt(self, record: ev.AttemptRecord) -> None:
+        self._must(record.attempt > self.attempt, f"attempt {record.attempt} after attempt {self.attempt}")
+        self._must(
+            record.resume == self.resume_of(), f"attempt {record.attempt} resumes from {record.resume}, newest is {self.resume_of()}"
+        )
+        self._must(record.resume is not None or not self.history, f"attempt {record.attempt} starts from scratch silently")
+        if record.resume is not None:
+            while self.history[-1].directory != record.resume.directory:
+                self.history.pop()
+        self.attempt, self.newest = record.attempt, record
+
+    def _append_commit(self, record: ev.Committed) -> None:
+        self._must(record.attempt == self.attempt, f"commit of attempt {record.attempt} while attempt {self.attempt} is the newest")
+        self._must(not self.history or record.step > self.history[-1].step, f"commit of step {record.step} goes back")
+        self.history.append(record)
+
+    def _append_end(self, record: ev.EndRecord) -> None:
+        if record.outcome == "succeeded":
+            good = self.newest_good()
+            self._must(good is not None and good.step == self.steps, "success without the commit of the last step")
+        self.end = record
+
+    @staticmethod
+    def _must(holds: bool, why: str) -> None:
+        if not holds:
+            raise Violation(why)
+
+
+@dataclass(eq=False)
+class Rank:
+    """One training process."""
+
+    attempt: int
+    rank: int
+    local_rank: int
+    host: str
+    step: int
+    phase: Phase = Phase.LOAD
+    alive: bool = True
+    exit_code: int | None = None
+    order: int = 0
+    stopped: bool = False
+    kind: str = ""
+    why: str = ""
+
+
+@dataclass(eq=False)
+class Gang:
+    """All ranks of an attempt: they step together or not at all."""
+
+    record: ev.AttemptRecord
+    ranks: dict[int, Rank] = field(default_factory=dict)
+    agents: dict[int, Any] = field(default_factory=dict)  # rank -> its agent
+    own_failures: set[int] = field(default_factory=set)  # ranks that failed by themselves or were killed from outside
+    clear_case: bool = True  # nothing but rank crashes troubled this attempt
+    stepping: bool = False
+
+
+class World:
+    """Everything that the simulated parts share."""
+
+    def __init__(self, seed: int, steps: int, mutant: str = "") -> None:
+        self.rng = random.Random(seed)
+        self.now = 0.0
+        self.mutant = mutant
+        self.log = Log(steps)
+        self.weather = Weather()
+        self.cuts: set[frozenset[str]] = set()
+        self.gangs: dict[int, Gang] = {}
+        self.living: set[Rank] = set()
+        self.durable: dict[tuple[int, int, str], set[int]] = {}
+        self.damaged: set[str] = set()
+        self.curse: Callable[[], str] | None = None  # a program error that comes back at every attempt
+        self.story: deque[str] = deque(maxlen=3000)
+        self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._count = 0
+
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def at(self, delay: float, work: Callable[..., None], *arguments: Any) -> None:
+        self._count += 1
+        heapq.heappush(self._queue, (self.now + delay, self._count, work, arguments))
+
+    def run_until(self, deadline: float, done: Callable[[], bool]) -> None:
+        while self._queue and self._queue[0][0] <= deadline and not done():
+            self.now, _, work, arguments = heapq.heappop(self._queue)
+            work(*arguments)
+
+    def tell(self, text: str) -> None:
+        self.story.append(f"{self.now:8.3f}  {text}")
+
+    # --- network and storage ----------------------------------------------------------------------------------------
+
+    def reaches(self, one: str, other: str) -> bool:
+        return frozenset((one, other)) not in self.cuts
+
+    def send(self, source: str, target: str, deliver: Callable[..., None], *arguments: Any) -> None:
+        """Messages are lost, late, repeated and overtake each other."""
+        weather, random_ = self.weather, self.rng.random
+        for _ in range(2 if random_() < weather.duplicates else 1):
+            if random_() >= weather.loss:
+                delay = random_() * 3.0 if random_() < weather.slow else 0.001 + random_() * 0.03
+                self.at(delay, self._deliver, source, target, deliver, arguments)
+
+    def _deliver(self, source: str, target: str, deliver: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        if self.reaches(source, target):
+            deliver(*arguments)
+
+    def storage(self, client: str, work: Callable[[], Any], answer: Callable[[Any, str], None]) -> None:
+        """Does `work` in storage at some instant and answers (result, "") or (None, why). Never both, never neither."""
+        slow_s = 2.0 if self.rng.random() < self.weather.slow else 0.03
+        self.at(0.003 + self.rng.random() * slow_s, self._store, client, work, answer)
+
+    def _store(self, client: str, work: Callable[[], Any], answer: Callable[[Any, str], None]) -> None:
+        if not self.reaches(client, STORE):
+            self.at(1.5, answer, None, "storage cannot be reached")
+        elif self.rng.random() < self.weather.refusals:
+            self.at(0.05, answer, None, "503 slow down")
+        else:
+            self._answer(client, work(), answer)
+
+    def _answer(self, client: str, result: Any, answer: Callable[[Any, str], None]) -> None:
+        """An answer that got lost is read back, for as long as it takes."""
+        if not self.reaches(client, STORE) or self.rng.random() < self.weather.lost_answers:
+            self.at(0.7, self._answer, client, result, answer)
+        else:
+            self.at(0.003, answer, result, "")
+
+    # --- ranks ------------------------------------------------------------------------------------------------------
+
+    def gang_of(self, attempt: int) -> Gang:
+        if attempt not in self.gangs:
+            record = self.log.newest
+            assert record is not None
+            if record.attempt != attempt:
+                raise Violation(f"attempt {attempt} was launched while the log's newest is {record.attempt}")
+            self.gangs[attempt] = Gang(record)
+        return self.gangs[attempt]
+
+    def join(self, rank: Rank, agent: Any) -> None:
+        gang = self.gang_of(rank.attempt)
+        gang.ranks[rank.rank], gang.agents[rank.rank] = rank, agent
+        self._must_be_alone(rank.attempt, "is launched")
+        self.living.add(rank)
+        self.at(0.1 + self.rng.random() * 0.4, self._loaded, gang, rank)
+
+    def _loaded(self, gang: Gang, rank: Rank) -> None:
+        if not rank.alive:
+            return
+        resume = gang.record.resume
+        if resume is not None and resume.directory in self.damaged:
+            self.exit(rank, 1, "damaged-checkpoint", f"{resume.directory}: block 3")
+            return
+        rank.phase = Phase.STEP
+        ready = len(gang.ranks) == gang.record.world_size and all(each.phase == Phase.STEP for each in gang.ranks.values())
+        if ready and not gang.stepping:
+            gang.stepping = True
+            self.at(self._step_s(), self._step, gang)
+
+    def _step_s(self) -> float:
+        return 0.5 + self.rng.random() * 0.4
+
+    def _step(self, gang: Gang) -> None:
+        ranks = list(gang.ranks.values())
+        living = [rank for rank in ranks if rank.alive]
+        if not living:
+            return
+        if len(living) < len(ranks):
+            self._lose_peers(gang, living)
+        elif not self._connected(gang):
+            gang.clear_case = False
+            self.at(0.5, self._step, gang)  # a collective that hangs until the network is back
+        else:
+            self._make_step(gang, ranks)
+
+    def _connected(self, gang: Gang) -> bool:
+        if not self.cuts:
+            return True
+        hosts = sorted({rank.host for rank in gang.ranks.values()})
+        return all(self.reaches(one, other) for one in hosts for other in hosts)
+
+    def _lose_peers(self, gang: Gang, living: list[Rank]) -> None:
+        """Those who hear of a death fail; the others hang until they are killed."""
+        dead = {rank.host for rank in gang.ranks.values() if not rank.alive}
+        for rank in living:
+            hears = any(host == rank.host or self.reaches(host, rank.host) for host in dead)
+            if hears and self.rng.random() < 0.7:
+                self.at(self.rng.random() * 0.05, self.exit, rank, 1, "peer-lost", "connection closed by peer")
+
+    def _make_step(self, gang: Gang, ranks: list[Rank]) -> None:
+        attempt = gang.record.attempt
+        self._must_be_alone(attempt, "steps")
+        for rank in ranks:
+            rank.step += 1
+        step = ranks[0].step
+        if self.curse is not None and step >= 3:
+            self.fail(self.rng.choice(ranks), 1, "exception", self.curse())
+        request = max(agent.request for agent in gang.agents.values())
+        last = step >= self.log.steps
+        if step % 4 == 0 or request or last:
+            self._save(gang, step)
+        if last or request == Request.STOP:
+            self._leave(ranks, Phase.DONE if last else Phase.STOPPED)
+        else:
+            self.at(self._step_s(), self._step, gang)
+
+    def _must_be_alone(self, attempt: int, does: str) -> None:
+        for other in self.living:
+            if other.attempt != attempt:
+                raise Violation(f"attempt {attempt} {does} while rank {other.rank} of attempt {other.attempt} lives on {other.host}")
+
+    def _save(self, gang: Gang, step: int) -> None:
+        directory = f"data/a{gang.record.attempt:06d}/s{step:09d}-{gang.record.nonce}"
+        for rank, agent in gang.agents.items():
+            agent.stage(gang.record.attempt, step, directory, rank)
+
+    def _leave(self, ranks: list[Rank], phase: Phase) -> None:
+        for rank in ranks:
+            if rank.alive:
+                rank.phase = phase
+                self.at(self.rng.random() * 0.1, self.exit, rank, 0, "", "")
+
+    def fail(self, rank: Rank, code: int, kind: str, why: str) -> None:
+        """A rank fails by itself, or somebody kills it."""
+        if rank.alive:
+            self.gangs[rank.attempt].own_failures.add(rank.rank)
+            self.exit(rank, code, kind, why)
+
+    def exit(self, rank: Rank, code: int, kind: str, why: str) -> None:
+        if not rank.alive:
+            return
+        rank.alive, rank.exit_code, rank.kind, rank.why = False, code, kind, why
+        self.living.discard(rank)
+        gang = self.gangs[rank.attempt]
+        gang.agents[rank.rank].on_exit(rank)
+        if code and not rank.stopped:
+            self.at(self.rng.random() * 0.01, self._break_up, gang)
+
+    def _break_up(self, gang: Gang) -> None:
+        self._lose_peers(gang, [rank for rank in gang.ranks.values() if rank.alive])

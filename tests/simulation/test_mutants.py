@@ -1,0 +1,107 @@
+"""The simulation is worth something only if it notices: each protection is switched off once, and must be missed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from sim_faults import STEPS, Simulation
+from sim_world import Violation
+
+from keepstep.orchestrator import asking, draining, forming, membership, verdict
+from keepstep.orchestrator import events as ev
+from keepstep.orchestrator.run import Run, wait
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """One protection less."""
+
+    name: str
+    why: str  # part of what the simulation says
+    faults: tuple[str, ...]  # drawn from, so that it is found soon
+    patch: tuple[object, str, Callable[..., Any]] | None = None  # of the machine
+    seeds: int = 300
+    steps: int = STEPS
+
+
+def _restart_for_ever(run: Run, culprit: verdict.Evidence) -> Run:
+    return wait(run, f"after attempt {run.attempt}: {culprit.why}")
+
+
+def _ignore_commits(asks: asking.Asks, kind: type[ev.Asking]) -> bool:
+    return kind is not ev.Commit and _pending(asks, kind)
+
+
+_pending = asking.pending
+
+MUTANTS = [
+    Mutant(name="no-lease", why="lives on", faults=("isolate", "isolate", "kill_rank")),
+    Mutant(name="no-term-check", why="reigns", faults=("second_coordinator", "kill_rank")),
+    Mutant(name="no-authority", why="lives on", faults=("second_coordinator",), steps=60),
+    Mutant(
+        name="no-fence-wait",
+        why="lives on",
+        faults=("isolate", "isolate", "kill_rank"),
+        patch=(membership, "outlasted", lambda members, policy, now: frozenset(members.suspects)),
+    ),
+    Mutant(
+        name="no-drain-wait",
+        why="lives on",
+        faults=("kill_rank", "leave", "drain"),
+        patch=(membership, "says_clean", lambda *_, **__: True),
+    ),
+    Mutant(
+        name="no-budget",
+        why="not over",
+        faults=("kill_rank",),
+        patch=(draining, "_charge", _restart_for_ever),
+    ),
+    Mutant(
+        name="first-report-is-the-culprit",
+        why="a victim of",
+        faults=("kill_rank", "bad_weather"),
+        patch=(verdict, "better", lambda _, known: known),
+    ),
+    Mutant(
+        name="any-checkpoint-will-do",
+        why="resumes from",
+        faults=("kill_rank",),
+        patch=(forming.saves, "objection", lambda *_: ""),
+    ),
+    Mutant(
+        name="no-waiting-for-commits",
+        why="commit|resumes",
+        faults=("bad_weather", "kill_rank", "kill_rank"),
+        patch=(asking, "pending", _ignore_commits),
+    ),
+    Mutant(
+        name="nobody-is-ever-lost",
+        why="not over",
+        faults=("kill_agent",),
+        patch=(membership, "absence", lambda *_: ""),
+    ),
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_missing_protection_is_noticed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mutant.patch is not None:
+        monkeypatch.setattr(*mutant.patch)
+    with pytest.raises(Violation, match=mutant.why):
+        _play(mutant)
+
+
+def _play(mutant: Mutant) -> None:
+    for seed in range(mutant.seeds):
+        Simulation(seed, mutant=mutant.name, faults=mutant.faults, steps=mutant.steps).run()
+
+
+@pytest.mark.parametrize("faults", sorted({mutant.faults for mutant in MUTANTS}), ids="-".join)
+def test_the_same_faults_are_borne_with_all_protections(faults: tuple[str, ...]) -> None:
+    for seed in range(40):
+        Simulation(seed, faults=faults).run()
