@@ -80,6 +80,7 @@ class LiveRun:
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     process: subprocess.Popen[str] | None = None
     output: list[str] = field(default_factory=list)
+    _coordinator: tuple[str, str] | None = None
 
     @property
     def store(self) -> Store:
@@ -112,13 +113,19 @@ class LiveRun:
     def status(self) -> dict[str, Any] | None:
         """The coordinator's own view, None while it cannot be reached."""
         with contextlib.suppress(OSError, StorageError):  # not there yet, or not at the moment
-            if (opened := RunLog.open(self.store).newest_opened()) is None:
-                return None
-            headers = {"Authorization": f"Bearer {self.store.get('token').decode()}"}
-            with urllib.request.urlopen(urllib.request.Request(opened.url + "/v1/status", headers=headers), timeout=2) as answer:
+            url, token = self._coordinator = self._coordinator or self._look_up()
+            request = urllib.request.Request(url + "/v1/status", headers={"Authorization": f"Bearer {token}"})
+            with urllib.request.urlopen(request, timeout=2) as answer:
                 status: dict[str, Any] = json.load(answer)
                 return status
+        self._coordinator = None
         return None
+
+    def _look_up(self) -> tuple[str, str]:
+        opened = RunLog.open(self.store).newest_opened()
+        if opened is None:
+            raise FileNotFoundError("no coordinator has opened a term yet")
+        return opened.url, self.store.get("token").decode()
 
     def wait_until(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The first status for which `holds` is true."""
@@ -145,6 +152,13 @@ class LiveRun:
                 if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") and is_alive(pid):
                     found.append(pid)
         return found
+
+    def kill(self, *pids: int) -> None:
+        """SIGKILL; all of them must be alive to be killed, except those that die with the first."""
+        os.kill(pids[0], signal.SIGKILL)
+        for pid in pids[1:]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def kill_everything(self) -> None:
         """SIGKILL to every process of the run at once, as a power cut does."""

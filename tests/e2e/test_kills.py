@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +36,7 @@ def test_a_killed_rank_is_named_and_costs_no_bit(start: Start, undisturbed: Outc
     run = start()
     status = run.wait_for_step(8)
     victim = last_rank(status)
-    os.kill(victim["pid"], signal.SIGKILL)
+    run.kill(victim["pid"])
     ends_like(run, undisturbed)
     (failure,) = run.result()["failures"]
     assert (failure["rank"], failure["attempt"]) == (victim["rank"], 1)
@@ -49,7 +47,7 @@ def test_a_killed_agent_takes_its_ranks_along_and_costs_no_bit(start: Start, und
     run = start()
     status = run.wait_for_step(8)
     node = status["nodes"][0]
-    os.kill(node["pid"], signal.SIGKILL)
+    run.kill(node["pid"])
     ends_like(run, undisturbed)
     assert [failure["node"] for failure in run.result()["failures"]] == [node["id"]]
 
@@ -58,8 +56,7 @@ def test_a_killed_node_comes_back_under_a_new_incarnation(start: Start, undistur
     run = start()
     status = run.wait_for_step(8)
     node = status["nodes"][1]
-    for pid in (*(rank["pid"] for rank in node["ranks"]), node["pid"]):
-        os.kill(pid, signal.SIGKILL)
+    run.kill(node["pid"], *(rank["pid"] for rank in node["ranks"]))
     ends_like(run, undisturbed)
     assert [failure["node"] for failure in run.result()["failures"]] == [node["id"]]
 
@@ -67,7 +64,7 @@ def test_a_killed_node_comes_back_under_a_new_incarnation(start: Start, undistur
 def test_a_killed_coordinator_is_succeeded_while_the_ranks_train_on(start: Start, undisturbed: Outcome) -> None:
     run = start()
     status = run.wait_for_step(8)
-    os.kill(status["coordinator"]["pid"], signal.SIGKILL)
+    run.kill(status["coordinator"]["pid"])
     ends_like(run, undisturbed)
     result = run.result()
     assert (result["attempts"], result["failures"], result["lost_steps"]) == (1, [], 0)
@@ -85,10 +82,22 @@ def test_the_same_command_continues_after_everything_was_killed(start: Start, un
 
 def test_two_kills_in_a_row(start: Start, undisturbed: Outcome) -> None:
     run = start()
-    os.kill(last_rank(run.wait_for_step(7))["pid"], signal.SIGKILL)
-    os.kill(last_rank(run.wait_for_step(7, attempt=2))["pid"], signal.SIGKILL)
+    run.kill(last_rank(run.wait_for_step(7))["pid"])
+    run.kill(last_rank(run.wait_for_step(7, attempt=2))["pid"])
     ends_like(run, undisturbed)
     assert run.result()["attempts"] == 3
+
+
+def test_a_killed_platform_takes_everything_along_and_the_same_command_continues(
+    start: Start, undisturbed: Outcome, tmp_path: Path
+) -> None:
+    root = str(tmp_path / "root")
+    first = start(root=root)
+    first.wait_for_step(8)
+    assert first.process
+    first.kill(first.process.pid)
+    first.check_what_always_holds()
+    ends_like(start(root=root), undisturbed)
 
 
 POINTS = {

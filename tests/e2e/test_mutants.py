@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +51,7 @@ def test_forgotten_state_changes_the_bits(start: Start, undisturbed: Outcome, tm
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE.format(module=module, patch=textwrap.indent(patch, " " * 12)))
     run = start(environment={"PYTHONPATH": str(folder)})
-    os.kill(run.wait_for_step(8)["nodes"][-1]["ranks"][-1]["pid"], signal.SIGKILL)
+    run.kill(run.wait_for_step(8)["nodes"][-1]["ranks"][-1]["pid"])
     assert run.wait() == 0, "\n".join(run.output[-40:]) + run.logs()
     assert run.outcome().state_sha256 != undisturbed.state_sha256
     assert run.outcome().losses[:6] == undisturbed.losses[:6]  # up to the checkpoint nothing was forgotten
