@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainer_ranks import TINY, commit, manifest_of, train_ranks
+from trainer_ranks import TINY, commit, manifest_of, run_ranks, train_ranks
 
 from keepstep.storage.store import Store
 from keepstep.storage.verify import CheckpointReader
@@ -106,6 +106,46 @@ def test_another_world_size_loads_the_same_state_and_consumes_the_same_samples(s
         )
         for step in range(3, STEPS + 1):
             assert float.fromhex(losses_in(tmp_path)[step]) == pytest.approx(float.fromhex(two[step]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("train", "world_size"),
+    [({"micro_batch_samples": 3}, 2), ({"reshard": True}, 2), ({"batch_tokens": 32}, 3), ({"precision": "bf16"}, 2)],
+    ids=["micro-batches", "reshard", "a rank without samples", "bf16"],
+)
+def test_the_losses_do_not_depend_on_how_a_batch_is_cut(
+    config: dict[str, Any], tmp_path: Path, train: dict[str, Any], world_size: int
+) -> None:
+    plain, cut = tmp_path / "plain", tmp_path / "cut"
+    no_dropout = config | {"model": TINY["model"] | {"dropout": 0.0}}
+    for root, size, more in ((plain, 1, {key: value for key, value in train.items() if key == "batch_tokens"}), (cut, world_size, train)):
+        root.mkdir()
+        train_ranks(root, rooted(no_dropout | {"train": TINY["train"] | more}, root), world_size=size)
+    near = 2e-2 if "precision" in train else 1e-5
+    expected = {step: pytest.approx(float.fromhex(loss), rel=near) for step, loss in losses_in(plain).items()}
+    assert {step: float.fromhex(loss) for step, loss in losses_in(cut).items()} == expected
+
+
+def poisoned(rank: int, world_size: int, root: str, config: dict[str, Any]) -> None:
+    """Rank 1's batch makes its third loss infinite."""
+    import trainer_ranks
+
+    from keepstep.trainer import loop
+
+    backward = loop.backward
+
+    def poison(run: Any, step: int) -> tuple[float, int]:
+        nll, tokens = backward(run, step)
+        return (float("inf") if (rank, step) == (1, 3) else nll), tokens
+
+    loop.backward = poison
+    with pytest.raises(loop.NonFinite, match="step 3: the loss of rank 1 is inf"):
+        trainer_ranks._train(rank, world_size, root, config, 1, None, 0, "")
+
+
+def test_an_infinite_loss_ends_the_attempt_and_names_step_and_rank(config: dict[str, Any], tmp_path: Path) -> None:
+    run_ranks(2, poisoned, str(tmp_path), rooted(config, tmp_path))
+    assert sorted(losses_in(tmp_path)) == [1, 2]
 
 
 def test_a_stop_saves_at_its_step_and_the_rest_follows_later(straight: Straight, tmp_path: Path) -> None:
