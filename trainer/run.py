@@ -116,8 +116,8 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
 
 
 def _tokens(config: TrainerConfig, me: Attached, world: World, store: Store) -> Tokens:
-    """Collective if the root holds no tokens yet: then rank 0 makes them."""
-    if read_index(store) is None:
+    """Collective at a fresh start: if the root holds no tokens yet, rank 0 makes them. A checkpoint was trained on some."""
+    if me.resume is None and world.gather([read_index(store) is None]).any():  # asked together: rank 0 may be done before others look
         if world.rank == 0:
             prepare(config.data, store, lambda what, share: me.report(Phase.INIT, 0))
         dist.barrier()
