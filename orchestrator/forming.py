@@ -31,7 +31,7 @@ def advance_waiting(run: Run, phase: phases.Waiting, event: Event) -> Run:
     size = _gang_size(run, len(ready))
     if not size:
         return _explain_waiting(run, phase, ready)
-    return enter(run, phases.Choosing(since=run.now, why=f"{len(ready)} nodes are ready: {_names(ready)}"))
+    return enter(run, phases.Choosing(since=run.now, why=f"enough nodes are ready: {_names(ready)}"))
 
 
 def _is_old_news(run: Run, phase: phases.Waiting, event: Event) -> bool:

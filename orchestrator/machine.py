@@ -57,9 +57,25 @@ def step(run: Run, event: Event) -> tuple[Run, tuple[Request, ...]]:
     """The next state, and what the shell is asked to do. After the end, and after a newer coordinator's term, nothing happens any more."""
     if isinstance(run.phase, phases.TERMINAL):
         return run, ()
-    run = replace(run, now=max(run.now, event.at), out=())
+    run = replace(_excuse(run, event), now=max(run.now, event.at), out=())
+    if isinstance(event, Reported) and _is_overtaken(run, event.report):
+        return run, ()
     run = _advance(_take(run, event), event)
     return run, run.out
+
+
+def _is_overtaken(run: Run, report: AgentReport) -> bool:
+    """A newer report of this incarnation is known, or its death is."""
+    known = run.members.nodes.get(report.node)
+    return report.node in run.members.buried or (known is not None and report.sequence <= known.report.sequence)
+
+
+def _excuse(run: Run, event: Event) -> Run:
+    """Ticks come several times a second. Where none came for long, it was we who could not hear: nobody's silence counts for that time."""
+    deaf_s = event.at - run.now
+    if deaf_s <= run.policy.lease_s / 2 or isinstance(run.phase, phases.Opening):
+        return run
+    return replace(run, members=membership.excuse(run.members, deaf_s), opened_at=run.opened_at + deaf_s)
 
 
 def describe(run: Run) -> tuple[str, str]:
@@ -150,8 +166,6 @@ def _take_report(run: Run, report: AgentReport) -> Run:
     if report.term > run.term:
         return _give_way(run, report.term, f"{report.node} obeys term {report.term}, ours is {run.term}")
     known = run.members.nodes.get(report.node)
-    if report.node in run.members.buried or (known is not None and report.sequence <= known.report.sequence):
-        return run
     if known is None:
         run = say(run, "node-joined", f"{report.node} at {report.address} joined", node=report.node)
     run = _clear_suspicion(replace(run, members=membership.hear(run.members, report, run.now)), report)

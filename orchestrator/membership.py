@@ -79,6 +79,15 @@ def lose_connection(members: Members, name: str, now: float) -> Members:
     return replace(members, nodes={**members.nodes, name: replace(node, broken_at=now)})
 
 
+def excuse(members: Members, deaf_s: float) -> Members:
+    """We heard nothing for `deaf_s` because we were not listening: that is not the nodes' silence."""
+    nodes = {
+        name: replace(node, heard_at=node.heard_at + deaf_s, broken_at=None if node.broken_at is None else node.broken_at + deaf_s)
+        for name, node in members.nodes.items()
+    }
+    return replace(members, nodes=nodes)
+
+
 def absence(members: Members, policy: Policy, name: str, now: float, opened_at: float) -> str:
     """Why a node counts as absent, as the end of a sentence that begins with "lost NODE: "; "" while it is there.
 

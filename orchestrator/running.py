@@ -39,7 +39,9 @@ def _adopt(run: Run, attempt: phases.Attempt) -> Run:
     """Whoever was launched is proof that the predecessor had made sure of the older ranks' deaths."""
     launched = [node for node in attempt.record.gang if _runs(run.members.nodes[node].report, attempt.number)]
     if run.members.suspects and not launched:
-        return enter(run, phases.Fencing(since=run.now, why=f"attempt {attempt.number} is adopted, nobody runs it yet", attempt=attempt))
+        older = ", ".join(sorted(run.members.suspects))
+        why = f"attempt {attempt.number} is adopted, nobody runs it yet; {older} may still run an older one"
+        return enter(run, phases.Fencing(since=run.now, why=why, attempt=attempt))
     run = replace(run, members=membership.clear(run.members, run.members.suspects))
     adopted = f"adopted {launch_sentence(attempt.record)}; running on {len(launched)} of {len(attempt.seats)} nodes"
     run = say(start(run, attempt), "adopted", adopted)
@@ -116,6 +118,8 @@ def _is_all_persisted(run: Run) -> bool:
     phase = run.phase
     if not isinstance(phase, phases.Training) or len(phase.finished) < len(phase.attempt.seats):
         return False
+    if run.saves.committed_step >= run.reached:
+        return True
     commit = saves.complete(run.saves, phase.attempt.record.world_size)
     return asking.pending(run.asks, Commit) or (commit is not None and commit.step >= run.reached)
 

@@ -11,7 +11,7 @@
 A report repeats the node's last one, but for what is said. Its sequence grows, its term and revision are the newest unless said.
 Ranks: `*:STEP@5` (all of the node, running), `3:SIGKILL@41`, `2:lost@41` (a peer), `1:damaged@20`, `0:stopped@41` (by its agent),
 `*:done@100` and `*:left@50` (exit code 0 in phase DONE or STOPPED), `1:exit7@3`, `'1:ValueError: bad batch@3'`;
-`~75` at the end: quiet for 75 s.
+`*:mute@0` (running, without any progress report); `~75` at the end: quiet for 75 s.
 `persisted=20` all ranks of the node, `persisted=20:0,1` some. `-` drops what the report said before: `persisted=-`.
 """
 
@@ -165,7 +165,7 @@ class Script:
             self.seats[node] = (launch.first_rank, launch.num_ranks)
         state: dict[str, Any] = dict(known) | {"sequence": known.sequence + 1, "term": run.term, "obeyed": run.revision}
         for word in words:
-            state |= self._said(node, word, state, launch.attempt if launch else known.attempt)
+            state |= self._said(node, word, state, launch.attempt if launch else state["attempt"])
         self.reports[node] = AgentReport(**state)
         return self.reports[node]
 
@@ -178,7 +178,7 @@ class Script:
                 return {"ready": name == "ready"}
             case "seq" | "sequence":
                 return {"sequence": int(value)}
-            case "term" | "obeyed" | "slots":
+            case "attempt" | "term" | "obeyed" | "slots":
                 return {name: int(value)}
             case "leaving" | "problem":
                 return {name: value}
@@ -193,9 +193,9 @@ class Script:
 
     def _ranks(self, node: str, word: str, known: tuple[RankReport, ...]) -> tuple[RankReport, ...]:
         which, _, state = word.partition(":")
-        first, count = self.seats[node]
+        first, count = self.seats.get(node) or self.seats.setdefault(node, _span(which))
         ranks = {rank.rank: rank for rank in known}
-        for rank in range(first, first + count) if which == "*" else map(int, which.split("-")):
+        for rank in range(first, first + count) if which == "*" else _range(which):
             ranks[rank] = _rank(rank, rank - first, state, sum(each.state == "exited" for each in ranks.values()))
         return tuple(ranks[rank] for rank in sorted(ranks))
 
@@ -218,6 +218,17 @@ class Script:
         )
 
 
+def _range(text: str) -> range:
+    """ "0-1" or "3"."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def _span(text: str) -> tuple[int, int]:
+    ranks = _range(text)
+    return ranks[0], len(ranks)
+
+
 def directive_launch(story: Story, node: str) -> Any:
     from keepstep.orchestrator.machine import directive
 
@@ -233,6 +244,8 @@ def _rank(rank: int, local_rank: int, text: str, order: int) -> RankReport:
     text, _, quiet = text.partition("~")
     state, _, step = text.rpartition("@")
     common: dict[str, Any] = {"rank": rank, "local_rank": local_rank, "pid": 100 + rank, "step": int(step)}
+    if state == "mute":
+        return RankReport(**common, state="running")
     if state in PHASES:
         return RankReport(**common, state="running", phase=PHASES[state], beats=int(step) + 1, quiet_s=float(quiet or 0))
     return RankReport(**common, state="exited", exit_order=order, **_exit(state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sim_agent import Agent
@@ -34,6 +35,7 @@ class Coordinator:
         self.host = f"c{number}"
         self.run = begin(policy)
         self.alive = True
+        self.frozen_until = 0.0
         self._polls: dict[str, Poll] = {}
         self._working: set[ev.Asking] = set()
         self._told: object = None
@@ -70,8 +72,15 @@ class Coordinator:
             self._tick()
             self._read_log()
 
+    def _sleeps(self, work: Callable[..., None], *arguments: object) -> bool:
+        """A suspended process finds everything waiting for it when it wakes."""
+        if self.world.now >= self.frozen_until:
+            return False
+        self.world.at(self.frozen_until - self.world.now, work, *arguments)
+        return True
+
     def _tick(self) -> None:
-        if self.alive:
+        if self.alive and not self._sleeps(self._tick):
             self.apply(ev.Tick(self.world.now))
             self.world.at(TICK_S, self._tick)
 
@@ -83,7 +92,7 @@ class Coordinator:
 
     def _log_was_read(self, began: float):  # type: ignore[no-untyped-def]
         def take(found: tuple[int, str] | None, _why: str) -> None:
-            if found is None or not self.alive:
+            if found is None or not self.alive or self._sleeps(take, found, _why):
                 return
             term, by = found
             newer = term > self.run.term and self.world.mutant != "no-term-check"
@@ -171,6 +180,8 @@ class Coordinator:
         return event
 
     def _done(self, request: ev.Asking, event: ev.Event | str | None, why: str) -> None:
+        if self._sleeps(self._done, request, event, why):
+            return
         self._working.discard(request)
         if not self.alive:
             return
@@ -190,7 +201,7 @@ class Coordinator:
     # --- agents -----------------------------------------------------------------------------------------------------
 
     def hear(self, agent: Agent, report: AgentReport, asked_at: float, known: Directive | None) -> None:
-        if not self.alive or isinstance(self.run.phase, phases.Opening):
+        if not self.alive or isinstance(self.run.phase, phases.Opening) or self._sleeps(self.hear, agent, report, asked_at, known):
             return
         self._polls[agent.id] = poll = Poll(agent, asked_at, known)
         self.apply(ev.Reported(self.world.now, report))
@@ -216,7 +227,7 @@ class Coordinator:
                 self._answer(node)
 
     def _answer(self, node: str) -> None:
-        if self.alive and (may_answer(self.run, self.world.now) or self._is_reckless()):
+        if self.alive and self.world.now >= self.frozen_until and (may_answer(self.run, self.world.now) or self._is_reckless()):
             poll = self._polls.pop(node)
             self.world.send(self.host, poll.agent.host, poll.agent.take, poll.asked_at, directive(self.run, node))
 
@@ -224,7 +235,7 @@ class Coordinator:
         return self.world.mutant == "no-authority" and not isinstance(self.run.phase, (phases.Opening, phases.Superseded))
 
     def hang_up(self, agent: Agent) -> None:
-        if self.alive and not isinstance(self.run.phase, phases.Opening):
+        if self.alive and not isinstance(self.run.phase, phases.Opening) and not self._sleeps(self.hang_up, agent):
             self.apply(ev.Disconnected(self.world.now, agent.id))
 
     def die(self) -> None:

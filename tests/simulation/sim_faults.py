@@ -56,7 +56,7 @@ class Simulation:
             + [self._kill_agent] * 3
             + [self._cut] * 3
             + [self._isolate, self._kill_coordinator, self._second_coordinator, self._bad_weather] * 2
-            + [self._damage, self._leave, self._drain, self._save]
+            + [self._damage, self._leave, self._drain, self._save, self._freeze_coordinator]
         )
         if faults:
             kinds = [getattr(self, f"_{name}") for name in faults]
@@ -134,6 +134,11 @@ class Simulation:
             alive[-1].die()
             self.world.tell(f"coordinator {alive[-1].host} dies")
             self.world.at(self.world.rng.uniform(0.3, 6.0), self.platform.start_coordinator)
+
+    def _freeze_coordinator(self) -> None:
+        coordinator = self.platform.coordinators[-1]
+        coordinator.frozen_until = self.world.now + self.world.rng.uniform(1.0, 15.0)
+        self.world.tell(f"coordinator {coordinator.host} is suspended until {coordinator.frozen_until:.1f}")
 
     def _second_coordinator(self) -> None:
         """The platform believed that the first was dead."""
