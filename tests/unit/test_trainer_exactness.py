@@ -143,6 +143,22 @@ def poisoned(rank: int, world_size: int, root: str, config: dict[str, Any]) -> N
         trainer_ranks._train(rank, world_size, root, config, 1, None, 0, "")
 
 
+def looks_late(rank: int, world_size: int, root: str, config: dict[str, Any]) -> None:
+    """Rank 1 looks for tokens after rank 0 has made them."""
+    import trainer_ranks
+
+    from keepstep.trainer import run
+
+    if rank == 1:
+        run.read_index = lambda store: "found"
+    trainer_ranks._train(rank, world_size, root, config, 1, None, 0, "")
+
+
+def test_a_rank_that_looks_late_for_tokens_still_meets_the_others(config: dict[str, Any], tmp_path: Path) -> None:
+    run_ranks(2, looks_late, str(tmp_path), rooted(config, tmp_path))
+    assert sorted(losses_in(tmp_path)) == list(range(1, STEPS + 1))
+
+
 def test_an_infinite_loss_ends_the_attempt_and_names_step_and_rank(config: dict[str, Any], tmp_path: Path) -> None:
     run_ranks(2, poisoned, str(tmp_path), rooted(config, tmp_path))
     assert sorted(losses_in(tmp_path)) == [1, 2]
