@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from keepstep.storage.errors import StoreError
+from keepstep.storage.lineage import Lineage
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 from keepstep.trainer.contract import EXIT_BAD_INPUT, EXIT_OK
@@ -119,6 +120,7 @@ class Agent:
             self._listen(),
             self._obey(),
             self._keep_lease(),
+            self._look_into_log(),
             self._watch_pace(),
             self._watch_persister(),
             self._ship_logs(),
@@ -216,13 +218,20 @@ class Agent:
     # --- the lease --------------------------------------------------------------------------------------------------
 
     async def _keep_lease(self) -> None:
+        """Looks only at the clock: nothing that it would have to wait for may delay the end of a lease."""
+        lease_s = self.config.cluster.lease_s
+        while True:
+            await asyncio.sleep(lease_s / 20)
+            if self._ranks.running and time.monotonic() - self._obeyed_at > lease_s:
+                self._ranks.blame_all("lease", f"{self.id} reached neither its coordinator nor the run log for {lease_s:g} s")
+
+    async def _look_into_log(self) -> None:
+        """Where the coordinator does not answer, the log does: it says whether somebody has replaced us."""
         lease_s = self.config.cluster.lease_s
         while True:
             await asyncio.sleep(lease_s / 10)
             if time.monotonic() - self._obeyed_at > lease_s / 3:
                 await self._find_successor()
-            if self._ranks.running and time.monotonic() - self._obeyed_at > lease_s:
-                self._ranks.blame_all("lease", f"{self.id} reached neither its coordinator nor the run log for {lease_s:g} s")
 
     async def _find_successor(self) -> None:
         """Reads the run log: proof that nothing newer than our attempt exists, and the address of whoever rules now."""
@@ -235,9 +244,8 @@ class Agent:
         await self._obey_log(asked_at)
 
     async def _obey_log(self, asked_at: float) -> None:
-        newest = self._log.newest_attempt()
-        if self._ranks.running and newest and newest.attempt > self._ranks.attempt:
-            self._ranks.blame_all("fenced", f"attempt {newest.attempt} has replaced attempt {self._ranks.attempt}")
+        if self._ranks.running and (why := replaced(self._log.lineage, self._ranks.attempt)):
+            self._ranks.blame_all("fenced", why)
             return
         self._obeyed_at = max(self._obeyed_at, asked_at)
         opened = self._log.newest_opened()
@@ -303,6 +311,14 @@ class Agent:
             why = await self._persister.serve()
             self._ranks.blame_all("persister", why)
             await self._persister.start()
+
+
+def replaced(lineage: Lineage, attempt: int) -> str:
+    """Why the log says that this attempt's ranks must stop; "" if it does not."""
+    newest = lineage.newest_attempt()
+    if newest and newest.attempt > attempt:
+        return f"attempt {newest.attempt} has replaced attempt {attempt}"
+    return f"the run is over: {lineage.outcome.why}" if lineage.outcome else ""
 
 
 def address_towards(url: str) -> str:

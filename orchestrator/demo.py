@@ -17,6 +17,7 @@ from keepstep.storage.store import Store
 
 from .archive import read_steps
 from .client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
+from .errors import InputError
 from .roots import known_token
 
 POLL_S = 0.02
@@ -59,6 +60,7 @@ def _kill_last_node(status: Status, say: Say) -> None:
 
 
 def _kill(pid: int) -> None:
+    assert pid > 1, "0 and 1 would be far more than a rank"
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
@@ -70,7 +72,7 @@ async def _status_when(store: Store, holds: Callable[[Status], bool]) -> Status:
                 while not holds(status := json.loads(await client.get("/v1/status"))):
                     await asyncio.sleep(POLL_S)
                 return dict(status)
-        except (CoordinatorUnreachable, CoordinatorRefused, StorageError):
+        except (CoordinatorUnreachable, CoordinatorRefused, StorageError, InputError):  # not there yet, or not at the moment
             await asyncio.sleep(POLL_S)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from keepstep.trainer.contract import DAMAGED_KIND
@@ -15,7 +16,7 @@ from .verdict import Evidence
 
 
 def advance_draining(run: Run, phase: phases.Draining, event: Event) -> Run:
-    phase = _weigh(run, phase, event) if isinstance(event, Reported) else _look_around(run, phase)
+    phase = _weigh(run, _mourn(run, phase, event.report.buried), event) if isinstance(event, Reported) else _look_around(run, phase)
     run = run if phase is run.phase else replace(run, phase=phase)
     if not run.members.suspects.keys() <= phase.unseen or _may_still_commit(run, phase):
         return run
@@ -31,6 +32,14 @@ def _weigh(run: Run, phase: phases.Draining, event: Reported) -> phases.Draining
     if report.node not in phase.record.gang or report.attempt != phase.record.attempt:
         return phase
     return _with(phase, verdict.of_report(report, run.now, keeps_promises=run.policy.needs_final_commit))
+
+
+def _mourn(run: Run, phase: phases.Draining, buried: Iterable[str]) -> phases.Draining:
+    """A successor found a node of the gang dead: that is known at once, and only now, even if its silence was still too short to count."""
+    for node in buried:
+        if node in phase.record.gang:
+            phase = _with(phase, lost_evidence(run, node))
+    return phase
 
 
 def _look_around(run: Run, phase: phases.Draining) -> phases.Draining:

@@ -159,5 +159,6 @@ def opened_event(log: RunLog) -> ev.Opened:
         last_resume=last.resume,
         last_unconfirmed=last.unconfirmed,
         newest_commit=newest_checkpoint(log),
+        ever_committed=bool(lineage.commits or lineage.abandoned),
         ended=lineage.outcome is not None,
     )
