@@ -46,7 +46,10 @@ def _config(me: Attached, arguments: list[str] | None) -> TrainerConfig:
     )
     parser.add_argument("--config", type=Path, required=True, help="run.toml")
     path: Path = parser.parse_args(arguments).config
-    return TrainerConfig.model_validate(tomllib.loads(path.read_text()))
+    try:
+        return TrainerConfig.model_validate(tomllib.loads(path.read_text()))
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, not TOML, or a value that pydantic refuses
+        parser.error(f"{path}: {error}")
 
 
 if __name__ == "__main__":

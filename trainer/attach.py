@@ -1,28 +1,43 @@
 """The public door for training scripts: what keepstep tells a rank, and what a rank may tell keepstep. Torch-free.
 
-A script under `[train] script = "my_train.py"` runs and is restarted without any of this. To have its exact state kept, shown
-and restored, it attaches:
+A script under `[train] script = "my_train.py"` runs and is restarted without any of this. To have its state kept and shown, it
+attaches. Complete, and the same under plain torchrun, where nothing is saved:
+
+    import torch
+    import torch.distributed as dist
 
     from keepstep.trainer.attach import attach
+    from keepstep.trainer.checkpoint import Checkpointer
     from keepstep.trainer.contract import Phase, Request
+    from keepstep.trainer.restore import resume
 
-    me = attach()                                   # under plain torchrun: detached, and every call below does nothing
+    STEPS = 20
+    me = attach()
     dist.init_process_group()
-    saver = Checkpointer(me, ...)                   # keepstep.trainer.checkpoint; or the script's own checkpoints
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tensors = {"model": dict(model.named_parameters())}  # DTensors and plain tensors, in dictionaries
+    saver = Checkpointer.of(me)
     step = 0
-    if me.resume is not None:                       # the one checkpoint that every rank of this attempt must load
-        step = saver.restore(me.resume, tensors, rng).step
-    while step < steps:
-        train_one_step()
+    if me.resume is not None:  # the one checkpoint that every rank of this attempt must load
+        step = resume(me, tensors).state["step"]
+    while step < STEPS:
+        model(torch.full((4, 8), float(step))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
         step += 1
-        me.report(Phase.STEP, step)                 # a few hundred nanoseconds; silence counts as a hang
-        votes = gather_from_all_ranks(me.request()) # SAVE and STOP must be agreed on: pages change at different moments
-        if Request.STOP in votes:
-            save_and_wait()
-            me.report(Phase.STOPPED, step)
+        me.report(Phase.STEP, step)  # a few hundred nanoseconds; silence counts as a hang
+        votes = [None] * me.world_size  # requests and busy persisters show at different moments: all ranks must decide alike
+        dist.all_gather_object(votes, (me.request(), saver.busy))
+        if any(request is Request.STOP for request, _ in votes):
             break
-    else:
-        me.report(Phase.DONE, step)
+        if step % 5 == 0 and step < STEPS and not any(busy for _, busy in votes):
+            saver.save(step, tensors, {"step": step})  # a copy into shared memory; it is written while training goes on
+    if saver.can_save:
+        saver.save_and_wait(step, tensors, {"step": step}, alive=lambda: me.report(Phase.SAVE, step))
+    me.report(Phase.DONE if step == STEPS else Phase.STOPPED, step)
+    dist.destroy_process_group()
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from keepstep.storage.faults import fault_point
 from keepstep.storage.layout import METADATA_NAME, checkpoint_directory, shard_name
 from keepstep.storage.manifest import TensorEntry
 
+from .attach import Attached
 from .optim import local
 from .state import NestedTensors, flatten
 from .template import Template, lay_out
@@ -84,6 +85,12 @@ class Checkpointer:
         self._layout: _Layout | None = None
         self.stall_s = 0.0  # how long the last save held up training
 
+    @staticmethod
+    def of(me: Attached) -> Checkpointer:
+        """For this rank; detached, it saves nothing."""
+        attempt, nonce = (me.spec.attempt, me.spec.nonce) if me.spec else (0, "")
+        return Checkpointer(me.staging, rank=me.rank, attempt=attempt, nonce=nonce)
+
     @property
     def can_save(self) -> bool:
         return self._staging is not None
@@ -106,9 +113,11 @@ class Checkpointer:
     def save(self, step: int, tensors: NestedTensors, state: Mapping[str, Any]) -> bool:
         """Copies everything into shared memory. Collective when nothing is planned yet or shapes have changed.
 
-        Returns whether this rank's part was staged; if not, there is no memory for it or no persister, and no checkpoint comes about.
+        Returns whether this rank's part was staged; if not, there is no memory for it or no persister (detached: never one), and no
+        checkpoint comes about.
         """
-        assert self._staging is not None
+        if self._staging is None:
+            return False
         started = time.monotonic()
         layout = self._laid_out(tensors)
         fault_point("rank.stage.before", rank=self._rank, step=step)

@@ -6,10 +6,11 @@ which parts of which saved chunks make up each local one.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,16 +25,33 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
+from keepstep.storage.errors import DamagedCheckpoint
 from keepstep.storage.manifest import Manifest, TensorEntry
+from keepstep.storage.store import Store
+from keepstep.storage.verify import CheckpointReader, read_manifest
 
+from .attach import Attached
 from .checkpoint import dtype_name
+from .contract import DAMAGED_KIND
 from .optim import local
 from .parallel import chunks_of
 from .state import NestedTensors, byte_view, flatten
 
+log = logging.getLogger("keepstep.trainer")
+
 
 class CheckpointMismatch(ValueError):
     """The checkpoint is sound, but it is not of this model: a tensor is missing, extra, or of another shape or dtype."""
+
+
+class ResumeDamaged(RuntimeError):
+    """The agent passes `directory` on, the coordinator quarantines it and picks an older checkpoint for all ranks."""
+
+    kind = DAMAGED_KIND
+
+    def __init__(self, error: DamagedCheckpoint) -> None:
+        super().__init__(str(error))
+        self.directory = error.directory
 
 
 class VerifiedReader(Protocol):
@@ -46,6 +64,42 @@ class VerifiedReader(Protocol):
 class Restored:
     num_bytes: int
     resharded: bool  # cut otherwise than it was saved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """The checkpoint that was loaded, beside its tensors."""
+
+    step: int
+    world_size: int  # that saved it
+    state: Mapping[str, Any]  # what this rank had saved; at another world size, what rank 0 had
+    first_state: Mapping[str, Any]  # what rank 0 had saved
+
+
+def resume(me: Attached, tensors: NestedTensors) -> Resumed:
+    """Loads the one checkpoint that this attempt was told, from this node's memory where it still is, else from the root.
+
+    Raises:
+        ResumeDamaged: it does not verify.
+        CheckpointMismatch: it is of another model.
+        StoreError: the root cannot be read.
+    """
+    assert me.spec is not None
+    assert me.resume is not None
+    store, directory = Store.open(me.spec.root), me.resume.directory
+    try:
+        manifest = read_manifest(store, directory, me.resume.manifest_sha256)
+        reader = CheckpointReader(store, directory, manifest, resident=me.staging.resident if me.staging else None)
+        restored = restore(manifest, reader, tensors)
+    except DamagedCheckpoint as error:
+        raise ResumeDamaged(error) from error
+    for alarm in reader.alarms:
+        log.warning("%s", alarm)
+    log.info(
+        "resumed step %d from %s: %d bytes, %d of them from memory", manifest.step, directory, restored.num_bytes, reader.bytes_from_memory
+    )
+    own = manifest.ranks[me.rank if manifest.world_size == me.world_size else 0]
+    return Resumed(step=manifest.step, world_size=manifest.world_size, state=own.state, first_state=manifest.ranks[0].state)
 
 
 def restore(manifest: Manifest, reader: VerifiedReader, tensors: NestedTensors) -> Restored:

@@ -10,21 +10,19 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from keepstep.storage.errors import DamagedCheckpoint
 from keepstep.storage.store import Store
-from keepstep.storage.verify import CheckpointReader, read_manifest
 
 from . import rng
 from .attach import Attached
 from .cadence import Cadence, parse_interval
 from .checkpoint import Checkpointer
 from .config import TrainerConfig
-from .contract import DAMAGED_KIND, Phase, Resume
+from .contract import Phase
 from .data import Feed, feed_for
 from .models import Gpt, build_model, num_parameters
 from .optim import ShardOptimizer, changed_hyper_parameters
 from .parallel import World, initialise, shard
-from .restore import restore
+from .restore import resume
 from .state import NestedTensors, RankState, tensors_of
 from .tokens import Tokens, open_tokens, prepare, read_index
 
@@ -96,7 +94,7 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
     parameters = num_parameters(model)
     shard(model, world, precision=config.train.precision, reshard=config.train.reshard)
     optimizer = ShardOptimizer(model, config.optimizer)
-    attempt, nonce = (me.spec.attempt, me.spec.nonce) if me.spec else (1, "")
+    interval = parse_interval(config.checkpoint.interval, attempt=me.spec.attempt if me.spec else 1)
     run = Run(
         config=config,
         me=me,
@@ -106,11 +104,11 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
         model=model,
         optimizer=optimizer,
         tensors=tensors_of(model, optimizer),
-        checkpointer=Checkpointer(me.staging, rank=world.rank, attempt=attempt, nonce=nonce),
-        cadence=Cadence(interval=parse_interval(config.checkpoint.interval, attempt), saved_step=0, saved_at=time.monotonic()),
+        checkpointer=Checkpointer.of(me),
+        cadence=Cadence(interval=interval, saved_step=0, saved_at=time.monotonic()),
         save_requests=SaveRequests(),
     )
-    _begin(run, store)
+    _begin(run)
     log.info("rank %d of %d: %d parameters, from step %d", world.rank, world.size, parameters, run.step)
     return run
 
@@ -124,47 +122,26 @@ def _tokens(config: TrainerConfig, me: Attached, world: World, store: Store) -> 
     return open_tokens(store, Path(me.spec.scratch) if me.spec else None)
 
 
-def _begin(run: Run, store: Store) -> None:
+def _begin(run: Run) -> None:
     if run.me.resume is not None:
-        _resume(run, store, run.me.resume)
+        run.me.report(Phase.LOAD, run.me.resume.step)
+        _resume(run)
         return
     initialise(run.model, seed=run.config.run.seed, layers=run.config.model.layers)
     rng.seed_everything(run.config.run.seed, 0, run.world.rank)
 
 
-class ResumeDamaged(RuntimeError):
-    """The agent passes `directory` on, the coordinator quarantines it and picks an older checkpoint for all ranks."""
-
-    kind = DAMAGED_KIND
-
-    def __init__(self, error: DamagedCheckpoint) -> None:
-        super().__init__(str(error))
-        self.directory = error.directory
-
-
-def _resume(run: Run, store: Store, resume: Resume) -> None:
-    run.me.report(Phase.LOAD, resume.step)
-    try:
-        manifest = read_manifest(store, resume.directory, resume.manifest_sha256)
-        staging = run.me.staging
-        reader = CheckpointReader(store, resume.directory, manifest, resident=staging.resident if staging else None)
-        restored = restore(manifest, reader, run.tensors)
-    except DamagedCheckpoint as error:
-        raise ResumeDamaged(error) from error
-    for alarm in reader.alarms:
-        log.warning("%s", alarm)
-    same_world = manifest.world_size == run.world.size
-    saved = RankState.from_json(manifest.ranks[run.world.rank if same_world else 0].state)
+def _resume(run: Run) -> None:
+    resumed = resume(run.me, run.tensors)
+    same_world = resumed.world_size == run.world.size
+    saved = RankState.from_json(resumed.state)
     if same_world:
         rng.restore(saved.rng)
     else:
         rng.seed_everything(run.config.run.seed, saved.step, run.world.rank)
-        log.info("saved by %d ranks, resumed by %d: random streams follow from (seed, step, rank)", manifest.world_size, run.world.size)
+        log.info("saved by %d ranks, resumed by %d: random streams follow from (seed, step, rank)", resumed.world_size, run.world.size)
     for sentence in changed_hyper_parameters(saved.hyper_parameters, run.optimizer.hyper_parameters()):
         log.warning("%s", sentence)
     run.step, run.loss_hex = saved.step, saved.loss_hex
-    run.is_finished = manifest.ranks[0].state.get("result") is not None and saved.step >= run.config.run.steps
+    run.is_finished = resumed.first_state.get("result") is not None and saved.step >= run.config.run.steps
     run.cadence = run.cadence.saved(saved.step, time.monotonic(), run.cadence.stall_s)
-    log.info(
-        "resumed step %d from %s (%d bytes, %d from memory)", saved.step, resume.directory, restored.num_bytes, reader.bytes_from_memory
-    )

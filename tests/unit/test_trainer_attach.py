@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
-from trainer_ranks import spec_of
+from trainer_ranks import FolderStaging, commit, run_ranks, spec_of
 
+from keepstep.trainer import attach as attach_module
 from keepstep.trainer.attach import Attached, attach
 from keepstep.trainer.contract import ENV_SPEC, PROGRESS, REQUEST_OFFSET, Phase, RankSpec, Request, Resume
 
@@ -47,6 +51,33 @@ def test_reports_reach_the_page_and_leave_the_request_alone(spec: RankSpec) -> N
     assert (phase, request, step, beats) == (Phase.STEP, Request.STOP, 42, 2)
     assert at > 0
     assert me.request() is Request.STOP
+
+
+EXAMPLE = textwrap.dedent(attach_module.__doc__.partition("nothing is saved:\n\n")[2])  # type: ignore[union-attr]
+
+
+def example(rank: int, world_size: int, root: str, attempt: int, resume: Resume | None) -> None:
+    """The docstring's program, with a staging area in place of a persister; its tensors' sums go to a file."""
+    if attempt:
+        os.environ[ENV_SPEC] = spec_of(Path(root), rank, attempt, resume).to_json()
+        Attached.staging = FolderStaging(Path(root), attempt=attempt, rank=rank, world_size=world_size)  # type: ignore[assignment]
+    names: dict[str, Any] = {}
+    exec(compile(EXAMPLE, "example", "exec"), names)
+    (Path(root) / f"sums-{attempt}-{rank}").write_text(repr([float(p.double().sum()) for p in names["model"].parameters()]))
+
+
+@pytest.mark.slow
+def test_the_example_trains_saves_resumes_and_also_runs_alone(tmp_path: Path) -> None:
+    run_ranks(2, example, str(tmp_path), 0, None)
+    run_ranks(2, example, str(tmp_path), 1, None)
+    assert sorted(path.name[:10] for path in tmp_path.glob("data/a000001/*")) == [f"s{step:09d}" for step in (5, 10, 15, 20)]
+    (folder,) = tmp_path.glob("data/a000001/s000000010-*")
+    run_ranks(2, example, str(tmp_path), 2, commit(tmp_path, str(folder.relative_to(tmp_path))))
+    sums = {path.read_text() for path in tmp_path.glob("sums-*")}
+    assert len(list(tmp_path.glob("sums-*"))) == 6
+    assert len(sums) == 1
+    page = PROGRESS.unpack_from((tmp_path / "scratch/progress-2-0").read_bytes())
+    assert (page[0], page[2]) == (Phase.DONE, 20)
 
 
 def test_without_keepstep_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,8 +136,8 @@ def _mutate(mutant: str) -> None:
     if mutant == "rng":
         rng.restore = lambda saved: rng.seed_everything(0)
     if mutant == "optimizer":
-        whole, model_only = run.restore, lambda tensors: {"model": tensors["model"]}
-        run.restore = lambda manifest, reader, tensors: whole(manifest, reader, model_only(tensors))
+        whole = run.resume
+        run.resume = lambda me, tensors: whole(me, {"model": tensors["model"]})
 
 
 def spec_of(root: Path, rank: int, attempt: int, resume: Resume | None) -> RankSpec:
