@@ -58,6 +58,7 @@ class Agent:
         self._ordered = asyncio.Event()
         self._directive: Directive | None = None
         self._term = 0
+        self._slots = 0
         self._sequence = 0
         self._obeyed = 0
         self._obeyed_at = time.monotonic()
@@ -91,7 +92,7 @@ class Agent:
             host=socket.gethostname(),
             pid=os.getpid(),
             address=self._address,
-            slots=self.config.cluster.ranks_per_node,
+            slots=self._slots,
             sequence=self._sequence,
             term=self._term,
             obeyed=self._obeyed,
@@ -162,9 +163,10 @@ class Agent:
 
     async def _warm_up(self) -> None:
         """Torch is imported in this process (for the launcher and the attempts' stores) and, meanwhile, in the forkserver."""
-        from .ranks import import_launcher, wait_until_warm
+        from .ranks import count_gpus, import_launcher, wait_until_warm
 
         await asyncio.to_thread(import_launcher)
+        self._slots = self.config.cluster.ranks_per_node or await asyncio.to_thread(count_gpus) or 1
         await asyncio.to_thread(wait_until_warm)
         self._warm.set()
         self._changed()

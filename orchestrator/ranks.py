@@ -110,6 +110,13 @@ def import_launcher() -> None:
     import torch.distributed.elastic.multiprocessing  # noqa: F401
 
 
+def count_gpus() -> int:
+    """CUDA devices of this node. Makes no CUDA context, so it is safe beside a forkserver."""
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
 def forkserver_pid() -> int:
     return int(multiprocessing.forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
 
