@@ -96,7 +96,7 @@ class Agent:
             sequence=self._sequence,
             term=self._term,
             obeyed=self._obeyed,
-            ready=self._warm.is_set() and not self._leaving,
+            ready=self._warm.is_set() and self._persister.is_up and not self._leaving,
             buried=self.buried,
             attempt=self._ranks.attempt,
             ranks=self._ranks.reports(),
@@ -114,7 +114,6 @@ class Agent:
     async def run(self) -> int:
         """Serves until the run is over or the node leaves; nothing that it started survives it."""
         self._handle_signals()
-        await self._persister.start()
         loops = (
             self._warm_up(),
             self._tell(),
@@ -309,10 +308,11 @@ class Agent:
             await asyncio.to_thread(self._ranks.logs.ship)
 
     async def _watch_persister(self) -> None:
+        """Beside the first reports, not before them: a coordinator may be waiting to hear whom we have buried."""
         while True:
+            await self._persister.start()
             why = await self._persister.serve()
             self._ranks.blame_all("persister", why)
-            await self._persister.start()
 
 
 def replaced(lineage: Lineage, attempt: int) -> str:

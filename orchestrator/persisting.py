@@ -22,6 +22,7 @@ class PersisterProcess:
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
         self._persisted: dict[tuple[int, int, int], Persisted] = {}
+        self.is_up = False
         self.problem = ""  # why the last save of a rank could not be made durable; empty after one that could
 
     @property
@@ -44,6 +45,7 @@ class PersisterProcess:
         assert self._process.stdout
         while line := await self._process.stdout.readline():
             self._take(json.loads(line))
+        self.is_up = False
         code = await self._process.wait()
         return f"the persister (pid {self._process.pid}) ended with code {code}"
 
@@ -74,6 +76,8 @@ class PersisterProcess:
 
     def _take(self, message: dict[str, object]) -> None:
         match message.pop("kind", ""):
+            case "ready":
+                self.is_up = True
             case "persisted":
                 done = Persisted.model_validate(message)
                 self._persisted[done.attempt, done.step, done.rank] = done
