@@ -29,7 +29,7 @@ def prepare_tokens(config: RunConfig, store: Store) -> TokenIndex:
         try:
             return prepare(config.data, store, show)
         except ValueError as error:
-            raise InputError(f"data.source = {config.data.source!r}: {error}") from error
+            raise InputError(str(error)) from error
 
 
 def prepare_data(config: RunConfig) -> None:

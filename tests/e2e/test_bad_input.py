@@ -35,7 +35,7 @@ batch_tokens = 256
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
     text = tmp_path / "text.txt"
-    text.write_text("a sentence of plain words. " * 3000)
+    text.write_text("\n\n".join(f"Paragraph {i} has a few plain words of its own." for i in range(2000)))
     path = tmp_path / "run.toml"
     path.write_text(GOOD.format(text=text))
     return path
