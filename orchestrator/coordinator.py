@@ -47,8 +47,8 @@ class End:
     why: str
 
 
-class NoAuthority(Exception):
-    """Whether somebody has succeeded us is not known at the moment: agents read the log themselves."""
+class NoAnswer(Exception):
+    """There is nothing to say to this node at the moment: it goes on as it does, and asks again."""
 
 
 class Coordinator:
@@ -209,17 +209,21 @@ class Coordinator:
     # --- what the server calls --------------------------------------------------------------------------------------
 
     def hear(self, report: AgentReport) -> Directive:
-        """Raises NoAuthority while an answer could prolong a lease that a successor counts on."""
+        """Raises NoAnswer while an answer could prolong a lease that a successor counts on."""
         self._apply(ev.Reported(time.monotonic(), report))
         return self._directive(report.node)
 
     def _directive(self, node: str) -> Directive:
         if not may_answer(self.run, time.monotonic()):
-            raise NoAuthority
+            raise NoAnswer("the run log could not be read for a while: read it yourself")
+        members = self.run.members
+        if node not in members.nodes and node not in members.buried:
+            # What a node runs is not known before its first report: a new coordinator would stop ranks that it is about to adopt.
+            raise NoAnswer(f"{node} has not reported to term {self.term} yet")
         return directive(self.run, node)
 
     async def next_directive(self, node: str, known: str, patience_s: float) -> Directive:
-        """The node's directive as soon as it differs from the one with digest `known`, or after `patience_s`. Raises NoAuthority."""
+        """The node's directive as soon as it differs from the one with digest `known`, or after `patience_s`. Raises NoAnswer."""
         deadline = time.monotonic() + patience_s
         while digest(current := self._directive(node)) == known and (left := deadline - time.monotonic()) > 0:
             news = self._news

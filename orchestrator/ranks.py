@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import json
+import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -108,6 +109,9 @@ def import_launcher() -> None:
     """The imports that hosting a store and launching ranks need; half a second to two of processor time."""
     import torch.distributed
     import torch.distributed.elastic.multiprocessing  # noqa: F401
+
+    # It warns that it cannot handle signals outside the main thread; the agent handles them.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
 
 
 def count_gpus() -> int:

@@ -11,7 +11,7 @@ from aiohttp.typedefs import Handler, Middleware
 from pydantic import ValidationError
 
 from .client import LONG_POLL_S
-from .coordinator import Coordinator, NoAuthority
+from .coordinator import Coordinator, NoAnswer
 from .metrics import exposition
 from .wire import AgentReport, Directive
 
@@ -61,16 +61,16 @@ class _Views:
             raise web.HTTPConflict(text=f"agent and coordinator are of different versions of keepstep: {error}\n") from error
         try:
             return _json(self._coordinator.hear(report))
-        except NoAuthority as error:
-            raise _unavailable() from error
+        except NoAnswer as error:
+            raise _unavailable(error) from error
 
     async def directive(self, request: web.Request) -> web.Response:
         """Held until the directive differs from what the node knows. A broken connection is the fastest sign of a dead agent."""
         node = request.query["node"]
         try:
             directive = await self._coordinator.next_directive(node, request.query.get("known", ""), LONG_POLL_S)
-        except NoAuthority as error:
-            raise _unavailable() from error
+        except NoAnswer as error:
+            raise _unavailable(error) from error
         except asyncio.CancelledError:
             self._coordinator.connection_broke(node)
             raise
@@ -99,8 +99,8 @@ class _Views:
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
-def _unavailable() -> web.HTTPServiceUnavailable:
-    return web.HTTPServiceUnavailable(text="the run log cannot be read: read it yourself\n")
+def _unavailable(error: NoAnswer) -> web.HTTPServiceUnavailable:
+    return web.HTTPServiceUnavailable(text=f"{error}\n")
 
 
 def _json(directive: Directive) -> web.Response:

@@ -100,26 +100,29 @@ def test_a_killed_platform_takes_everything_along_and_the_same_command_continues
     ends_like(start(root=root), undisturbed)
 
 
+# Each run meets its faults one after the other; every one of them kills the process that passes the point.
 POINTS = {
-    "before the copy": "rank.stage.before:rank=1:step=12",
-    "after the copy": "rank.stage.after:rank=2:step=12",
-    "before the shards": "persister.shards.before:rank=1:step=12",
-    "in the middle of the shards": "persister.shards.middle:rank=2:step=12",
-    "after the shards": "persister.shards.after:rank=3:step=12",
-    "after the rank index": "persister.index.after:rank=0:step=12",
-    "before the manifest": "coordinator.manifest.before:step=12",
-    "after the manifest": "coordinator.manifest.after:step=12",
-    "before the commit record": "coordinator.commit.before:step=12",
-    "after the commit record": "coordinator.commit.after:step=12",
+    "copying": ("rank.stage.before:rank=1", "rank.stage.after:rank=2"),
+    "writing the shards": (
+        "persister.shards.before:rank=1",
+        "persister.shards.middle:rank=2",
+        "persister.shards.after:rank=3",
+    ),
+    "writing the rank index and the manifest": (
+        "persister.index.after:rank=0",
+        "coordinator.manifest.before",
+        "coordinator.manifest.after",
+    ),
+    "appending the commit record": ("coordinator.commit.before", "coordinator.commit.after"),
 }
 
 
-@pytest.mark.parametrize("point", POINTS.values(), ids=[name.replace(" ", "-") for name in POINTS])
-def test_a_kill_during_a_save_costs_no_bit(start: Start, undisturbed: Outcome, tmp_path: Path, point: str) -> None:
-    marker = tmp_path / "fired"
-    run = start(faults=f"{point}:once={marker}")
+@pytest.mark.parametrize("points", POINTS.values(), ids=[name.replace(" ", "-") for name in POINTS])
+def test_kills_while_saving_cost_no_bit(start: Start, undisturbed: Outcome, tmp_path: Path, points: tuple[str, ...]) -> None:
+    markers = [tmp_path / f"fired-{i}" for i in range(len(points))]
+    run = start(faults=";".join(f"{point}:once={marker}" for point, marker in zip(points, markers, strict=True)))
     ends_like(run, undisturbed)
-    assert marker.exists(), "the fault was never reached: this test tested nothing"
+    assert [point for point, marker in zip(points, markers, strict=True) if not marker.exists()] == [], "these faults were never reached"
 
 
 def test_the_last_step_and_the_end_record_survive_a_kill_of_the_coordinator(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from keepstep.orchestrator import config as configs
 from keepstep.orchestrator.archive import read_events
-from keepstep.orchestrator.client import CoordinatorClient, CoordinatorRefused
+from keepstep.orchestrator.client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
 from keepstep.orchestrator.coordinator import Coordinator
 from keepstep.orchestrator.lines import event_line, human_bytes
 from keepstep.orchestrator.logbook import opened_event
@@ -120,6 +120,19 @@ def test_a_killed_rank_drains_the_attempt_and_reaches_events_and_status(tmp_path
     (failure,) = [event for event in read_events(Store.open(tmp_path)) if event["kind"] == "failure"]
     assert (failure["rank"], failure["node"], failure["cause"]) == (1, NODES[1], "signal")
     assert failure["why"] == "rank 1 on node1#bbbb was killed by SIGKILL at step 3"
+
+
+def test_a_node_that_has_not_reported_is_told_nothing(tmp_path: Path) -> None:
+    """A long poll may reach a new coordinator before the node's report: "run nothing" would stop ranks that it is about to adopt."""
+
+    async def story() -> None:
+        async with reigning(tmp_path) as (_, client, _):
+            with pytest.raises(CoordinatorUnreachable, match="has not reported to term 1"):
+                await client.directive(NODES[0], "")
+            await client.report(report(NODES[0], 1))
+            assert (await client.directive(NODES[0], "")).launch is None
+
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize("path", ["/v1/status", "/v1/config", "/metrics"])
