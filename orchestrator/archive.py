@@ -81,10 +81,11 @@ def goodput(lineage: Lineage, steps: Mapping[int, Sequence[dict[str, Any]]], ela
 
 
 def elapsed_s(lineage: Lineage) -> float:
-    """Since the first attempt was logged, by the wall clock: for people."""
+    """From the first attempt's record to the end of the run, or to now, by the wall clock: for people."""
     if not lineage.attempts or not lineage.attempts[0].at:
         return 0.0
-    return (datetime.now(UTC) - datetime.fromisoformat(lineage.attempts[0].at)).total_seconds()
+    end = datetime.fromisoformat(lineage.outcome.at) if lineage.outcome else datetime.now(UTC)
+    return (end - datetime.fromisoformat(lineage.attempts[0].at)).total_seconds()
 
 
 def final_state(store: Store, commit: Commit) -> dict[str, Any]:

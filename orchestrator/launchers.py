@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -143,4 +144,7 @@ class LocalPlatform:
             if role.process and role.process.returncode is None:
                 role.process.kill()
                 await role.process.wait()
-            await asyncio.to_thread(bury, default_scratch(self._config.run.root, role.name))
+            scratch = default_scratch(self._config.run.root, role.name)
+            # Once all are dead nothing there is of use to the next start. (After a crash it stays, and the next start cleans up.)
+            if not await asyncio.to_thread(bury, scratch):
+                shutil.rmtree(scratch, ignore_errors=True)

@@ -28,6 +28,7 @@ from .roots import ENV_TOKEN, known_token
 from .status import status_without_coordinator
 
 FOLLOW_PERIOD_S = 0.5
+PIPED_WIDTH = 400
 
 
 def _is_coordinator(where: str) -> bool:
@@ -88,7 +89,7 @@ def print_status(where: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(status))
         return
-    console = Console(highlight=False)
+    console = _console()
     console.print(f"{status['run']}: {status['phase']}: {status['why']}", markup=False)
     console.print(f"attempt {status['attempt']}, step {status['step']}/{status['steps']}, {status['world_size']} ranks", markup=False)
     commit, share = status["last_commit"], status["goodput"]
@@ -96,6 +97,12 @@ def print_status(where: str, *, as_json: bool) -> None:
     console.print(f"goodput {100 * share['ratio']:.1f} %, steps computed again {share['lost_steps']}")
     if status["nodes"]:
         console.print(_node_table(status["nodes"]))
+
+
+def _console() -> Console:
+    """As wide as the terminal; where there is none, as wide as what is printed: a script that reads it must not find "..."."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
 
 
 def _node_table(nodes: Sequence[Mapping[str, Any]]) -> Table:
@@ -145,8 +152,8 @@ def print_checkpoints(root: str, *, as_json: bool) -> None:
         return
     table = Table("step", "attempt", "state", "directory", "committed at")
     for row in rows:
-        table.add_row(str(row["step"]), str(row["attempt"]), row["state"], row["directory"], row["at"])
-    Console(highlight=False).print(table)
+        table.add_row(str(row["step"]), str(row["attempt"]), row["state"], row["directory"], row["at"][:19])
+    _console().print(table)
 
 
 def verify_checkpoints(root: str, *, step: int, as_json: bool) -> int:
