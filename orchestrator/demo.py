@@ -46,14 +46,19 @@ def _all_stepped(status: Status) -> bool:
     return bool(status["phase"] == "TRAINING")
 
 
+def _busy_nodes(status: Status) -> list[Mapping[str, Any]]:
+    """Those that run ranks of the current attempt; a spare has none."""
+    return [node for node in status["nodes"] if node["state"] == "running"]
+
+
 def _kill_last_rank(status: Status, say: Say) -> None:
-    rank = status["nodes"][-1]["ranks"][-1]
+    rank = _busy_nodes(status)[-1]["ranks"][-1]
     say(f"demo: kill -9 of rank {rank['rank']} (pid {rank['pid']}) at step {status['step']}")
     _kill(rank["pid"])
 
 
 def _kill_last_node(status: Status, say: Say) -> None:
-    node = [node for node in status["nodes"] if node["ranks"]][-1]
+    node = _busy_nodes(status)[-1]
     say(f"demo: kill -9 of the whole node {node['id']}: its agent (pid {node['pid']}) and its {len(node['ranks'])} ranks")
     for pid in (node["pid"], *(rank["pid"] for rank in node["ranks"])):
         _kill(pid)

@@ -69,14 +69,22 @@ class LocalPlatform:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         guards = [asyncio.create_task(self._keep_alive(role)) for role in self.nodes]
-        extra = asyncio.create_task(beside) if beside else None
+        extra = asyncio.create_task(self._guarded(beside)) if beside else None
         try:
             return await self._keep_coordinator_alive()
         finally:
             if extra:
                 extra.cancel()
+                await asyncio.gather(extra, return_exceptions=True)
             self._leaving = True
             await self._wait_for_nodes(guards)
+
+    async def _guarded(self, beside: Coroutine[Any, Any, None]) -> None:
+        """A demonstration that breaks must say so, and must not break the run."""
+        try:
+            await beside
+        except Exception as error:  # noqa: BLE001  (an entry: what it was is said)
+            self._say(f"the demonstration broke: {type(error).__name__}: {error}")
 
     async def _keep_coordinator_alive(self) -> int:
         """A coordinator that was killed is succeeded; one that exits has decided."""
