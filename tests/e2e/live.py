@@ -75,6 +75,7 @@ class LiveRun:
     config: Path
     root: str
     overrides: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     options: StorageOptions | None = None
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -87,7 +88,7 @@ class LiveRun:
         return Store.open(self.root, self.options)
 
     def start(self, *, faults: str = "") -> LiveRun:
-        command = [sys.executable, "-m", "keepstep.orchestrator.cli", "run", str(self.config), "-o", f"run.root={self.root}"]
+        command = [sys.executable, "-m", "keepstep.orchestrator.cli", "run", str(self.config), *self.flags, "-o", f"run.root={self.root}"]
         for override in self.overrides:
             command += ["-o", override]
         environment = {**os.environ, **self.environment, ENV_MARK: self.mark, "KEEPSTEP_FAULTS": faults}

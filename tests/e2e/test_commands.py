@@ -82,6 +82,18 @@ def test_a_finished_run_is_shown_verified_and_loaded_by_stock_pytorch(start: Sta
     assert first.startswith("abc")
 
 
+def test_the_demonstration_kills_a_rank_and_a_node_that_run_and_compares_the_bits(start: Start) -> None:
+    run = start("run.steps=80", "cluster.spares=1", flags=("--demo",))
+    assert run.wait() == 0, "\n".join(run.output) + run.logs()
+    run.check_what_always_holds()
+    told = "\n".join(run.output)
+    assert told.count("demo: all ranks step again") == 2, told
+    assert "every loss came out equal to the last bit" in told
+    first, second = run.result()["failures"]
+    assert "SIGKILL" in first["why"]
+    assert second["why"].startswith("lost node")
+
+
 def test_damage_leads_to_the_commit_before_and_is_said(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
     root = tmp_path / "root"
     run = start(root=str(root))
