@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from keepstep.storage.errors import StorageError
-from keepstep.trainer.contract import EXIT_BAD_INPUT
+from keepstep.trainer.contract import EXIT_BAD_INPUT, EXIT_BUG
 
 from . import config as configs
 from .errors import InputError
@@ -229,14 +230,14 @@ def main() -> None:
     """Process entry: nothing leaves as a traceback but our own bugs."""
     try:
         app()
-    except InputError as error:
-        print(f"keepstep: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except StorageError as error:
+    except (InputError, StorageError) as error:
         print(f"keepstep: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except BrokenPipeError:  # `keepstep events ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except Exception:  # noqa: BLE001  (the process entry: a bug has an exit code of its own)
+        traceback.print_exc()
+        sys.exit(EXIT_BUG)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,7 +27,6 @@ from .commits import InvalidCheckpoint, write_manifest
 from .endings import exit_code_of
 from .logbook import Logbook
 from .machine import Run, begin, directive, may_answer, step
-from .membership import Node
 from .policies import policy_of
 from .sections import RunConfig
 from .status import goodput_of, goodput_of_nothing, last_commit, live_status, slowest_step
@@ -81,6 +80,8 @@ class Coordinator:
         """From our `opened` record to the end. The server must be listening already: its URL stands in that record."""
         self._apply(opened)
         periodic = [asyncio.create_task(self._tick()), asyncio.create_task(self._read_log())]
+        for task in periodic:
+            task.add_done_callback(self._on_loop_end)
         try:
             end = await self._ended
             await self._see_agents_off()
@@ -92,6 +93,11 @@ class Coordinator:
             self._event_thread.submit(self._events.flush)
             self._log_thread.shutdown()
             self._event_thread.shutdown()
+
+    def _on_loop_end(self, task: asyncio.Task[None]) -> None:
+        """A loop that breaks is our bug: the reign ends with it, instead of standing still."""
+        if not task.cancelled() and (error := task.exception()) and not self._ended.done():
+            self._ended.set_exception(error)
 
     async def _tick(self) -> None:
         while True:
@@ -129,10 +135,7 @@ class Coordinator:
 
     def _anybody_there(self) -> bool:
         now = time.monotonic()
-        return any(node.broken_at is None and now - node.heard_at < 2 * LONG_POLL_S for node in self._heard().values())
-
-    def _heard(self) -> Mapping[str, Node]:
-        return self.run.members.nodes
+        return any(node.broken_at is None and now - node.heard_at < 2 * LONG_POLL_S for node in self.run.members.nodes.values())
 
     # --- events in, requests out ------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keepstep.trainer.contract import EXIT_BUG, EXIT_OK
+from keepstep.trainer.contract import EXIT_OK
 
 from .processes import ENV_PARENT, bury, python_command
 from .scratch import default_scratch
@@ -137,7 +137,7 @@ class LocalPlatform:
     def _on_signal(self) -> None:
         """First: checkpoint and leave. Again: at once, which loses what is not committed."""
         if self._leaving:
-            os._exit(EXIT_BUG)  # everything else dies with us
+            os._exit(128 + signal.SIGINT)  # everything else dies with us
         self._leaving = True
         self._say("stopping at the next step boundary; once more to leave at once")
         if self.coordinator.process and self.coordinator.process.returncode is None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from keepstep.orchestrator import cli
 from keepstep.orchestrator import config as configs
 from keepstep.orchestrator.archive import read_events
 from keepstep.orchestrator.client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
@@ -161,3 +162,34 @@ def test_lines_for_people() -> None:
     assert event_line(event) == "04:05:06 failure    attempt 2, step 41: rank 3 was killed"
     assert event_line({"kind": "waiting", "attempt": 0, "step": -1, "why": "w"}) == "waiting    w"
     assert (human_bytes(10), human_bytes(3 << 20)) == ("10 B", "3.0 MiB")
+
+
+def test_a_bug_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> None:
+        raise RuntimeError("never meant to happen")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 70
+    assert "never meant to happen" in capsys.readouterr().err
+
+
+def test_a_broken_loop_ends_the_reign_instead_of_standing_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = two_nodes(tmp_path)
+    store = Store.open(tmp_path)
+    claim(store, config)
+    log = RunLog.open(store)
+    log.open_term(run=config.run.name, identity=configs.identity(config), host="here", pid=1, url="http://127.0.0.1:9")
+
+    async def story() -> None:
+        coordinator = Coordinator(config, store, log, lambda event: None)
+
+        def broken() -> None:
+            raise RuntimeError("a bug in the loop")
+
+        monkeypatch.setattr(coordinator, "_tell_progress", broken)
+        with pytest.raises(RuntimeError, match="a bug in the loop"):
+            await asyncio.wait_for(coordinator.reign(opened_event(log)), 10)
+
+    asyncio.run(story())
