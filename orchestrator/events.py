@@ -5,7 +5,7 @@ elapsed time into events, hands them to `machine.step` one after the other, and 
 
 What the shell promises:
 
-* It answers a log request (`LogAttempt`, `LogQuarantine`, `LogEnd`) with `Logged` or `LogFailed`, a `Commit` with `Committed` or
+* It answers a log request (`LogAttempt`, `LogQuarantine`, `LogEnd`) with `Logged` or `LogFailed` (or `AttemptVoid`), a `Commit` with `Committed` or
   `CommitFailed`, and only when it knows: an ambiguous write is read back first. `LogFailed` means "it is not in the log".
 * Records are appended one at a time. A commit of an attempt is refused once a newer attempt is in the log.
 * A request may come again (same value) before it is answered: one that is still being worked on is ignored, one whose record is
@@ -112,10 +112,16 @@ class Disconnected:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Answer to FindCheckpoint: the newest good one; None when no commit that is not quarantined exists."""
+    """Answer to FindCheckpoint: the newest good one; None when no commit that is not quarantined exists.
+
+    `rolled_forward`: all its parts were in storage, only the commit record was missing; it was committed on the way to this answer.
+    `quarantined`: every directory that the log forbids; people may quarantine, too.
+    """
 
     at: float
     resume: Checkpoint | None
+    rolled_forward: bool = False
+    quarantined: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,15 @@ class LogFailed:
 
     at: float
     request: Request
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptVoid:
+    """The attempt would not count: what it was to resume from has been quarantined meanwhile. It is not in the log."""
+
+    at: float
+    attempt: int
     why: str
 
 
@@ -162,6 +177,15 @@ class CommitFailed:
     directory: str
     why: str
     damaged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A committed checkpoint was read back and is not what was committed; nobody was about to resume from it."""
+
+    at: float
+    directory: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,9 +229,11 @@ Event: TypeAlias = (
     | Found
     | Logged
     | LogFailed
+    | AttemptVoid
     | LogRead
     | Committed
     | CommitFailed
+    | Damaged
     | Fenced
     | StopAsked
     | SaveAsked

@@ -12,6 +12,7 @@ from .events import (
     DrainAsked,
     Event,
     FindCheckpoint,
+    Found,
     LogAttempt,
     LogQuarantine,
     Reported,
@@ -84,13 +85,18 @@ def advance_choosing(run: Run, phase: phases.Choosing) -> Run:
     return run if busy else ask(run, FindCheckpoint())
 
 
-def take_found(run: Run, phase: phases.Choosing, resume: Checkpoint | None) -> Run:
+def take_found(run: Run, phase: phases.Choosing, found: Found) -> Run:
     """The log's answer to "from where?"."""
+    resume = found.resume
     if phase.wanted is not None or not asking.pending(run.asks, FindCheckpoint):
         return run  # said twice
+    run = replace(run, saves=saves.quarantine(run.saves, *found.quarantined))
     if why := saves.objection(run.saves, resume):
         return replace(run, asks=asking.refused(run.asks, FindCheckpoint(), why, run.policy, run.now))
     run = drop_asks(run, FindCheckpoint)
+    if resume and found.rolled_forward:
+        why = f"step {resume.step} was whole in storage, only its commit record was missing; it is committed now ({resume.directory})"
+        run = say(run, "rolled-forward", why, step=resume.step)
     if resume is None and run.saves.ever_committed:
         why = "every committed checkpoint is quarantined; a run never starts from scratch silently: restore one, or use a new root"
         return end(run, "failed", why, requeue=False)
@@ -135,6 +141,16 @@ def take_logged_attempt(run: Run, phase: phases.Choosing, record: AttemptRecord)
     )
     attempt = phases.Attempt(record=record, seats=seats(run, record))
     return enter(run, phases.Fencing(since=run.now, why=_fencing_sentence(run, record), attempt=attempt))
+
+
+def take_void_attempt(run: Run, phase: phases.Choosing, attempt: int, why: str) -> Run:
+    """The log would not count it: another checkpoint must be found."""
+    if phase.wanted is None or phase.wanted.attempt != attempt:
+        return run
+    run = say(drop_asks(run, LogAttempt), "choosing-again", f"attempt {attempt} would be void: {why}")
+    resume = phase.wanted.resume
+    run = replace(run, saves=saves.quarantine(run.saves, resume.directory)) if resume else run
+    return replace(run, phase=replace(phase, wanted=None))
 
 
 def seats(run: Run, record: AttemptRecord) -> dict[str, phases.Seat]:

@@ -10,14 +10,17 @@ from dataclasses import replace
 from typing import assert_never
 
 from . import asking, membership, phases, saves
+from .degraded import note_storage
 from .directives import directive, may_answer
 from .draining import advance_draining
 from .events import (
     AttemptRecord,
+    AttemptVoid,
     Checkpoint,
     Commit,
     CommitFailed,
     Committed,
+    Damaged,
     Disconnected,
     DrainAsked,
     EndRecord,
@@ -39,7 +42,7 @@ from .events import (
     StopAsked,
     Tick,
 )
-from .forming import advance_choosing, advance_fencing, advance_waiting, take_found, take_logged_attempt
+from .forming import advance_choosing, advance_fencing, advance_waiting, take_found, take_logged_attempt, take_void_attempt
 from .policy import Policy
 from .run import Run, ask, drop_asks, emit, enter, is_clean, say, wait
 from .running import advance_adopting, advance_running
@@ -96,18 +99,22 @@ def _take(run: Run, event: Event) -> Run:
             return _take_report(run, report)
         case Disconnected(node=node):
             return replace(run, members=membership.lose_connection(run.members, node, run.now))
-        case Found(resume=resume):
-            return take_found(run, run.phase, resume) if isinstance(run.phase, phases.Choosing) else drop_asks(run, FindCheckpoint)
+        case Found():
+            return take_found(run, run.phase, event) if isinstance(run.phase, phases.Choosing) else drop_asks(run, FindCheckpoint)
         case Logged(record=record):
             return _take_record(run, record)
         case LogFailed(request=request, why=why):
             return _take_refusal(run, request, why)
+        case AttemptVoid(attempt=attempt, why=why):
+            return take_void_attempt(run, run.phase, attempt, why) if isinstance(run.phase, phases.Choosing) else run
         case LogRead(began=began):
             return replace(run, read_at=began)
         case Committed():
             return _take_commit(run, event)
         case CommitFailed():
             return _take_failed_commit(run, event)
+        case Damaged(directory=directory, why=why):
+            return _take_damage(run, directory, why)
         case Fenced(term=term, by=by):
             return _give_way(run, term, f"term {term} was opened by {by}")
         case StopAsked(why=why):
@@ -155,6 +162,7 @@ def _begin_adoption(run: Run, event: Opened) -> Run:
 
 
 def _take_tick(run: Run) -> Run:
+    run = note_storage(run)
     asks, again = asking.due(run.asks, run.policy, run.now)
     members = membership.forget_long_gone(run.members, run.policy, run.now)
     if asks is run.asks and members is run.members:
@@ -239,8 +247,7 @@ def _take_refusal(run: Run, request: Request, why: str) -> Run:
     asks = tuple(ask for ask in run.asks if ask.request == request)
     if not asks:
         return run
-    run = replace(run, asks=asking.refused(run.asks, asks[0].request, why, run.policy, run.now))
-    return run if asks[0].refusals else say(run, "storage", f"storage refused {type(request).__name__}, trying again: {why}")
+    return replace(run, asks=asking.refused(run.asks, asks[0].request, why, run.policy, run.now))
 
 
 def _take_commit(run: Run, event: Committed) -> Run:
@@ -249,7 +256,8 @@ def _take_commit(run: Run, event: Committed) -> Run:
         return run
     checkpoint = Checkpoint(step=event.step, directory=event.directory, manifest_sha256=event.manifest_sha256)
     fulfilled = run.save_above is not None and event.step > run.save_above
-    run = replace(run, saves=saves.commit(run.saves, checkpoint), failures=0, save_above=None if fulfilled else run.save_above)
+    run = replace(run, saves=saves.commit(run.saves, checkpoint), failures=0, committed_at=run.now)
+    run = replace(run, save_above=None if fulfilled else run.save_above)
     return _commit_what_is_complete(say(run, "committed", f"step {event.step} is committed ({event.directory})", step=event.step))
 
 
@@ -264,6 +272,17 @@ def _take_failed_commit(run: Run, event: CommitFailed) -> Run:
     run = replace(run, saves=saves.discard(run.saves, event.step, event.directory))
     why = f"step {event.step} was not committed ({event.directory}): {event.why}"
     return _commit_what_is_complete(say(run, "commit-failed", why, step=event.step))
+
+
+def _take_damage(run: Run, directory: str, why: str) -> Run:
+    """Found while nobody needs it: it is quarantined now, and where it was the newest, ranks that run save a fresh one at once."""
+    if directory in run.saves.quarantined:
+        return run
+    runs = isinstance(run.phase, (phases.Starting, phases.Training))
+    was_newest = run.saves.newest is not None and run.saves.newest.directory == directory
+    run = say(replace(run, saves=saves.quarantine(run.saves, directory)), "quarantined", f"{directory} is damaged: {why}")
+    run = ask(run, LogQuarantine(directory, why))
+    return _take_save_asked(run) if runs and was_newest else run
 
 
 def _has_time_to_commit(run: Run) -> bool:

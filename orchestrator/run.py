@@ -23,6 +23,14 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Degraded:
+    """Storage does not take what it should; nothing is lost yet, but a failure would cost more than usual."""
+
+    why: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """Everything that a term knows. Who reads it may read all of it; only `machine.step` makes new ones."""
 
@@ -46,6 +54,8 @@ class Run:
     stop: str = ""  # why people want the run to end
     save_above: int | None = None  # people want a checkpoint newer than this step
     short_since: float | None = None  # since when a full gang has been impossible
+    degraded: Degraded | None = None
+    committed_at: float | None = None  # when the newest commit of this term was heard of
 
     out: tuple[Request, ...] = ()  # requests of the newest event
 

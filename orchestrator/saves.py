@@ -36,8 +36,8 @@ class Saves:
 def begin_attempt(saves: Saves, attempt: int, resume: Checkpoint | None) -> Saves:
     """A newer attempt is in the log: older ones commit nothing any more, and what came after `resume` left the history."""
     step = resume.step if resume else -1
-    kept = tuple(commit for commit in saves.commits if commit.step <= step)
-    return replace(saves, attempt=attempt, parts={}, commits=kept)
+    kept = tuple(commit for commit in saves.commits if commit.step < step)
+    return replace(saves, attempt=attempt, parts={}, commits=(*kept, resume) if resume else kept, ever_committed=saves.ever_committed or bool(resume))
 
 
 def note(saves: Saves, persisted: Iterable[Persisted]) -> Saves:
@@ -45,7 +45,7 @@ def note(saves: Saves, persisted: Iterable[Persisted]) -> Saves:
     parts: dict[Save, Mapping[int, Persisted]] | None = None
     for part in persisted:
         save = (part.step, part.directory)
-        if part.attempt != saves.attempt or part.step <= saves.committed_step or part.directory in saves.unusable:
+        if part.attempt != saves.attempt or part.step <= saves.committed_step or part.directory in saves.unusable | saves.quarantined:
             continue
         known = (parts or saves.parts).get(save, {})
         if part.rank not in known:
@@ -84,11 +84,11 @@ def discard(saves: Saves, step: int, directory: str) -> Saves:
     return replace(saves, parts=parts, unusable=saves.unusable | {directory})
 
 
-def quarantine(saves: Saves, directory: str) -> Saves:
+def quarantine(saves: Saves, *directories: str) -> Saves:
     return replace(
         saves,
-        quarantined=saves.quarantined | {directory},
-        commits=tuple(commit for commit in saves.commits if commit.directory != directory),
+        quarantined=saves.quarantined | set(directories),
+        commits=tuple(commit for commit in saves.commits if commit.directory not in directories),
     )
 
 

@@ -62,18 +62,22 @@ def _what(event: ev.Event) -> str:
             return f"report {tell_report(report)}"
         case ev.Disconnected(node=node):
             return f"gone {node}"
-        case ev.Found(resume=resume):
-            return f"found {_source(resume)}"
+        case ev.Found(resume=resume, rolled_forward=rolled_forward):
+            return f"found {_source(resume)}{' and rolled it forward' if rolled_forward else ''}"
         case ev.Logged(record=record):
             return f"logged {_tell_record(record)}"
         case ev.LogFailed(request=request, why=why):
             return f"refused {type(request).__name__}: {why}"
+        case ev.AttemptVoid(attempt=attempt, why=why):
+            return f"attempt {attempt} is void: {why}"
         case ev.LogRead(began=began):
             return f"read the log at {began:.2f}"
         case ev.Committed(attempt=attempt, step=at_step):
             return f"committed step {at_step} of attempt {attempt}"
         case ev.CommitFailed(attempt=attempt, step=at_step, why=why, damaged=damaged):
             return f"{'cannot ever' if damaged else 'could not'} commit step {at_step} of attempt {attempt}: {why}"
+        case ev.Damaged(directory=directory, why=why):
+            return f"{directory} is damaged: {why}"
         case ev.Fenced(term=term, by=by):
             return f"fenced by term {term} ({by})"
         case ev.StopAsked(why=why):
@@ -114,7 +118,7 @@ def tell_report(report: wire.AgentReport) -> str:
         told.append(f"attempt {report.attempt}: " + " ".join(_tell_rank(rank) for rank in report.ranks))
     if report.persisted:
         told.append("persisted " + " ".join(f"{part.step}/{part.rank}" for part in report.persisted))
-    told += [f"{name} {value}" for name in ("leaving", "problem") if (value := getattr(report, name))]
+    told += [f"{name} {value}" for name in ("leaving", "problem", "storage") if (value := getattr(report, name))]
     if report.buried:
         told.append(f"buried {', '.join(report.buried)}")
     return ", ".join(told)

@@ -69,6 +69,7 @@ class AgentReport(Message):
     persisted: tuple[Persisted, ...] = ()  # of every attempt, until the coordinator's directive says that they are settled
     leaving: str = ""  # the node is about to go: the reason (SIGTERM, spot notice)
     problem: str = ""  # why it cannot run ranks now, e.g. a full scratch disk
+    storage: str = ""  # why its checkpoints do not reach storage, as a sentence; training goes on
 
 
 class ResumeFrom(Message):

@@ -86,7 +86,8 @@ class Script:
             case "gone":
                 yield ev.Disconnected(at, words[0])
             case "found":
-                yield ev.Found(at, None if words[0] == "nothing" else self._checkpoint(int(words[0])))
+                found = None if words[0] == "nothing" else self._checkpoint(int(words[0]))
+                yield ev.Found(at, found, rolled_forward="forward" in words)
             case "logged":
                 yield from self._logged(at)
             case "refused":
@@ -98,6 +99,10 @@ class Script:
                 yield self._committed(at, int(words[0]), int(options.get("attempt", self.story.run.attempt)))
             case "uncommitted":
                 yield self._commit_failed(at, int(words[0]), damaged="damaged" in words)
+            case "scrubbed":
+                yield ev.Damaged(at, self._checkpoint(int(words[0])).directory, " ".join(words[1:]))
+            case "void":
+                yield ev.AttemptVoid(at, int(words[0]), " ".join(words[1:]))
             case "fenced":
                 yield ev.Fenced(at, int(words[0]), "another host")
             case "stop":
@@ -180,7 +185,7 @@ class Script:
                 return {"sequence": int(value)}
             case "attempt" | "term" | "obeyed" | "slots":
                 return {name: int(value)}
-            case "leaving" | "problem":
+            case "leaving" | "problem" | "storage":
                 return {name: value}
             case "buried":
                 return {"buried": tuple(value.split(","))}
