@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .errors import StoreError, from_os_error
 from .put_new import TEMPORARY, make_directories, put_new_posix, sync_directory, temporary_name, write_all, write_durably
-from .store import Store, check_key, whole_lines
+from .store import Modified, Store, check_key, whole_lines
 
 
 class PosixStore(Store):
@@ -80,6 +80,31 @@ class PosixStore(Store):
                 keys += [(parent / name).as_posix() for name in names if not TEMPORARY.match(name)]
         return sorted(keys)
 
+    def modified(self, prefix: str = "") -> Modified:
+        with _translated(f"look up the times in {self.name}/{prefix}"):
+            at = {key: written for key in self.list(prefix) if (written := _modified_at(self._path(key))) is not None}
+            return Modified(self._now(), at)
+
+    def _now(self) -> float:
+        """The time of the machine that holds the files, which is another one on a network file system."""
+        make_directories(self.root)
+        path = self.root / temporary_name()
+        try:
+            with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+                return os.fstat(descriptor).st_mtime
+        finally:
+            path.unlink(missing_ok=True)
+
+    def sweep(self, older_than_s: float) -> int:
+        with _translated(f"sweep {self.name}"):
+            left = [path for path in self._temporaries() if _is_older(path, self._now() - older_than_s)]
+            for path in left:
+                path.unlink(missing_ok=True)
+        return super().sweep(older_than_s) + len(left)
+
+    def _temporaries(self) -> Iterator[Path]:
+        return (Path(folder) / name for folder, _, names in os.walk(self.root) for name in names if TEMPORARY.match(name))
+
     def write_file(self, key: str, blocks: Iterable[bytes | memoryview], *, num_bytes: int, sync: bool = True) -> None:
         path = self._path(key)
         with _translated(f"write {self.name}/{key}"):
@@ -121,6 +146,19 @@ class PosixStore(Store):
             except FileNotFoundError:
                 return []
         return body.split(b"\n")[:-1]  # what follows the last line end is not a line yet
+
+
+def _modified_at(path: Path) -> float | None:
+    """None when somebody removed it meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _is_older(path: Path, instant: float) -> bool:
+    at = _modified_at(path)
+    return at is not None and at < instant
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -10,10 +11,10 @@ from typing import Any, TypeVar
 import fsspec
 
 from .errors import NotFound, StoreError, StoreFull, from_os_error
-from .layout import segment_key
+from .layout import PROBE, segment_key
 from .put_new import put_new_remote
 from .retry import RetryPolicy
-from .store import StorageOptions, Store, check_key, whole_lines
+from .store import Modified, StorageOptions, Store, check_key, whole_lines
 
 T = TypeVar("T")
 
@@ -76,6 +77,29 @@ class ObjectStore(Store):
     def list(self, prefix: str = "") -> Sequence[str]:
         keys = self._call(lambda: self._find(self._full(prefix) if prefix else self._path), f"list {prefix or 'the root'}")
         return sorted(key for key in keys if key != prefix)
+
+    def modified(self, prefix: str = "") -> Modified:
+        found = ((key, self._modified_at(key)) for key in self.list(prefix))
+        return Modified(self._now(), {key: at for key, at in found if at is not None})
+
+    def _now(self) -> float:
+        """By the store's clock: the time of an object that is written for this."""
+        key = f"{PROBE}/{uuid.uuid4().hex}"
+        self.put(key, b"what time is it?")
+        try:
+            at = self._modified_at(key)
+        finally:
+            self.delete(key)
+        if at is None:
+            raise StoreError(f"{self.name} lost {key} at once")
+        return at
+
+    def _modified_at(self, key: str) -> float | None:
+        """None when somebody removed it meanwhile."""
+        try:
+            return self._call(lambda: float(self._fs.modified(self._full(key)).timestamp()), f"look up {key}")
+        except NotFound:
+            return None
 
     def write_file(self, key: str, blocks: Iterable[bytes | memoryview], *, num_bytes: int, sync: bool = True) -> None:
         body = b"".join(blocks)

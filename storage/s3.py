@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from typing import Any, Final, TypeVar
 
 import botocore.exceptions
@@ -12,7 +13,7 @@ import s3fs
 
 from .errors import NotFound, StoreError, StoreForbidden
 from .remote import ObjectStore
-from .store import StorageOptions, check_key
+from .store import Modified, StorageOptions, check_key
 
 T = TypeVar("T")
 
@@ -51,9 +52,16 @@ class S3Store(ObjectStore):
             self._abort(key, upload)
             raise
 
+    def modified(self, prefix: str = "") -> Modified:
+        seen = self._call(lambda: self._times(self._full(prefix) if prefix else self._path), f"list {prefix or 'the root'}")
+        return Modified(seen.now, {key: at for key, at in seen.at.items() if key != prefix})
+
+    def sweep(self, older_than_s: float) -> int:
+        return super().sweep(older_than_s) + self._sweep_uploads("", older_than_s)
+
     def delete_tree(self, prefix: str) -> None:
         super().delete_tree(prefix)
-        self._sweep(prefix)
+        self._sweep_uploads(prefix)
 
     def probe_more(self, prefix: str) -> None:
         """An upload that was given up must leave nothing that anybody can read."""
@@ -94,13 +102,30 @@ class S3Store(ObjectStore):
         except StoreError:
             return  # parts stay on the bill, invisible, until `delete_tree` or the bucket's own rule sweeps them
 
-    def _sweep(self, prefix: str) -> None:
-        """Aborts uploads that killed processes left below a folder."""
-        answer = self._call(
-            lambda: self._fs.call_s3("list_multipart_uploads", Bucket=self._bucket, Prefix=f"{self._in_bucket(prefix)}/"), f"sweep {prefix}"
-        )
-        for upload in answer.get("Uploads") or ():
-            self._abort(self._relative(f"{self._bucket}/{upload['Key']}"), upload["UploadId"])
+    def _sweep_uploads(self, prefix: str, older_than_s: float = -1.0) -> int:
+        """Aborts uploads that killed processes left below a folder ("": the root); how many."""
+        uploads = self._call(lambda: self._uploads(prefix), f"list uploads in {prefix or 'the root'}")
+        old = [(key, upload) for key, upload, age_s in uploads if age_s > older_than_s]
+        for key, upload in old:
+            self._abort(key, upload)
+        return len(old)
+
+    def _uploads(self, prefix: str) -> Sequence[tuple[str, str, float]]:
+        """(key, upload id, age in seconds by the server's clock) of every unfinished upload below a folder of this root, and only there."""
+        below = "/".join(part for part in (self._prefix, prefix) if part)
+        below = f"{below}/" if below else ""
+        found: list[tuple[str, str, float]] = []
+        marker: dict[str, str] = {}
+        while True:
+            page = self._fs.call_s3("list_multipart_uploads", Bucket=self._bucket, Prefix=below, **marker)
+            now = server_time(page)
+            for upload in page.get("Uploads") or ():
+                if upload["Key"].startswith(below):  # a server that does not filter must not make us abort somebody else's
+                    key = self._relative(f"{self._bucket}/{upload['Key']}")
+                    found.append((key, upload["UploadId"], now - upload["Initiated"].timestamp()))
+            if not page.get("IsTruncated"):
+                return found
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker") or ""}
 
     def _in_bucket(self, key: str) -> str:
         return f"{self._prefix}/{key}" if self._prefix else key
@@ -141,15 +166,19 @@ class S3Store(ObjectStore):
             raise NotFound(f"no object {key} in {self.name}") from error
 
     def _find(self, path: str) -> Sequence[str]:
+        return list(self._times(path).at)
+
+    def _times(self, path: str) -> Modified:
         """By prefix without delimiter: an emptied folder may still show as a common prefix for a while."""
         prefix = path.removeprefix(self._bucket).strip("/")
-        found: list[str] = []
+        found: dict[str, float] = {}
         token: dict[str, str] = {}
         while True:
             page = self._fs.call_s3("list_objects_v2", Bucket=self._bucket, Prefix=f"{prefix}/" if prefix else "", **token)
-            found += [self._relative(f"{self._bucket}/{item['Key']}") for item in page.get("Contents") or ()]
+            for item in page.get("Contents") or ():
+                found[self._relative(f"{self._bucket}/{item['Key']}")] = item["LastModified"].timestamp()
             if not page.get("IsTruncated"):
-                return [key for key in found if not key.endswith("/")]
+                return Modified(server_time(page), {key: at for key, at in found.items() if not key.endswith("/")})
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
@@ -168,6 +197,11 @@ class S3Store(ObjectStore):
             return True
         status = http_status(error)
         return status is not None and status not in _TRANSIENT_STATUS
+
+
+def server_time(answer: Mapping[str, Any]) -> float:
+    """Seconds by the server's clock when it answered, from the Date header that every HTTP server sends."""
+    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
 
 def http_status(error: BaseException | None) -> int | None:

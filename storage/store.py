@@ -12,13 +12,14 @@ import dataclasses
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from .errors import NotFound, StoreError
+from .layout import PROBE
 from .retry import RetryPolicy
 
 ENV_OPTIONS: Final = "KEEPSTEP_STORAGE_OPTIONS"
@@ -62,6 +63,18 @@ class StorageOptions:
 
     def policy(self) -> RetryPolicy:
         return RetryPolicy(deadline_s=self.deadline_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Modified:
+    """When objects were last written, and what time it is: in seconds, by the store's own clock, never compared with a local one."""
+
+    now: float
+    at: Mapping[str, float]
+
+    def older_than(self, age_s: float) -> Sequence[str]:
+        """The keys of objects that nobody wrote for so long."""
+        return [key for key, at in self.at.items() if self.now - at > age_s]
 
 
 class Store(ABC):
@@ -111,6 +124,23 @@ class Store(ABC):
     @abstractmethod
     def list(self, prefix: str = "") -> Sequence[str]:
         """All keys below the folder `prefix`, recursively, sorted; none is an empty list. `prefix` itself is not among them."""
+
+    @abstractmethod
+    def modified(self, prefix: str = "") -> Modified:
+        """When each object below the folder `prefix` was written; what `list` gives, with times by the store's clock."""
+
+    def sweep(self, older_than_s: float) -> int:
+        """Removes what killed processes left half-written below this root, if it is older than that by the store's clock.
+
+        Only what nobody can read or will ever finish: temporary files, dangling multipart uploads, what a start-up probe left.
+
+        Returns:
+            how many of them were removed.
+        """
+        left = self.modified(PROBE).older_than(older_than_s)
+        for key in left:
+            self.delete(key)
+        return len(left)
 
     @abstractmethod
     def write_file(self, key: str, blocks: Iterable[bytes | memoryview], *, num_bytes: int, sync: bool = True) -> None:

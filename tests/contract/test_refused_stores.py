@@ -87,6 +87,16 @@ class TestFolders:
         (tmp_path / "log" / f".new-{uuid.uuid4().hex}").write_bytes(b"half")
         assert list(Store.open(tmp_path).list()) == []
 
+    def test_what_a_killed_writer_left_is_swept_when_it_is_old_enough(self, tmp_path: Path) -> None:
+        store = Store.open(tmp_path)
+        store.put("log/0", b"x")
+        left = tmp_path / "log" / f".new-{uuid.uuid4().hex}"
+        left.write_bytes(b"half")
+        assert store.sweep(3600) == 0
+        assert left.exists()
+        assert store.sweep(-3600) == 1
+        assert [path.name for path in (tmp_path / "log").iterdir()] == ["0"]
+
     def test_a_file_url_is_the_same_folder(self, tmp_path: Path) -> None:
         Store.open(f"file://{tmp_path}").put("x", b"1")
         assert Store.open(str(tmp_path)).get("x") == b"1"
@@ -135,6 +145,17 @@ class TestS3:
         store.delete_tree("data/a")
         left = filesystem.call_s3("list_multipart_uploads", Bucket="demo", Prefix=prefix)
         assert left.get("Uploads", []) == []
+
+    def test_old_uploads_are_swept_below_our_root_only(self, s3_server: S3Server) -> None:
+        prefix = uuid.uuid4().hex
+        store = Store.open(f"{s3_server.url}/{prefix}", self.options(s3_server))
+        filesystem = store._fs  # type: ignore[attr-defined]
+        for key in (f"{prefix}/data/a/x", f"{prefix}-other/x"):
+            filesystem.call_s3("create_multipart_upload", Bucket="demo", Key=key)
+        assert store.sweep(3600) == 0
+        assert store.sweep(-3600) == 1
+        left = filesystem.call_s3("list_multipart_uploads", Bucket="demo", Prefix=prefix)
+        assert [upload["Key"] for upload in left["Uploads"]] == [f"{prefix}-other/x"]
 
     def test_what_one_client_wrote_another_reads_at_once(self, s3_server: S3Server) -> None:
         prefix = uuid.uuid4().hex

@@ -114,6 +114,32 @@ class TestListing:
         assert not store.exists("x")
 
 
+class TestTimes:
+    def test_times_and_now_are_of_one_clock(self, store: Store) -> None:
+        before = store.modified().now
+        store.put("data/a/x", b"1")
+        store.put("data/b", b"1")
+        store.put("log/0", b"1")
+        seen = store.modified("data")
+        assert sorted(seen.at) == ["data/a/x", "data/b"]
+        assert all(before - 1 <= at <= seen.now + 1 for at in seen.at.values())  # object stores count whole seconds
+        assert sorted(store.modified().at) == ["data/a/x", "data/b", "log/0"]
+
+    def test_looking_at_times_leaves_nothing_behind(self, store: Store) -> None:
+        assert store.modified("absent").at == {}
+        assert list(store.list()) == []
+
+
+class TestSweep:
+    def test_only_what_a_probe_left_long_ago_goes(self, store: Store) -> None:
+        for key in ("probe/1f/two", "log/0", "data/a/x", "probed"):
+            store.put(key, b"x")
+        assert store.sweep(3600) == 0
+        assert store.sweep(-3600) == 1
+        assert list(store.list()) == ["data/a/x", "log/0", "probed"]
+        assert store.sweep(-3600) == 0
+
+
 class TestFiles:
     @pytest.mark.parametrize("num_bytes", [0, 1000, 40 * MIB + 17])
     def test_blocks_become_one_file(self, store: Store, num_bytes: int) -> None:
