@@ -1,16 +1,27 @@
-"""From "every rank's part is durable" to "the checkpoint exists": check, merge, manifest, commit record."""
+"""From "every rank's part is durable" to "the checkpoint exists": check, merge, manifest. The commit record is the logbook's."""
 
 from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
 
 from keepstep.storage.canonical import sha256_hex
 from keepstep.storage.errors import IncompleteCheckpoint, NotFound, StoreError
 from keepstep.storage.faults import fault_point
-from keepstep.storage.layout import MANIFEST_NAME, rank_index_name
+from keepstep.storage.layout import (
+    MANIFEST_NAME,
+    attempt_directory,
+    checkpoint_directory,
+    parse_checkpoint_directory,
+    parse_rank_index_name,
+    rank_index_name,
+)
+from keepstep.storage.lineage import Lineage
 from keepstep.storage.manifest import Manifest, RankIndex, merge
+from keepstep.storage.records import Attempt
 from keepstep.storage.store import Store
 
 from . import events as ev
-from .wire import Persisted
 
 
 class InvalidCheckpoint(Exception):
@@ -25,34 +36,74 @@ def write_manifest(store: Store, request: ev.Commit) -> str:
         StoreError: the storage was in the way.
     """
     fault_point("coordinator.manifest.before", step=request.step)
-    manifest = _merged(_read_indexes(store, request))
-    key, body = f"{request.directory}/{MANIFEST_NAME}", manifest.body()
-    if not store.put_new(key, body):
-        raise InvalidCheckpoint(f"{key} exists with other content")
+    indexes = _read_indexes(store, request.directory, [part.rank for part in request.indexes])
+    for part, index in zip(request.indexes, indexes, strict=True):
+        if sha256_hex(index.body()) != part.index_sha256:
+            raise InvalidCheckpoint(f"{request.directory}/{rank_index_name(part.rank)} is not what rank {part.rank} reported")
+    manifest = _put_manifest(store, indexes)
     fault_point("coordinator.manifest.after", step=request.step)
     return manifest.sha256()
 
 
-def _read_indexes(store: Store, request: ev.Commit) -> list[RankIndex]:
-    keys = [f"{request.directory}/{rank_index_name(part.rank)}" for part in request.indexes]
-    return [_checked(body, part, key) for body, part, key in zip(store.get_many(keys), request.indexes, keys, strict=True)]
+def complete_newest(store: Store, lineage: Lineage) -> Manifest | None:
+    """The newest directory of the newest attempt that is whole and newer than every commit, its manifest written; None if there is none.
+
+    Whoever should have committed it died before the record. Older attempts' directories do not count: theirs would be void.
+
+    Raises:
+        StoreError: the storage was in the way.
+    """
+    attempt = lineage.newest_attempt()
+    if attempt is None:
+        return None
+    newest_step = lineage.commits[-1].step if lineage.commits else -1
+    for directory in _whole_directories(store, attempt, newest_step):
+        try:
+            return _put_manifest(store, _read_indexes(store, directory, range(attempt.world_size)))
+        except InvalidCheckpoint:
+            continue  # its parts do not fit together; it stays uncommitted and is swept as garbage one day
+    return None
 
 
-def _checked(body: bytes | StoreError, part: Persisted, key: str) -> RankIndex:
+def _whole_directories(store: Store, attempt: Attempt, after_step: int) -> Iterable[str]:
+    """Those in which every rank's index lies, the newest first."""
+    ranks: dict[str, set[int]] = defaultdict(set)
+    for key in store.list(attempt_directory(attempt.attempt)):
+        directory, _, name = key.rpartition("/")
+        if (rank := parse_rank_index_name(name)) is not None:
+            ranks[directory].add(rank)
+    steps = (parsed[1] for directory in ranks if (parsed := parse_checkpoint_directory(directory)))
+    for step in sorted((step for step in steps if step > after_step), reverse=True):
+        directory = checkpoint_directory(attempt.attempt, step, attempt.nonce)
+        if ranks.get(directory) == set(range(attempt.world_size)):
+            yield directory
+
+
+def _read_indexes(store: Store, directory: str, ranks: Iterable[int]) -> list[RankIndex]:
+    keys = [f"{directory}/{rank_index_name(rank)}" for rank in ranks]
+    return [_parsed(body, key) for body, key in zip(store.get_many(keys), keys, strict=True)]
+
+
+def _parsed(body: bytes | StoreError, key: str) -> RankIndex:
     if isinstance(body, NotFound):
         raise InvalidCheckpoint(f"{key} is gone")
     if isinstance(body, StoreError):
         raise body
-    if sha256_hex(body) != part.index_sha256:
-        raise InvalidCheckpoint(f"{key} is not what rank {part.rank} reported")
     try:
-        return RankIndex.parse(body)
+        index = RankIndex.parse(body)
     except ValueError as error:
         raise InvalidCheckpoint(f"{key}: {error}") from error
+    if index.body() != body:
+        raise InvalidCheckpoint(f"{key} is not spelled as it was written")
+    return index
 
 
-def _merged(indexes: list[RankIndex]) -> Manifest:
+def _put_manifest(store: Store, indexes: list[RankIndex]) -> Manifest:
     try:
-        return merge(indexes)
+        manifest = merge(indexes)
     except IncompleteCheckpoint as error:
         raise InvalidCheckpoint(str(error)) from error
+    key = f"{manifest.directory}/{MANIFEST_NAME}"
+    if not store.put_new(key, manifest.body()):
+        raise InvalidCheckpoint(f"{key} exists with other content")
+    return manifest

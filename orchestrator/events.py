@@ -5,8 +5,9 @@ elapsed time into events, hands them to `machine.step` one after the other, and 
 
 What the shell promises:
 
-* It answers a log request (`LogAttempt`, `LogQuarantine`, `LogEnd`) with `Logged` or `LogFailed` (or `AttemptVoid`), a `Commit` with `Committed` or
-  `CommitFailed`, and only when it knows: an ambiguous write is read back first. `LogFailed` means "it is not in the log".
+* It answers a log request (`LogAttempt`, `LogQuarantine`, `LogEnd`) with `Logged` or `LogFailed` (`LogAttempt` also with
+  `AttemptVoid`), a `Commit` with `Committed` or `CommitFailed`, and only when it knows: an ambiguous write is read back first.
+  `LogFailed` means "it is not in the log".
 * Records are appended one at a time. A commit of an attempt is refused once a newer attempt is in the log.
 * A request may come again (same value) before it is answered: one that is still being worked on is ignored, one whose record is
   in the log already is answered with that record (an attempt number is logged once).

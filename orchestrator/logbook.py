@@ -18,7 +18,7 @@ from keepstep.storage.store import Store
 
 from . import events as ev
 from .archive import utc_now
-from .commits import InvalidCheckpoint
+from .commits import InvalidCheckpoint, complete_newest
 
 
 class Logbook:
@@ -31,10 +31,9 @@ class Logbook:
     def carry_out(self, request: ev.FindCheckpoint | ev.LogAttempt | ev.LogQuarantine | ev.LogEnd) -> ev.Event:
         match request:
             case ev.FindCheckpoint():
-                self._log.refresh()
-                return ev.Found(time.monotonic(), newest_checkpoint(self._log))
+                return self._find()
             case ev.LogAttempt():
-                return ev.Logged(time.monotonic(), self._attempt(request))
+                return self._attempt(request)
             case ev.LogQuarantine():
                 return ev.Logged(time.monotonic(), self._quarantine(request))
             case ev.LogEnd():
@@ -46,7 +45,17 @@ class Logbook:
         """Makes the checkpoint exist."""
         self._log.refresh()
         if self._log.lineage.commit_of(request.directory) is None:
-            self._append_commit(request, manifest_sha256)
+            self._append_commit(
+                Commit(
+                    term=self._term,
+                    attempt=request.attempt,
+                    step=request.step,
+                    directory=request.directory,
+                    manifest_sha256=manifest_sha256,
+                    world_size=len(request.indexes),
+                    at=utc_now(),
+                )
+            )
         return ev.Committed(
             at=time.monotonic(),
             attempt=request.attempt,
@@ -69,26 +78,49 @@ class Logbook:
         except (StoreError, Fenced):
             return  # the next commit tries again what was not recorded; what was recorded and not deleted is garbage to `checkpoints gc`
 
-    def _append_commit(self, request: ev.Commit, manifest_sha256: str) -> None:
-        fault_point("coordinator.commit.before", step=request.step)
-        record = Commit(
-            term=self._term,
-            attempt=request.attempt,
-            step=request.step,
-            directory=request.directory,
-            manifest_sha256=manifest_sha256,
-            world_size=len(request.indexes),
-            at=utc_now(),
-        )
+    def _append_commit(self, record: Commit) -> None:
+        fault_point("coordinator.commit.before", step=record.step)
         try:
             self._log.append(record)
         except ValueError as error:  # void: a newer attempt was logged, or a newer step committed
             raise InvalidCheckpoint(str(error)) from error
-        fault_point("coordinator.commit.after", step=request.step)
+        fault_point("coordinator.commit.after", step=record.step)
 
-    def _attempt(self, request: ev.LogAttempt) -> ev.AttemptRecord:
-        logged = next((record for record in self._log.lineage.attempts if record.attempt == request.attempt), None)
-        return attempt_record(logged or self._append_attempt(request), self._log)
+    def _find(self) -> ev.Found:
+        """A predecessor may have died between the last part of a save and its commit record: that checkpoint counts."""
+        self._log.refresh()
+        whole = complete_newest(self._log.store, self._log.lineage)
+        if whole:
+            self._append_commit(
+                Commit(
+                    term=self._term,
+                    attempt=whole.attempt,
+                    step=whole.step,
+                    directory=whole.directory,
+                    manifest_sha256=whole.sha256(),
+                    world_size=whole.world_size,
+                    at=utc_now(),
+                )
+            )
+        return ev.Found(
+            time.monotonic(), newest_checkpoint(self._log), rolled_forward=whole is not None, quarantined=self._log.lineage.quarantined
+        )
+
+    def _attempt(self, request: ev.LogAttempt) -> ev.Logged | ev.AttemptVoid:
+        """Asked twice, it is logged once: an earlier answer may have been lost after the record was written."""
+        self._log.refresh()
+        try:
+            record = self._logged_attempt(request.attempt) or self._append_attempt(request)
+        except ValueError as error:
+            found = self._logged_attempt(request.attempt)
+            if found is None:
+                return ev.AttemptVoid(time.monotonic(), request.attempt, str(error))
+            record = found
+        return ev.Logged(time.monotonic(), attempt_record(record, self._log))
+
+    def _logged_attempt(self, number: int) -> Attempt | None:
+        newest = self._log.newest_attempt()
+        return newest if newest and (newest.attempt, newest.term) == (number, self._term) else None
 
     def _append_attempt(self, request: ev.LogAttempt) -> Attempt:
         resume = request.resume
@@ -107,7 +139,10 @@ class Logbook:
         )
 
     def _quarantine(self, request: ev.LogQuarantine) -> ev.QuarantineRecord:
-        if request.directory not in self._log.lineage.quarantined:
+        """One that is gone meanwhile needs none."""
+        self._log.refresh()
+        lineage = self._log.lineage
+        if lineage.commit_of(request.directory) and request.directory not in lineage.quarantined:
             self._log.append(Quarantine(term=self._term, directory=request.directory, why=request.why, at=utc_now()))
         return ev.QuarantineRecord(request.directory)
 

@@ -37,7 +37,9 @@ def begin_attempt(saves: Saves, attempt: int, resume: Checkpoint | None) -> Save
     """A newer attempt is in the log: older ones commit nothing any more, and what came after `resume` left the history."""
     step = resume.step if resume else -1
     kept = tuple(commit for commit in saves.commits if commit.step < step)
-    return replace(saves, attempt=attempt, parts={}, commits=(*kept, resume) if resume else kept, ever_committed=saves.ever_committed or bool(resume))
+    return replace(
+        saves, attempt=attempt, parts={}, commits=(*kept, resume) if resume else kept, ever_committed=saves.ever_committed or bool(resume)
+    )
 
 
 def note(saves: Saves, persisted: Iterable[Persisted]) -> Saves:

@@ -42,13 +42,18 @@ def parse_log_key(key: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def attempt_directory(attempt: int) -> str:
+    """Where all checkpoints of an attempt lie."""
+    return f"{DATA}/a{attempt:06d}"
+
+
 def checkpoint_directory(attempt: int, step: int, nonce: str) -> str:
     """Where an attempt's checkpoint of a step goes: all ranks compute the same name without talking.
 
     `nonce` is random per attempt, so that even two attempts with one number (two histories after a disaster) never share a directory.
     """
     suffix = hashlib.sha256(f"{nonce}-{step}".encode()).hexdigest()[:8]
-    return f"{DATA}/a{attempt:06d}/s{step:09d}-{suffix}"
+    return f"{attempt_directory(attempt)}/s{step:09d}-{suffix}"
 
 
 def parse_checkpoint_directory(directory: str) -> tuple[int, int] | None:
