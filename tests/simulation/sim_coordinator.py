@@ -127,7 +127,9 @@ class Coordinator:
         at = self.world.now
         match request:
             case ev.FindCheckpoint():
-                return ev.Found(at, self._find())
+                rolled_forward = self._roll_forward()
+                found = log.resume_of() if rolled_forward else self._find()
+                return ev.Found(at, found, rolled_forward=rolled_forward, quarantined=frozenset(log.quarantined))
             case ev.LogAttempt():
                 return self._log_attempt(request)
             case ev.LogQuarantine(directory=directory):
@@ -141,6 +143,24 @@ class Coordinator:
                 return ev.Logged(at, record)
             case ev.Commit():
                 return self._commit(request)
+
+    def _roll_forward(self) -> bool:
+        """Commits the newest save of the newest attempt that is whole in storage, as a predecessor would have."""
+        log = self.world.log
+        if log.newest is None or log.end is not None:
+            return False
+        newest_step = log.history[-1].step if log.history else -1
+        whole = [
+            (step, directory)
+            for (attempt, step, directory), ranks in self.world.durable.items()
+            if attempt == log.newest.attempt and step > newest_step and ranks == set(range(log.newest.world_size))
+        ]
+        if not whole:
+            return False
+        step, directory = max(whole)
+        event = ev.Committed(at=self.world.now, attempt=log.newest.attempt, step=step, directory=directory, manifest_sha256="m")
+        log.append(self.run.term, event)
+        return True
 
     def _find(self) -> ev.Checkpoint | None:
         """A cache that lags behind now and then."""
@@ -162,6 +182,8 @@ class Coordinator:
         )
         if log.newest is not None and log.newest.attempt == request.attempt:
             record = log.newest  # asked twice
+        elif request.resume is not None and request.resume.directory in log.quarantined:
+            return ev.AttemptVoid(self.world.now, request.attempt, f"{request.resume.directory} is quarantined")
         else:
             log.append(self.run.term, record)
         return ev.Logged(self.world.now, record)

@@ -56,7 +56,7 @@ class Simulation:
             + [self._kill_agent] * 3
             + [self._cut] * 3
             + [self._isolate, self._kill_coordinator, self._second_coordinator, self._bad_weather] * 2
-            + [self._damage, self._leave, self._drain, self._save, self._freeze_coordinator]
+            + [self._damage, self._quarantine, self._leave, self._drain, self._save, self._freeze_coordinator]
         )
         if faults:
             kinds = [getattr(self, f"_{name}") for name in faults]
@@ -178,6 +178,18 @@ class Simulation:
         if len(good) > 1:
             self.world.tell(f"{good[-1].directory} rots")
             self.world.damaged.add(good[-1].directory)
+            if self.world.rng.random() < 0.4:  # the scrub finds it before anybody needs it
+                self._order(lambda at: ev.Damaged(at, good[-1].directory, "block 3"))
+
+    def _quarantine(self) -> None:
+        """A person forbids the newest checkpoint. The coordinator reads it in the log, sooner or later."""
+        log = self.world.log
+        good = [commit for commit in log.history if commit.directory not in log.quarantined | self.world.damaged]
+        if len(good) > 1 and log.end is None and good[-1] == log.newest_good():
+            self.world.tell(f"a person quarantines {good[-1].directory}")
+            log.append(log.term, ev.QuarantineRecord(good[-1].directory))
+            if self.world.rng.random() < 0.7:
+                self._order(lambda at: ev.Damaged(at, good[-1].directory, "a person said so"))
 
     def _leave(self) -> None:
         """A spot notice."""
