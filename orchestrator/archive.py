@@ -82,10 +82,10 @@ def goodput(lineage: Lineage, steps: Mapping[int, Sequence[dict[str, Any]]], ela
 
 def elapsed_s(lineage: Lineage) -> float:
     """From the first attempt's record to the end of the run, or to now, by the wall clock: for people."""
-    if not lineage.attempts or not lineage.attempts[0].at:
+    if not lineage.began_at:
         return 0.0
     end = datetime.fromisoformat(lineage.outcome.at) if lineage.outcome else datetime.now(UTC)
-    return (end - datetime.fromisoformat(lineage.attempts[0].at)).total_seconds()
+    return (end - datetime.fromisoformat(lineage.began_at)).total_seconds()
 
 
 def final_state(store: Store, commit: Commit) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def result_of(store: Store, lineage: Lineage) -> dict[str, Any]:
         "why": lineage.outcome.why,
         "step": _last_step(lineage, commit, lineage.history(steps)),
         **_digests(final_state(store, commit) if commit else {}),
-        "attempts": len(lineage.attempts),
+        "attempts": lineage.num_attempts,
         "failures": [_failure(event) for event in read_events(store) if event.get("kind") == FAILURE],
         "lost_steps": share["lost_steps"],
         "goodput": share["ratio"],

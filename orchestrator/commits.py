@@ -56,8 +56,7 @@ def complete_newest(store: Store, lineage: Lineage) -> Manifest | None:
     attempt = lineage.newest_attempt()
     if attempt is None:
         return None
-    newest_step = lineage.commits[-1].step if lineage.commits else -1
-    for directory in _whole_directories(store, attempt, newest_step):
+    for directory in _whole_directories(store, attempt, lineage.committed_step):
         try:
             return _put_manifest(store, _read_indexes(store, directory, range(attempt.world_size)))
         except InvalidCheckpoint:

@@ -165,7 +165,7 @@ def newest_checkpoint(log: RunLog) -> ev.Checkpoint | None:
 
 
 def attempt_record(record: Attempt, log: RunLog) -> ev.AttemptRecord:
-    commit = log.lineage.commit_of(record.resume_directory)
+    commit = log.lineage.resumed  # it may have been retired since
     resume = None if commit is None else ev.Checkpoint(step=commit.step, directory=commit.directory, manifest_sha256=commit.manifest_sha256)
     return ev.AttemptRecord(
         attempt=record.attempt,
@@ -194,6 +194,6 @@ def opened_event(log: RunLog) -> ev.Opened:
         last_resume=last.resume,
         last_unconfirmed=last.unconfirmed,
         newest_commit=newest_checkpoint(log),
-        ever_committed=bool(lineage.commits or lineage.abandoned),
+        ever_committed=lineage.ever_committed,
         ended=lineage.outcome is not None,
     )

@@ -131,15 +131,13 @@ def print_events(where: str, *, as_json: bool, follow: bool) -> None:
 
 
 def commits(log: RunLog) -> tuple[Commit, ...]:
-    return (*log.lineage.abandoned, *log.lineage.commits)
+    return log.lineage.live
 
 
 def _state_of(log: RunLog, commit: Commit) -> str:
     lineage = log.lineage
     if commit.directory in lineage.quarantined:
         return "quarantined"
-    if commit.directory in lineage.retired:
-        return "retired"
     return "abandoned" if commit in lineage.abandoned else "committed"
 
 
@@ -159,7 +157,7 @@ def print_checkpoints(root: str, *, as_json: bool) -> None:
 def verify_checkpoints(root: str, *, step: int, as_json: bool) -> int:
     """Exit code: 0 when every byte is right, 3 when a checkpoint is damaged."""
     store, log = visit(root)
-    wanted = [commit for commit in commits(log) if commit.directory not in log.lineage.retired and step in (-1, commit.step)]
+    wanted = [commit for commit in commits(log) if step in (-1, commit.step)]
     if not wanted:
         raise InputError(
             f"{root}: no committed checkpoint" + (f" of step {step}; `keepstep checkpoints list {root}` shows them" if step >= 0 else "")

@@ -1,17 +1,20 @@
 """What the records of the run log mean, folded one by one. Pure.
 
-The history is `Lineage.commits`: a chain, oldest first, in which each commit's attempt resumed from the commit before it (or made it).
+The history is a chain of commits, oldest first, in which each commit's attempt resumed from the commit before it (or made it).
 A new attempt cuts the chain at the commit it resumes from; what came after leaves the history (a rewind, a damaged checkpoint).
 A record that `refusal` objects to is void: it changes nothing, whoever wrote it.
+
+A lineage keeps what is alive: retired checkpoints are forgotten, but for the steps that their attempts computed. So it stays small
+however long the log grows, and a snapshot of it (snapshots.py) is a few kilobytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, assert_never
 
-from .records import Attempt, Commit, Failed, Finished, Opened, Pin, Quarantine, Record, Retire
+from .records import Attempt, Commit, Failed, Finished, Opened, Pin, Quarantine, Record, Retire, Verified
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,46 +38,79 @@ class HistoryStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """The newest step of the history that an attempt committed, whether or not that checkpoint was retired since."""
+
+    attempt: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lineage:
-    """All that the run log says up to some record."""
+    """All that the run log says up to some record. A commit is *live* until it is retired."""
 
     opened: Opened | None = None  # the newest
-    run: str = ""
-    identity: str = ""
-    attempts: tuple[Attempt, ...] = ()
-    commits: tuple[Commit, ...] = ()  # the history, oldest first
-    abandoned: tuple[Commit, ...] = ()  # commits that left the history
-    quarantined: frozenset[str] = frozenset()  # directories
+    attempt: Attempt | None = None  # the newest
+    resumed: Commit | None = None  # what the newest attempt resumed from, even if it was retired since
+    num_attempts: int = 0
+    began_at: str = ""  # `at` of the first attempt
+    commits: tuple[Commit, ...] = ()  # the live ones of the history, oldest first; quarantined ones included
+    abandoned: tuple[Commit, ...] = ()  # live commits that left the history
+    ends: tuple[End, ...] = ()  # one for each attempt of the history that committed, oldest first
+    quarantined: frozenset[str] = frozenset()  # directories of live commits, here and below
     pinned: frozenset[str] = frozenset()
-    retired: frozenset[str] = frozenset()
+    verified: frozenset[str] = frozenset()
+    ever_committed: bool = False
     outcome: Finished | Failed | None = None  # since the newest attempt
 
     @property
     def term(self) -> int:
         return self.opened.term if self.opened else 0
 
+    @property
+    def run(self) -> str:
+        return self.opened.run if self.opened else ""
+
+    @property
+    def identity(self) -> str:
+        return self.opened.identity if self.opened else ""
+
+    @property
+    def live(self) -> tuple[Commit, ...]:
+        """Every checkpoint that exists."""
+        return (*self.abandoned, *self.commits)
+
+    @property
+    def committed_step(self) -> int:
+        """The newest step of the history that was ever committed, -1 before the first: only later steps can be committed."""
+        return self.ends[-1].step if self.ends else -1
+
     def newest_attempt(self) -> Attempt | None:
-        return self.attempts[-1] if self.attempts else None
+        return self.attempt
 
     def newest_committed(self) -> Commit | None:
-        """The checkpoint to resume from: the newest of the history that is neither quarantined nor retired."""
-        return next((commit for commit in reversed(self.commits) if self.is_usable(commit)), None)
+        """The checkpoint to resume from: the newest live one of the history that is not quarantined."""
+        return next((commit for commit in reversed(self.commits) if commit.directory not in self.quarantined), None)
 
     def is_usable(self, commit: Commit) -> bool:
-        return commit.directory not in self.quarantined and commit.directory not in self.retired
+        return commit.directory not in self.quarantined and self.commit_of(commit.directory) is not None
 
     def commit_of(self, directory: str) -> Commit | None:
-        """The commit of a directory, in the history or abandoned."""
+        """The live commit of a directory, in the history or abandoned."""
         return next((commit for commit in (*self.commits, *self.abandoned) if commit.directory == directory), None)
 
     def segments(self) -> tuple[Segment, ...]:
-        """Which attempt computed which steps of the history; the last one, if any, is the running attempt's uncommitted part."""
-        befores = (-1, *(commit.step for commit in self.commits))
+        """Which attempt computed which steps of the history, split at live commits and at changes of the attempt.
+
+        The last one, if there is an attempt, is the running attempt's uncommitted part.
+        """
+        attempt_of = {end.step: end.attempt for end in self.ends} | {commit.step: commit.attempt for commit in self.commits}
+        lasts = sorted(attempt_of)
         committed = tuple(
-            Segment(attempt=commit.attempt, after=before, last=commit.step) for before, commit in zip(befores, self.commits, strict=False)
+            Segment(attempt=attempt_of[last], after=before, last=last) for before, last in zip((-1, *lasts), lasts, strict=False)
         )
-        running = self.newest_attempt()
-        return (*committed, Segment(attempt=running.attempt, after=befores[-1], last=None)) if running else committed
+        running = self.attempt
+        return (*committed, Segment(attempt=running.attempt, after=self.committed_step, last=None)) if running else committed
 
     def history(self, records: Mapping[int, Sequence[Mapping[str, Any]]]) -> tuple[HistoryStep, ...]:
         """The step records that count, in step order.
@@ -92,97 +128,173 @@ def _steps_of(segment: Segment, records: Sequence[Mapping[str, Any]]) -> tuple[H
 
 
 def fold(lineage: Lineage, record: Record) -> Lineage:
-    """The lineage after one more record; unchanged if the record is void."""
-    return lineage if refusal(lineage, record) else _apply(lineage, record)
-
-
-def _apply(lineage: Lineage, record: Record) -> Lineage:
-    match record:
-        case Opened():
-            return replace(lineage, opened=record, run=record.run, identity=record.identity)
-        case Attempt():
-            return _begin_attempt(lineage, record)
-        case Commit():
-            return replace(lineage, commits=(*lineage.commits, record))
-        case Quarantine():
-            return replace(lineage, quarantined=lineage.quarantined | {record.directory})
-        case Pin():
-            pinned = lineage.pinned | {record.directory} if record.pinned else lineage.pinned - {record.directory}
-            return replace(lineage, pinned=pinned)
-        case Retire():
-            return replace(lineage, retired=lineage.retired | set(record.directories))
-        case Finished() | Failed():
-            return replace(lineage, outcome=record)
-        case _:
-            assert_never(record)
-
-
-def _begin_attempt(lineage: Lineage, record: Attempt) -> Lineage:
-    directories = [commit.directory for commit in lineage.commits]
-    kept = directories.index(record.resume_directory) + 1 if record.resume_directory else 0
-    return replace(
-        lineage,
-        attempts=(*lineage.attempts, record),
-        commits=lineage.commits[:kept],
-        abandoned=(*lineage.abandoned, *lineage.commits[kept:]),
-        outcome=None,
-    )
+    """The lineage after one more record; `lineage` itself if the record is void."""
+    folding = Folding(lineage)
+    return lineage if folding.add(record) else folding.lineage()
 
 
 def refusal(lineage: Lineage, record: Record) -> str:
     """Why this record would be void here, as a sentence; "" if it counts."""
-    if isinstance(record, Opened):
-        return _refuse_opened(lineage, record)
-    if record.term != lineage.term:
-        return f"{type(record).__name__.lower()} of term {record.term} while term {lineage.term} is open"
-    match record:
-        case Attempt():
-            return _refuse_attempt(lineage, record)
-        case Commit():
-            return _refuse_commit(lineage, record)
-        case Retire():
-            return _refuse_retire(lineage, record)
-        case Quarantine() | Pin():
-            return "" if lineage.commit_of(record.directory) else f"{record.directory} was never committed"
-        case Finished() | Failed():
-            return ""
-        case _:
-            assert_never(record)
+    return Folding(lineage).refusal(record)
 
 
-def _refuse_opened(lineage: Lineage, record: Opened) -> str:
-    if record.term <= lineage.term:
-        return f"term {record.term} was opened after term {lineage.term}"
-    if lineage.opened and record.identity != lineage.identity:
-        return f"the root holds run {lineage.run!r} with identity {lineage.identity}, not {record.run!r} with {record.identity}"
-    return ""
+class Folding:
+    """A lineage under construction. Each record costs the same, however many came before; `lineage()` costs what is alive."""
 
+    def __init__(self, lineage: Lineage) -> None:
+        self._opened = lineage.opened
+        self._attempt = lineage.attempt
+        self._resumed = lineage.resumed
+        self._num_attempts = lineage.num_attempts
+        self._began_at = lineage.began_at
+        self._commits = {commit.directory: commit for commit in lineage.commits}
+        self._abandoned = {commit.directory: commit for commit in lineage.abandoned}
+        self._ends = {end.attempt: end.step for end in lineage.ends}
+        self._quarantined = set(lineage.quarantined)
+        self._pinned = set(lineage.pinned)
+        self._verified = set(lineage.verified)
+        self._ever_committed = lineage.ever_committed
+        self._outcome = lineage.outcome
 
-def _refuse_attempt(lineage: Lineage, record: Attempt) -> str:
-    newest = lineage.newest_attempt()
-    if newest and record.attempt <= newest.attempt:
-        return f"attempt {record.attempt} came after attempt {newest.attempt}: numbers are never reused"
-    if not record.resume_directory:
-        return "" if record.resume_step == -1 else f"attempt {record.attempt} resumes from step {record.resume_step} without a directory"
-    source = next((commit for commit in lineage.commits if commit.directory == record.resume_directory), None)
-    if source is None or not lineage.is_usable(source):
-        return f"attempt {record.attempt} resumes from {record.resume_directory}, which is not a usable commit of the history"
-    if source.step != record.resume_step:
-        return f"attempt {record.attempt} calls {source.directory} step {record.resume_step}, it was committed as step {source.step}"
-    return ""
+    @property
+    def opened(self) -> Opened | None:
+        return self._opened
 
+    @property
+    def _term(self) -> int:
+        return self._opened.term if self._opened else 0
 
-def _refuse_commit(lineage: Lineage, record: Commit) -> str:
-    newest = lineage.newest_attempt()
-    if newest is None or record.attempt != newest.attempt:
-        return f"commit of attempt {record.attempt} while attempt {newest.attempt if newest else 'none'} runs"
-    if lineage.commits and record.step <= lineage.commits[-1].step:
-        return f"commit of step {record.step} after step {lineage.commits[-1].step}"
-    return ""
+    def lineage(self) -> Lineage:
+        return Lineage(
+            opened=self._opened,
+            attempt=self._attempt,
+            resumed=self._resumed,
+            num_attempts=self._num_attempts,
+            began_at=self._began_at,
+            commits=tuple(self._commits.values()),
+            abandoned=tuple(self._abandoned.values()),
+            ends=tuple(End(attempt=attempt, step=step) for attempt, step in self._ends.items()),
+            quarantined=frozenset(self._quarantined),
+            pinned=frozenset(self._pinned),
+            verified=frozenset(self._verified),
+            ever_committed=self._ever_committed,
+            outcome=self._outcome,
+        )
 
+    def add(self, record: Record) -> str:
+        """Takes one more record; why it is void, "" if it counts."""
+        why = self.refusal(record)
+        if not why:
+            self._apply(record)
+        return why
 
-def _refuse_retire(lineage: Lineage, record: Retire) -> str:
-    left = [commit for commit in lineage.commits if lineage.is_usable(commit) and commit.directory not in record.directories]
-    if lineage.newest_committed() and not left:
-        return "it would retire the last usable checkpoint"
-    return ""
+    def _apply(self, record: Record) -> None:
+        match record:
+            case Opened():
+                self._opened = record
+            case Attempt():
+                self._begin_attempt(record)
+            case Commit():
+                self._commits[record.directory] = record
+                self._ends[record.attempt] = record.step
+                self._ever_committed = True
+            case Quarantine():
+                self._quarantined.add(record.directory)
+            case Pin():
+                (self._pinned.add if record.pinned else self._pinned.discard)(record.directory)
+            case Verified():
+                self._verified.add(record.directory)
+            case Retire():
+                self._retire(record)
+            case Finished() | Failed():
+                self._outcome = record
+            case _:
+                assert_never(record)
+
+    def _begin_attempt(self, record: Attempt) -> None:
+        self._resumed = self._commits.get(record.resume_directory)
+        self._cut(self._resumed)
+        self._attempt = record
+        self._began_at = self._began_at if self._num_attempts else record.at
+        self._num_attempts += 1
+        self._outcome = None
+
+    def _cut(self, source: Commit | None) -> None:
+        """What came after `source` leaves the history; everything, for None."""
+        left = []
+        while self._commits and (newest := next(reversed(self._commits.values()))) is not source:
+            left.append(self._commits.pop(newest.directory))
+        self._abandoned |= {commit.directory: commit for commit in reversed(left)}
+        while self._ends and (source is None or next(reversed(self._ends)) != source.attempt):
+            self._ends.popitem()
+        if source:
+            self._ends[source.attempt] = source.step
+
+    def _retire(self, record: Retire) -> None:
+        for directory in record.directories:
+            self._commits.pop(directory, None)
+            self._abandoned.pop(directory, None)
+        for directories in (self._quarantined, self._pinned, self._verified):
+            directories.difference_update(record.directories)
+
+    def refusal(self, record: Record) -> str:
+        """Why this record would be void here, as a sentence; "" if it counts."""
+        if isinstance(record, Opened):
+            return self._refuse_opened(record)
+        if record.term != self._term:
+            return f"{type(record).__name__.lower()} of term {record.term} while term {self._term} is open"
+        match record:
+            case Attempt():
+                return self._refuse_attempt(record)
+            case Commit():
+                return self._refuse_commit(record)
+            case Retire():
+                return self._refuse_retire(record)
+            case Quarantine() | Pin() | Verified():
+                return "" if self._is_live(record.directory) else f"{record.directory} was never committed, or is retired"
+            case Finished() | Failed():
+                return ""
+            case _:
+                assert_never(record)
+
+    def _is_live(self, directory: str) -> bool:
+        return directory in self._commits or directory in self._abandoned
+
+    def _refuse_opened(self, record: Opened) -> str:
+        opened = self._opened
+        if record.term <= self._term:
+            return f"term {record.term} was opened after term {self._term}"
+        if opened and record.identity != opened.identity:
+            return f"the root holds run {opened.run!r} with identity {opened.identity}, not {record.run!r} with {record.identity}"
+        return ""
+
+    def _refuse_attempt(self, record: Attempt) -> str:
+        newest = self._attempt
+        if newest and record.attempt <= newest.attempt:
+            return f"attempt {record.attempt} came after attempt {newest.attempt}: numbers are never reused"
+        if not record.resume_directory:
+            return (
+                "" if record.resume_step == -1 else f"attempt {record.attempt} resumes from step {record.resume_step} without a directory"
+            )
+        source = self._commits.get(record.resume_directory)
+        if source is None or source.directory in self._quarantined:
+            return f"attempt {record.attempt} resumes from {record.resume_directory}, which is not a usable commit of the history"
+        if source.step != record.resume_step:
+            return f"attempt {record.attempt} calls {source.directory} step {record.resume_step}, it was committed as step {source.step}"
+        return ""
+
+    def _refuse_commit(self, record: Commit) -> str:
+        newest = self._attempt
+        if newest is None or record.attempt != newest.attempt:
+            return f"commit of attempt {record.attempt} while attempt {newest.attempt if newest else 'none'} runs"
+        committed_step = next(reversed(self._ends.values()), -1)
+        if record.step <= committed_step:
+            return f"commit of step {record.step} after step {committed_step}"
+        return f"{record.directory} is committed already" if self._is_live(record.directory) else ""
+
+    def _refuse_retire(self, record: Retire) -> str:
+        going = set(record.directories)
+        if pinned := sorted(going & self._pinned):
+            return f"it would retire {', '.join(pinned)}, which {'is' if len(pinned) == 1 else 'are'} pinned"
+        is_going = [directory in going for directory in self._commits if directory not in self._quarantined]
+        return "it would retire the last usable checkpoint" if is_going and all(is_going) else ""

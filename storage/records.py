@@ -92,6 +92,15 @@ class Retire:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """Every byte of this checkpoint was read back after its commit and found right."""
+
+    term: int
+    directory: str
+    at: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """The run ended well."""
 
@@ -112,10 +121,10 @@ class Failed:
     at: str = ""
 
 
-Record = Opened | Attempt | Commit | Quarantine | Pin | Retire | Finished | Failed
+Record = Opened | Attempt | Commit | Quarantine | Pin | Retire | Verified | Finished | Failed
 
 KINDS: Final[Mapping[str, type[Record]]] = {
-    kind.__name__.lower(): kind for kind in (Opened, Attempt, Commit, Quarantine, Pin, Retire, Finished, Failed)
+    kind.__name__.lower(): kind for kind in (Opened, Attempt, Commit, Quarantine, Pin, Retire, Verified, Finished, Failed)
 }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import reduce
 
 import pytest
 
 from keepstep.storage.layout import checkpoint_directory
-from keepstep.storage.lineage import Lineage, fold, refusal
-from keepstep.storage.records import Attempt, Commit, Failed, Finished, Opened, Pin, Quarantine, Record, Retire
+from keepstep.storage.lineage import Folding, Lineage, Segment, fold, refusal
+from keepstep.storage.records import Attempt, Commit, Failed, Finished, Opened, Pin, Quarantine, Record, Retire, Verified
 from keepstep.storage.retention import choose_retired, garbage
 
 
@@ -21,7 +22,7 @@ def directory(attempt: int, step: int) -> str:
     return checkpoint_directory(attempt, step, f"nonce-{attempt}")
 
 
-def attempt(number: int, resume: tuple[int, int] | None = None, term: int = 1) -> Attempt:
+def attempt(number: int, resume: tuple[int, int] | None = None, term: int = 1, at: str = "") -> Attempt:
     """`resume`: (attempt, step) of the checkpoint."""
     return Attempt(
         term=term,
@@ -31,6 +32,7 @@ def attempt(number: int, resume: tuple[int, int] | None = None, term: int = 1) -
         resume_step=resume[1] if resume else -1,
         resume_directory=directory(*resume) if resume else "",
         nonce=f"nonce-{number}",
+        at=at,
     )
 
 
@@ -40,6 +42,18 @@ def commit(number: int, step: int, term: int = 1) -> Commit:
 
 def quarantine(number: int, step: int) -> Quarantine:
     return Quarantine(term=1, directory=directory(number, step), why="damaged")
+
+
+def retire(*of: tuple[int, int]) -> Retire:
+    return Retire(term=1, directories=tuple(directory(*one) for one in of))
+
+
+def pin(number: int, step: int, *, pinned: bool = True) -> Pin:
+    return Pin(term=1, directory=directory(number, step), pinned=pinned)
+
+
+def verified(number: int, step: int) -> Verified:
+    return Verified(term=1, directory=directory(number, step))
 
 
 def lineage_of(*records: Record) -> Lineage:
@@ -93,14 +107,60 @@ class TestDamage:
         assert lineage.newest_committed() == commit(1, 20)
 
     def test_a_retired_checkpoint_is_not_resumed_from(self) -> None:
-        retire = Retire(term=1, directories=(directory(1, 20),))
-        lineage = lineage_of(opened(), attempt(1), commit(1, 20), commit(1, 40), retire, quarantine(1, 40))
+        lineage = lineage_of(opened(), attempt(1), commit(1, 20), commit(1, 40), retire((1, 20)), quarantine(1, 40))
         assert lineage.newest_committed() is None
+        assert not lineage.is_usable(commit(1, 20))
 
-    def test_retired_steps_stay_in_the_history(self) -> None:
-        retire = Retire(term=1, directories=(directory(1, 1),))
-        lineage = lineage_of(opened(), attempt(1), commit(1, 1), commit(1, 2), retire)
-        assert [step.step for step in lineage.history({1: steps(1, 2)})] == [1, 2]
+
+class TestRetired:
+    LOG = (opened(), attempt(1), *(commit(1, step) for step in (1, 2, 3, 4)))
+
+    def test_their_steps_stay_in_the_history(self) -> None:
+        lineage = lineage_of(*self.LOG, retire((1, 1), (1, 2)))
+        assert [step.step for step in lineage.history({1: steps(1, 2, 3, 4)})] == [1, 2, 3, 4]
+
+    def test_their_segments_are_merged_up_to_the_next_live_commit(self) -> None:
+        committed = lineage_of(*self.LOG, retire((1, 1), (1, 3))).segments()[:-1]
+        assert committed == (Segment(attempt=1, after=-1, last=2), Segment(attempt=1, after=2, last=4))
+
+    def test_a_change_of_the_attempt_stays_a_boundary(self) -> None:
+        lineage = lineage_of(*self.LOG, attempt(2, (1, 2)), commit(2, 5), commit(2, 6), retire((1, 1), (1, 2), (2, 5)))
+        assert lineage.segments() == (
+            Segment(attempt=1, after=-1, last=2),
+            Segment(attempt=2, after=2, last=6),
+            Segment(attempt=2, after=6, last=None),
+        )
+
+    def test_nothing_else_of_them_is_kept(self) -> None:
+        marked = (verified(1, 1), pin(1, 1), pin(1, 1, pinned=False), quarantine(1, 2), pin(1, 3), attempt(2, (1, 3)))
+        lineage = lineage_of(*self.LOG, *marked, retire((1, 1), (1, 2), (1, 4)))
+        assert lineage.live == lineage.commits == (commit(1, 3),)
+        assert (lineage.pinned, lineage.verified, lineage.quarantined) == ({directory(1, 3)}, frozenset(), frozenset())
+        assert lineage.commit_of(directory(1, 1)) is None
+        assert lineage.ever_committed
+
+    def test_a_step_is_not_committed_again_when_its_checkpoint_is_gone(self) -> None:
+        lineage = lineage_of(*self.LOG, quarantine(1, 4), retire((1, 4)))
+        assert lineage.committed_step == 4
+        assert "commit of step 4 after step 4" in refusal(lineage, commit(1, 4))
+
+    def test_what_the_running_attempt_resumed_from_stays_known(self) -> None:
+        lineage = lineage_of(*self.LOG, attempt(2, (1, 2)), commit(2, 5), retire((1, 2)))
+        assert lineage.resumed == commit(1, 2)
+        assert lineage_of(*self.LOG, attempt(2)).resumed is None
+
+
+class TestAttempts:
+    def test_they_are_counted_and_the_first_one_says_when_the_run_began(self) -> None:
+        lineage = lineage_of(opened(), attempt(1, at="first"), attempt(3, at="second"))
+        assert (lineage.num_attempts, lineage.began_at, lineage.newest_attempt()) == (2, "first", attempt(3, at="second"))
+
+
+class TestVerified:
+    def test_it_holds_until_the_checkpoint_is_retired(self) -> None:
+        log = (opened(), attempt(1), commit(1, 20), commit(1, 40), verified(1, 20))
+        assert lineage_of(*log).verified == {directory(1, 20)}
+        assert lineage_of(*log, retire((1, 20))).verified == frozenset()
 
 
 class TestVoidRecords:
@@ -120,7 +180,12 @@ class TestVoidRecords:
             ([opened(), attempt(1), attempt(2)], commit(1, 20), "commit of attempt 1 while attempt 2 runs"),
             ([opened(), attempt(1), commit(1, 20)], commit(1, 20), "commit of step 20 after step 20"),
             ([opened(), attempt(1)], quarantine(1, 20), "never committed"),
-            ([opened(), attempt(1), commit(1, 20)], Retire(term=1, directories=(directory(1, 20),)), "last usable checkpoint"),
+            ([opened(), attempt(1), commit(1, 20), commit(1, 30), retire((1, 20))], quarantine(1, 20), "or is retired"),
+            ([opened(), attempt(1)], pin(1, 20), "never committed"),
+            ([opened(), attempt(1)], verified(1, 20), "never committed"),
+            ([opened(), attempt(1), commit(1, 20)], retire((1, 20)), "last usable checkpoint"),
+            ([opened(), attempt(1), commit(1, 20), commit(1, 30), pin(1, 20)], retire((1, 20)), "which is pinned"),
+            ([opened(), attempt(1), commit(1, 20)], replace(commit(1, 30), directory=directory(1, 20)), "is committed already"),
         ],
     )
     def test_a_void_record_changes_nothing_and_says_why(self, log: list[Record], record: Record, why: str) -> None:
@@ -154,7 +219,8 @@ def random_record(chance: random.Random, lineage: Lineage) -> Record:
             commit(running, step, term),
             Quarantine(term=term, directory=directory(*chance.choice(known)), why="x"),
             Retire(term=term, directories=tuple(directory(*of) for of in known if chance.random() < 0.5)),
-            Pin(term=term, directory=directory(*chance.choice(known)), pinned=chance.random() < 0.7),
+            Pin(term=term, directory=directory(*chance.choice(known)), pinned=chance.random() < 0.3),
+            Verified(term=term, directory=directory(*chance.choice(known))),
             Finished(term=term, step=step, outcome="stopped", why="x"),
         ]
     )
@@ -163,14 +229,15 @@ def random_record(chance: random.Random, lineage: Lineage) -> Record:
 def check(lineage: Lineage) -> None:
     committed = [commit.step for commit in lineage.commits]
     assert committed == sorted(set(committed)), "the history goes forward"
-    numbers = [attempt.attempt for attempt in lineage.attempts]
-    assert numbers == sorted(set(numbers)), "attempts are never reused"
     assert not {c.directory for c in lineage.commits} & {c.directory for c in lineage.abandoned}
-    everything = {number: steps(*range(12)) for number in range(20)}
-    of_history = [step.step for step in lineage.history(everything)]
+    of_history = [step.step for step in lineage.history(EVERYTHING)]
     assert of_history == sorted(set(of_history)), "every step of the history was computed once"
     if newest := lineage.newest_committed():
-        assert newest.directory not in lineage.quarantined | lineage.retired
+        assert newest.directory not in lineage.quarantined
+    assert lineage.quarantined | lineage.pinned | lineage.verified <= {commit.directory for commit in lineage.live}
+
+
+EVERYTHING = {number: steps(*range(12)) for number in range(20)}
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -179,6 +246,28 @@ def test_no_sequence_of_records_breaks_the_history(seed: int) -> None:
     for _ in range(60):
         lineage = fold(lineage, random_record(chance, lineage))
         check(lineage)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_forgetting_what_was_retired_changes_no_history(seed: int) -> None:
+    chance, lineage, complete = random.Random(seed), Lineage(), Lineage()
+    for _ in range(60):
+        record = random_record(chance, lineage)
+        if not refusal(lineage, record) and not isinstance(record, Retire):
+            complete = fold(complete, record)
+        lineage = fold(lineage, record)
+        assert lineage.history(EVERYTHING) == complete.history(EVERYTHING)
+        assert lineage.committed_step == complete.committed_step
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_records_folded_at_once_mean_what_they_mean_one_by_one(seed: int) -> None:
+    chance, lineage, folding = random.Random(seed), Lineage(), Folding(Lineage())
+    for _ in range(60):
+        record = random_record(chance, lineage)
+        assert folding.add(record) == refusal(lineage, record)
+        lineage = fold(lineage, record)
+    assert folding.lineage() == lineage
 
 
 class TestRetention:

@@ -21,6 +21,7 @@ from keepstep.storage.records import (
     Quarantine,
     Record,
     Retire,
+    Verified,
     corrupt_entry,
     decode,
     encode,
@@ -34,6 +35,7 @@ EXAMPLES: tuple[Record, ...] = (
     Quarantine(term=2, directory="data/y", why="block 3"),
     Pin(term=2, directory="data/y", pinned=False),
     Retire(term=2, directories=("data/x", "data/y")),
+    Verified(term=2, directory="data/y", at="2026-11-22T00:00:00Z"),
     Finished(term=2, step=100, outcome="succeeded", why="all steps done"),
     Failed(term=2, why="budget spent", requeue=True),
 )
