@@ -111,23 +111,19 @@ def hash_blocks(data: memoryview, block_bytes: int = BLOCK_BYTES) -> tuple[str, 
     return tuple(hash_block(block) for block in split_blocks(data, block_bytes))
 
 
-def hash_block(block: bytes | memoryview) -> str:
-    return xxhash.xxh3_64_hexdigest(block)
+def hash_block(*pieces: bytes | memoryview) -> str:
+    """xxh3-64 of bytes that follow each other, as 16 hex digits."""
+    if len(pieces) == 1:
+        return xxhash.xxh3_64_hexdigest(pieces[0])
+    state = xxhash.xxh3_64()
+    for piece in pieces:
+        state.update(piece)
+    return state.hexdigest()
 
 
 def split_blocks(data: memoryview, block_bytes: int = BLOCK_BYTES) -> Iterator[memoryview]:
     for start in range(0, data.nbytes, block_bytes):
         yield data[start : start + block_bytes]
-
-
-def verify_blocks(data: memoryview, file: FileEntry) -> str:
-    """Why `data` is not the whole file of this entry, as a sentence; "" if it is."""
-    if data.nbytes != file.num_bytes:
-        return f"has {data.nbytes} bytes, {file.num_bytes} were written"
-    for index, (block, expected) in enumerate(zip(split_blocks(data, file.block_bytes), file.hashes, strict=True)):
-        if hash_block(block) != expected:
-            return f"block {index} (from byte {index * file.block_bytes}) does not have the hash that was written"
-    return ""
 
 
 def merge(indexes: Sequence[RankIndex]) -> Manifest:

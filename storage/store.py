@@ -174,11 +174,19 @@ class Store(ABC):
     def local_path(self, key: str) -> Path | None:
         """Where the object (or, for "", the root) lies on a mounted file system, None on an object store."""
 
-    def read_into(self, key: str, start: int, destination: memoryview) -> int:
-        """Fills `destination` from byte `start` of the object; the number of bytes read, less only where the object ends."""
-        body = self.get_range(key, start, destination.nbytes)
-        destination[: len(body)] = body
-        return len(body)
+    def read_into(self, key: str, start: int, *destinations: memoryview) -> int:
+        """Fills memory, one destination after the other, from byte `start` of the object on.
+
+        Returns:
+            the number of bytes read, less than asked for only where the object ends. Raises NotFound.
+        """
+        body = memoryview(self.get_range(key, start, sum(view.nbytes for view in destinations)))
+        at = 0
+        for view in destinations:
+            part = body[at : at + view.nbytes]
+            view[: part.nbytes] = part
+            at += view.nbytes
+        return body.nbytes
 
     def exists(self, key: str) -> bool:
         try:

@@ -1,24 +1,88 @@
 """Reading checkpoints: every byte is checked against the hash that its commit vouches for before anybody trusts it.
 
 The chain of trust: run log -> SHA-256 of the manifest -> block hashes in it -> bytes, from whichever tier they come.
+
+A block is read once, whatever number of destinations it is cut into, and straight into them: only the gaps between them (headers of
+torch.save's archives, tensors that nobody asked for) go to scratch memory, because the hash needs them too.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-from typing import Final
+import contextlib
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, TypeVar
 
 from .canonical import sha256_hex
-from .errors import DamagedCheckpoint, IncompleteCheckpoint, NotFound
-from .layout import MANIFEST_NAME
-from .manifest import FileEntry, Manifest, hash_block, verify_blocks
+from .errors import DamagedCheckpoint, IncompleteCheckpoint, NotFound, StoreError
+from .layout import MANIFEST_NAME, rank_index_name
+from .manifest import FileEntry, Manifest, hash_block
 from .store import Store
 
 Resident = Callable[[str, str], memoryview | None]  # (directory, file name) -> its bytes in this node's memory
-Progress = Callable[[int, int], None]  # (bytes verified, bytes of the checkpoint)
+Progress = Callable[[int, int], None]  # (bytes verified, bytes of the checkpoint), in the thread that asked
+T = TypeVar("T")
+R = TypeVar("R")
 
-CACHE_BYTES: Final = 32 << 20
+MAX_CUTS: Final = 512  # of a block that is read straight into them; smaller crumbs are cheaper to copy than to address
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`destination.nbytes` bytes from byte `offset` of a file on, and the memory that they go to: contiguous and writable."""
+
+    file: str
+    offset: int
+    destination: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A part of a block: from its byte `skip` on."""
+
+    skip: int
+    destination: memoryview
+
+    @property
+    def end(self) -> int:
+        return self.skip + self.destination.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A block of a file, and who wants which part of it, in order. Nobody: it is only verified."""
+
+    file: FileEntry
+    index: int
+    cuts: Sequence[_Cut] = ()
+
+    @property
+    def start(self) -> int:
+        return self.index * self.file.block_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return min(self.file.block_bytes, self.file.num_bytes - self.start)
+
+    @property
+    def expected(self) -> str:
+        return self.file.hashes[self.index]
+
+    @property
+    def wanted_bytes(self) -> int:
+        return sum(cut.destination.nbytes for cut in self.cuts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """How a block was read: from this node's memory or from the store, and what was odd about it."""
+
+    block: _Block
+    from_memory: bool
+    alarm: str = ""
 
 
 def read_manifest(store: Store, directory: str, manifest_sha256: str) -> Manifest:
@@ -41,47 +105,58 @@ def read_manifest(store: Store, directory: str, manifest_sha256: str) -> Manifes
 
 
 def verify_checkpoint(store: Store, directory: str, manifest_sha256: str, progress: Progress | None = None) -> Manifest:
-    """Reads every byte of a committed checkpoint back from the store.
+    """Reads every byte of a committed checkpoint back from the store: manifest, rank indexes, tensors, everything in it.
+
+    An exception of `progress` ends it early.
 
     Raises:
         DamagedCheckpoint: naming the first file that is not what was written.
         StoreError: the store could not be asked.
     """
     manifest = read_manifest(store, directory, manifest_sha256)
+    _verify_rank_indexes(store, directory, manifest)
+    list(_in_parallel(lambda file: _verify_size(store, directory, file), list(manifest.files.values()), store.parallel_reads))
     done = 0
-    for file in manifest.files.values():
-        _verify_file(store, directory, file)
-        done += file.num_bytes
-        if progress:
-            progress(done, manifest.num_bytes)
+    with contextlib.closing(CheckpointReader(store, directory, manifest).verify_blocks()) as verified:
+        for num_bytes in verified:
+            done += num_bytes
+            if progress:
+                progress(done, manifest.num_bytes)
     return manifest
 
 
-def _verify_file(store: Store, directory: str, file: FileEntry) -> None:
-    key = f"{directory}/{file.name}"
+def _verify_rank_indexes(store: Store, directory: str, manifest: Manifest) -> None:
+    """The manifest holds them all, so nobody reads them again; but what lies in a directory is what was committed, or it is damaged."""
+    names = [rank_index_name(index.rank) for index in manifest.ranks]
+    for name, index, body in zip(names, manifest.ranks, store.get_many([f"{directory}/{name}" for name in names]), strict=True):
+        if isinstance(body, NotFound):
+            raise DamagedCheckpoint(directory, name, "is missing")
+        if isinstance(body, StoreError):
+            raise body
+        if body != index.body():
+            raise DamagedCheckpoint(directory, name, "is not the index that the manifest was made of")
+
+
+def _verify_size(store: Store, directory: str, file: FileEntry) -> None:
     try:
-        size = store.size(key)
+        size = store.size(f"{directory}/{file.name}")
     except NotFound:
         raise DamagedCheckpoint(directory, file.name, "is missing") from None
     if size != file.num_bytes:
         raise DamagedCheckpoint(directory, file.name, f"has {size} bytes, {file.num_bytes} were written")
-    reader = _Blocks(store, directory, file)
-    buffer = memoryview(bytearray(min(file.block_bytes, file.num_bytes)))
-    for index in range(len(file.hashes)):
-        reader.read(index, buffer[: reader.length(index)])
 
 
 class CheckpointReader:
-    """Verified bytes of one checkpoint, from this node's memory where they are still there, else from the store. For one thread.
+    """Verified bytes of one checkpoint, each block from this node's memory where it is still there, else from the store.
+
+    For one thread; the threads that it reads with are its own, `store.parallel_reads` of them, and end with the call.
 
     Attributes:
-        alarms: what did not verify in memory and was read from the store instead, one sentence each.
-        bytes_from_memory, bytes_from_store: how much came from which tier.
+        alarms: what did not verify at once and was read again from the store, one sentence each.
+        bytes_from_memory, bytes_from_store: how much of what was asked for came from which tier.
     """
 
-    def __init__(
-        self, store: Store, directory: str, manifest: Manifest, resident: Resident | None = None, *, cache_bytes: int = CACHE_BYTES
-    ) -> None:
+    def __init__(self, store: Store, directory: str, manifest: Manifest, resident: Resident | None = None) -> None:
         self.manifest = manifest
         self.directory = directory
         self.alarms: list[str] = []
@@ -90,110 +165,149 @@ class CheckpointReader:
         self._store = store
         self._resident = resident
         self._files = manifest.files
-        self._views: dict[str, memoryview | None] = {}
-        self._trusted: set[tuple[str, int]] = set()  # blocks in memory that were verified already
-        self._cache: OrderedDict[tuple[str, int], bytearray] = OrderedDict()  # verified blocks of the store, the last used at the end
-        self._cache_bytes = cache_bytes
+        self._views: dict[str, memoryview | None] = {}  # files in this node's memory
 
     def read_file(self, name: str) -> bytes:
-        """A whole file, for small ones. Raises KeyError for a file that the manifest does not list, DamagedCheckpoint, StoreError."""
+        """A whole file, for small ones. Raises as `read_pieces` does."""
         body = bytearray(self._files[name].num_bytes)
         self.read_into(name, 0, memoryview(body))
         return bytes(body)
 
     def read_into(self, name: str, offset: int, destination: memoryview) -> None:
-        """Fills `destination` (contiguous bytes) from byte `offset` of a file; all blocks it touches are verified.
+        """Fills `destination` from byte `offset` of a file. For many tensors use `read_pieces`. Raises as it does."""
+        self.read_pieces([Piece(name, offset, destination)])
 
-        Whole blocks go straight from the store into the destination and are verified there, so on an error its content is undefined.
-        Raises KeyError, DamagedCheckpoint, StoreError.
+    def read_pieces(self, pieces: Iterable[Piece]) -> None:
+        """Fills all destinations; each block that they touch is read and verified once, several at a time.
+
+        On an error the content of the destinations is undefined.
+
+        Raises:
+            KeyError: the manifest lists no such file.
+            DamagedCheckpoint: a block is damaged in every tier, naming the first one.
+            StoreError: the store could not be asked.
         """
-        file = self._files[name]
-        destination = destination.cast("B") if destination.format != "B" else destination
-        if offset + destination.nbytes > file.num_bytes:
-            raise DamagedCheckpoint(self.directory, name, f"bytes up to {offset + destination.nbytes} are wanted, it has {file.num_bytes}")
-        at = 0
-        while at < destination.nbytes:
-            index, skip = divmod(offset + at, file.block_bytes)
-            length = min(_Blocks(self._store, self.directory, file).length(index) - skip, destination.nbytes - at)
-            self._read_piece(file, index, skip, destination[at : at + length])
-            at += length
+        blocks = self._blocks_of(pieces)
+        for name in dict.fromkeys(block.file.name for block in blocks):
+            self._find_resident(name)
+        for read in self._read(blocks):
+            self._take_note(read)
 
-    def _read_piece(self, file: FileEntry, index: int, skip: int, destination: memoryview) -> None:
-        """Part or all of one block."""
-        if (block := self._block_in_memory(file, index)) is not None:
-            destination[:] = block[skip : skip + destination.nbytes]
-            self.bytes_from_memory += destination.nbytes
-            return
-        blocks = _Blocks(self._store, self.directory, file)
-        self.bytes_from_store += destination.nbytes
-        if destination.nbytes == blocks.length(index) and (file.name, index) not in self._cache:
-            blocks.read(index, destination)
-        else:
-            destination[:] = self._cached(blocks, index)[skip : skip + destination.nbytes]
+    def verify_blocks(self) -> Generator[int]:
+        """Reads every block from the store and gives it to nobody; yields the bytes of each. Raises as `read_pieces` does."""
+        self._views.clear()
+        blocks = [_Block(file, index) for file in self._files.values() for index in range(len(file.hashes))]
+        yield from (read.block.num_bytes for read in self._read(blocks))
 
-    def _block_in_memory(self, file: FileEntry, index: int) -> memoryview | None:
-        if file.name not in self._views:
-            self._views[file.name] = self._find_resident(file)
-        view = self._views[file.name]
-        if view is None:
-            return None
-        block = view[index * file.block_bytes : (index + 1) * file.block_bytes]
-        if (file.name, index) not in self._trusted:
-            if hash_block(block) != file.hashes[index]:
-                self.alarms.append(
-                    f"{self.directory}/{file.name}: block {index} in this node's memory is damaged, read from the store instead"
-                )
-                return None
-            self._trusted.add((file.name, index))
-        return block
+    def _blocks_of(self, pieces: Iterable[Piece]) -> list[_Block]:
+        """What is wanted of which block, in the order of the bytes in the files."""
+        cuts: dict[tuple[str, int], list[_Cut]] = defaultdict(list)
+        for piece in pieces:
+            file, memory = self._files[piece.file], piece.destination
+            if memory.nbytes:
+                memory = memory.cast("B")
+            if (end := piece.offset + memory.nbytes) > file.num_bytes:
+                raise DamagedCheckpoint(self.directory, file.name, f"bytes up to {end} are wanted, it has {file.num_bytes}")
+            at = 0
+            while at < memory.nbytes:
+                index, skip = divmod(piece.offset + at, file.block_bytes)
+                part = memory[at : at + file.block_bytes - skip]
+                cuts[file.name, index].append(_Cut(skip, part))
+                at += part.nbytes
+        return [_Block(self._files[key[0]], key[1], sorted(cuts[key], key=lambda cut: cut.skip)) for key in sorted(cuts)]
 
-    def _find_resident(self, file: FileEntry) -> memoryview | None:
-        view = self._resident(self.directory, file.name) if self._resident else None
-        return view if view is not None and view.nbytes == file.num_bytes else None
+    def _find_resident(self, name: str) -> None:
+        """Asked in the caller's thread: the connection to the persister is for one."""
+        if name not in self._views:
+            view = self._resident(self.directory, name) if self._resident else None
+            self._views[name] = view if view is not None and view.nbytes == self._files[name].num_bytes else None
 
-    def _cached(self, blocks: _Blocks, index: int) -> memoryview:
-        key = (blocks.file.name, index)
-        if key not in self._cache:
-            body = self._recycled(blocks.length(index))
-            blocks.read(index, memoryview(body))
-            self._cache[key] = body
-        self._cache.move_to_end(key)
-        return memoryview(self._cache[key])
+    def _read(self, blocks: Sequence[_Block]) -> Iterator[_Read]:
+        scratch = _Scratch()
+        return _in_parallel(lambda block: self._read_block(block, scratch), blocks, self._store.parallel_reads)
 
-    def _recycled(self, length: int) -> bytearray:
-        """Memory for a block: that of the one that leaves the cache, if it fits (fresh pages cost several times the copy)."""
-        body = bytearray()
-        while self._cache and sum(map(len, self._cache.values())) + length > self._cache_bytes:
-            _, body = self._cache.popitem(last=False)
-        return body if len(body) == length else bytearray(length)
+    def _read_block(self, block: _Block, scratch: _Scratch) -> _Read:
+        """In any thread. Memory first, then the store, and the store once more."""
+        alarm = ""
+        if (file := self._views.get(block.file.name)) is not None:
+            body = file[block.start : block.start + block.num_bytes]
+            if hash_block(body) == block.expected:
+                _copy(body, block.cuts)
+                return _Read(block, from_memory=True)
+            alarm = self._alarm(block, "in this node's memory is damaged, read from the store instead")
+        views = _views(block, memory := scratch.of(block.num_bytes))
+        if self._fetch(block, views):
+            alarm = alarm or self._alarm(block, "came damaged from the store, and was right when it was read again")
+        if views[0] is memory:
+            _copy(memory, block.cuts)
+        return _Read(block, from_memory=False, alarm=alarm)
 
+    def _alarm(self, block: _Block, what: str) -> str:
+        return f"{self.directory}/{block.file.name}: block {block.index} {what}"
 
-class _Blocks:
-    """The blocks of one file on the store."""
+    def _fetch(self, block: _Block, views: Sequence[memoryview]) -> bool:
+        """Reads a block from the store; whether that took a second try. Raises DamagedCheckpoint."""
+        if not self._fetch_once(block, views):
+            return False
+        if why := self._fetch_once(block, views):
+            raise DamagedCheckpoint(self.directory, block.file.name, why)
+        return True
 
-    __slots__ = ("_directory", "_store", "file")
-
-    def __init__(self, store: Store, directory: str, file: FileEntry) -> None:
-        self._store = store
-        self._directory = directory
-        self.file = file
-
-    def length(self, index: int) -> int:
-        return min(self.file.block_bytes, self.file.num_bytes - index * self.file.block_bytes)
-
-    def read(self, index: int, destination: memoryview) -> None:
-        """Raises DamagedCheckpoint."""
-        start = index * self.file.block_bytes
+    def _fetch_once(self, block: _Block, views: Sequence[memoryview]) -> str:
+        """What is wrong with it, as a sentence; "" when it is right."""
         try:
-            count = self._store.read_into(f"{self._directory}/{self.file.name}", start, destination)
+            count = self._store.read_into(f"{self.directory}/{block.file.name}", block.start, *views)
         except NotFound:
-            raise DamagedCheckpoint(self._directory, self.file.name, "is missing") from None
-        if count != destination.nbytes:
-            raise DamagedCheckpoint(self._directory, self.file.name, f"ends at byte {start + count}, {self.file.num_bytes} were written")
-        if hash_block(destination) != self.file.hashes[index]:
-            raise DamagedCheckpoint(
-                self._directory, self.file.name, f"block {index} (from byte {start}) does not have the hash that was written"
-            )
+            return "is missing"
+        if count != block.num_bytes:
+            return f"ends at byte {block.start + count}, {block.file.num_bytes} were written"
+        if hash_block(*views) != block.expected:
+            return f"block {block.index} (from byte {block.start}) does not have the hash that was written"
+        return ""
+
+    def _take_note(self, read: _Read) -> None:
+        if read.alarm:
+            self.alarms.append(read.alarm)
+        if read.from_memory:
+            self.bytes_from_memory += read.block.wanted_bytes
+        else:
+            self.bytes_from_store += read.block.wanted_bytes
 
 
-__all__ = ["CheckpointReader", "Progress", "Resident", "read_manifest", "verify_blocks", "verify_checkpoint"]
+class _Scratch(threading.local):
+    """Each reading thread's own memory for what nobody wants."""
+
+    memory = memoryview(b"")
+
+    def of(self, num_bytes: int) -> memoryview:
+        if self.memory.nbytes < num_bytes:
+            self.memory = memoryview(bytearray(num_bytes))
+        return self.memory[:num_bytes]
+
+
+def _views(block: _Block, scratch: memoryview) -> list[memoryview]:
+    """Memory for the whole block, in order: the destinations and scratch between them, or scratch alone where that does not work."""
+    views, at = list[memoryview](), 0
+    for cut in block.cuts:
+        if cut.skip < at or len(block.cuts) > MAX_CUTS:
+            return [scratch]
+        views += [scratch[at : cut.skip], cut.destination]
+        at = cut.end
+    return [view for view in (*views, scratch[at:]) if view.nbytes]
+
+
+def _copy(body: memoryview, cuts: Iterable[_Cut]) -> None:
+    for cut in cuts:
+        cut.destination[:] = body[cut.skip : cut.end]
+
+
+def _in_parallel(work: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:
+    """The results in order. The first error in that order ends it; what has not begun by then never begins."""
+    if threads <= 1 or len(items) <= 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(min(threads, len(items)), thread_name_prefix="read") as pool:
+        yield from pool.map(work, items)
+
+
+__all__ = ["CheckpointReader", "Piece", "Progress", "Resident", "read_manifest", "verify_checkpoint"]
