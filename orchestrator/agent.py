@@ -52,7 +52,7 @@ class Agent:
         self._client = CoordinatorClient(contact.url, contact.token)
         self._token = contact.token
         self._address = address_towards(contact.url)
-        self._persister = PersisterProcess(scratch.staging_socket, config.run.root, self._changed)
+        self._persister = PersisterProcess(scratch.staging_socket, config.run.root, config.storage.slow_s, self._changed)
         self._ranks = self._incarnate()
         self._news = asyncio.Event()
         self._ordered = asyncio.Event()
@@ -103,7 +103,7 @@ class Agent:
             store=self._ranks.store_address,
             persisted=self._persister.persisted,
             leaving=self._leaving,
-            problem="",
+            storage=self._persister.trouble,
         )
 
     def _changed(self) -> None:

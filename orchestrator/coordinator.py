@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from keepstep.storage.errors import Fenced, StoreError
+from keepstep.storage.records import Quarantine
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 from keepstep.trainer.contract import EXIT_REQUEUE
@@ -29,7 +30,7 @@ from .logbook import Logbook
 from .machine import Run, begin, directive, may_answer, step
 from .policies import policy_of
 from .sections import RunConfig
-from .status import goodput_of, goodput_of_nothing, last_commit, live_status, slowest_step
+from .status import goodput_of, goodput_of_nothing, last_commit, live_age_s, live_status, slowest_step
 from .wire import AgentReport, Directive, digest
 
 T = TypeVar("T")
@@ -119,9 +120,12 @@ class Coordinator:
     async def _read_log_once(self) -> None:
         began = time.monotonic()
         try:
-            await self._in_log_thread(self.log.refresh)
+            news = await self._in_log_thread(self.log.refresh)
         except StoreError:
             return  # cannot observe: the machine sees that no LogRead comes
+        for record in news:
+            if isinstance(record, Quarantine):  # by people: our own do not come as news
+                self._apply(ev.Damaged(time.monotonic(), record.directory, record.why))
         if (newest := self.log.newest_opened()) and newest.term > self.term:
             self._apply(ev.Fenced(time.monotonic(), newest.term, newest.host))
         else:
@@ -253,4 +257,5 @@ class Coordinator:
         if time.monotonic() - self._goodput_at > GOODPUT_PERIOD_S:
             self._goodput_at = time.monotonic()
             self._goodput = await asyncio.to_thread(goodput_of, self.store, self.log.lineage)
-        return {**live_status(self.run, self.config, url=self._url), "last_commit": last_commit(self.log.lineage), "goodput": self._goodput}
+        live = live_status(self.run, self.config, url=self._url)
+        return {**live, "last_commit": last_commit(self.log.lineage, live_age_s(self.run)), "goodput": self._goodput}

@@ -25,6 +25,8 @@ class StatusCollector(Collector):
         yield GaugeMetricFamily("keepstep_term", "Coordinators that have reigned.", value=status["coordinator"]["term"])
         yield GaugeMetricFamily("keepstep_last_commit_step", "Step of the newest committed checkpoint.", value=_commit(status)["step"])
         yield GaugeMetricFamily("keepstep_last_commit_age_seconds", "Since the newest commit.", value=_commit(status)["age_s"])
+        degraded_s = status["degraded"]["since_s"] if status["degraded"] else 0.0
+        yield GaugeMetricFamily("keepstep_degraded_seconds", "How long storage has been in the way; 0: all is well.", value=degraded_s)
         yield CounterMetricFamily("keepstep_lost_steps", "Steps that had to be computed again.", value=status["goodput"]["lost_steps"])
         yield GaugeMetricFamily(
             "keepstep_goodput_ratio", "Seconds of the steps that count / seconds since the first attempt.", value=status["goodput"]["ratio"]

@@ -194,7 +194,7 @@ class NodeRanks:
 
 
 class RankLogs:
-    """Where ranks print to: the root itself where it is a local directory; else scratch, shipped to the root now and then."""
+    """Where ranks print to: the root itself where it is a local directory that takes files; else scratch, shipped now and then."""
 
     def __init__(self, store: Store, scratch: Path) -> None:
         self._store = store
@@ -203,9 +203,10 @@ class RankLogs:
 
     def path(self, key: str) -> Path:
         local = self._store.local_path(key)
-        if local is None:
-            self._shipped.setdefault(key, 0)
-        path = local or self._scratch / key
+        if local is not None and _can_write_to(local):
+            return local
+        self._shipped.setdefault(key, 0)
+        path = self._scratch / key
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -219,6 +220,16 @@ class RankLogs:
             except StoreError:
                 return  # hurts only who reads logs; the next round tries again
             self._shipped[key] = len(body)
+
+
+def _can_write_to(path: Path) -> bool:
+    """Creates the file. A full or read-only disk must not keep ranks from training."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:
+        return False
+    return True
 
 
 def _first_step(launch: Launch) -> int:

@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .processes import ENV_PARENT, python_command
 from .wire import Directive, Persisted
@@ -16,19 +18,34 @@ from .wire import Directive, Persisted
 class PersisterProcess:
     """`python -m keepstep.storage.persister` as a child of the agent. It outlives the ranks; it does not outlive the agent."""
 
-    def __init__(self, socket_path: Path, root: str, on_change: Callable[[], None]) -> None:
+    def __init__(self, socket_path: Path, root: str, slow_s: float, on_change: Callable[[], None]) -> None:
         self.socket_path = socket_path
+        self._slow_s = slow_s
         self._command = python_command("keepstep.storage.persister", "--socket", str(socket_path), "--root", root)
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
         self._persisted: dict[tuple[int, int, int], Persisted] = {}
+        self._begun_at: dict[int, tuple[int, float]] = {}  # rank -> step on its way to storage, and since when
+        self._problems: dict[int, str] = {}  # rank -> why its newest save failed
+        self._attempt = 0  # that the two are about
         self.is_up = False
-        self.problem = ""  # why the last save of a rank could not be made durable; empty after one that could
 
     @property
     def persisted(self) -> tuple[Persisted, ...]:
         """What is durable and, as far as we know, not committed yet."""
         return tuple(self._persisted[key] for key in sorted(self._persisted))
+
+    @property
+    def trouble(self) -> str:
+        """Why checkpoints of this node do not reach storage, as a sentence; "" when they do."""
+        if self._problems:
+            return self._problems[min(self._problems)]
+        oldest = min(self._begun_at, key=lambda rank: self._begun_at[rank][1], default=None)
+        if oldest is None:
+            return ""
+        step, begun_at = self._begun_at[oldest]
+        late_s = time.monotonic() - begun_at
+        return f"step {step} of rank {oldest} has been on its way to storage for over {self._slow_s:g} s" if late_s > self._slow_s else ""
 
     async def start(self) -> None:
         """Main thread only (the child dies with the thread that started it)."""
@@ -44,7 +61,7 @@ class PersisterProcess:
         assert self._process
         assert self._process.stdout
         while line := await self._process.stdout.readline():
-            self._take(json.loads(line))
+            self.hear(json.loads(line))
         self.is_up = False
         code = await self._process.wait()
         return f"the persister (pid {self._process.pid}) ended with code {code}"
@@ -72,20 +89,36 @@ class PersisterProcess:
         line = await self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the persister did not start: code {await self._process.wait()}, see its message above")
-        self._take(json.loads(line))
+        self.hear(json.loads(line))
 
-    def _take(self, message: dict[str, object]) -> None:
-        match message.pop("kind", ""):
-            case "ready":
-                self.is_up = True
+    def hear(self, message: dict[str, Any]) -> None:
+        """One line of the persister."""
+        kind = message.pop("kind")
+        if kind == "ready":
+            self.is_up = True
+        else:
+            self._take_news(kind, message)
+        self._on_change()
+
+    def _take_news(self, kind: str, message: dict[str, Any]) -> None:
+        """Ranks move to other nodes with the attempt, and their troubles with them."""
+        if message["attempt"] > self._attempt:
+            self._attempt = message["attempt"]
+            self._problems.clear()
+            self._begun_at.clear()
+        rank = message["rank"]
+        match kind:
+            case "begun":
+                self._begun_at[rank] = (message["step"], time.monotonic())
             case "persisted":
                 done = Persisted.model_validate(message)
                 self._persisted[done.attempt, done.step, done.rank] = done
-                self.problem = ""
+                self._begun_at.pop(rank, None)
+                self._problems.pop(rank, None)
             case "failed":
-                self.problem = f"step {message['step']} of rank {message['rank']} could not be saved: {message['why']}"
-                print(self.problem, file=sys.stderr, flush=True)  # noqa: T201  (the agent's log)
-        self._on_change()
+                self._begun_at.pop(rank, None)
+                self._problems[rank] = message["why"]
+                print(message["why"], file=sys.stderr, flush=True)  # noqa: T201  (the agent's log)
 
 
 def _is_settled(key: tuple[int, int, int], directive: Directive) -> bool:

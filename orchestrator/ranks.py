@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
+import io
 import json
 import logging
 import multiprocessing
@@ -241,7 +242,22 @@ def _redirect_output(path: str) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = _lossy(1), _lossy(2)
+
+
+class _LossyFile(io.FileIO):
+    """Where the disk is full, what a rank prints is lost, and the rank lives on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _lossy(descriptor: int) -> io.TextIOWrapper:
+    raw = _LossyFile(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def _run_guarded(group: GroupSpec, error_path: Path) -> int:

@@ -59,6 +59,8 @@ class StorageSection(Section):
     """File with the certificates to trust, for a server with a private one."""
     timeout_s: float = Field(60, gt=0)
     """Deadline of one call to the store, its retries included."""
+    slow_s: float = Field(120, gt=0)
+    """A checkpoint that has been on its way to the store for so long makes the run DEGRADED: something is wrong, training goes on."""
 
 
 class RunConfig(TrainerConfig):

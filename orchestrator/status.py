@@ -36,8 +36,14 @@ def live_status(run: Run, config: RunConfig, *, url: str) -> dict[str, Any]:
         "steps": config.run.steps,
         "world_size": record.world_size if record else 0,
         "coordinator": {"pid": os.getpid(), "url": url, "term": run.term},
+        "degraded": {"why": run.degraded.why, "since_s": round(run.now - run.degraded.since, 1)} if run.degraded else None,
         "nodes": nodes,
     }
+
+
+def live_age_s(run: Run) -> float | None:
+    """Seconds since the newest commit by the coordinator's own clock; None for one of an earlier term."""
+    return None if run.committed_at is None else run.now - run.committed_at
 
 
 def slowest_step(run: Run) -> int:
@@ -82,11 +88,13 @@ def goodput_of_nothing() -> dict[str, Any]:
     return goodput(Lineage(), {}, 0.0)
 
 
-def last_commit(lineage: Lineage) -> dict[str, Any] | None:
+def last_commit(lineage: Lineage, age_s: float | None = None) -> dict[str, Any] | None:
+    """`age_s`: where the caller knows it; otherwise by the wall clocks of two machines, for want of something better."""
     commit = lineage.newest_committed()
     if commit is None:
         return None
-    age_s = (datetime.now(UTC) - datetime.fromisoformat(commit.at)).total_seconds()
+    if age_s is None:
+        age_s = (datetime.now(UTC) - datetime.fromisoformat(commit.at)).total_seconds()
     return {"step": commit.step, "attempt": commit.attempt, "age_s": round(max(0.0, age_s), 1), "tier": "root"}
 
 
@@ -105,6 +113,7 @@ def status_without_coordinator(store: Store, log: RunLog) -> dict[str, Any]:
         "steps": config.run.steps,
         "world_size": newest.world_size if newest else 0,
         "coordinator": {"pid": opened.pid, "url": opened.url, "term": opened.term},
+        "degraded": None,
         "nodes": [],
         "last_commit": last_commit(lineage),
         "goodput": goodput_of(store, lineage),

@@ -92,6 +92,8 @@ def print_status(where: str, *, as_json: bool) -> None:
     console = _console()
     console.print(f"{status['run']}: {status['phase']}: {status['why']}", markup=False)
     console.print(f"attempt {status['attempt']}, step {status['step']}/{status['steps']}, {status['world_size']} ranks", markup=False)
+    if trouble := status["degraded"]:
+        console.print(f"DEGRADED for {trouble['since_s']:.0f} s: {trouble['why']}", markup=False)
     commit, share = status["last_commit"], status["goodput"]
     console.print(f"last commit: step {commit['step']}, {commit['age_s']:.0f} s ago" if commit else "no commit yet")
     console.print(f"goodput {100 * share['ratio']:.1f} %, steps computed again {share['lost_steps']}")

@@ -115,11 +115,21 @@ class Staging:
         return Buffer(view=view[:num_bytes], fresh=answer["fresh"])
 
     def submit(
-        self, *, directory: str, step: int, files: Sequence[StagedFile], tensors: Sequence[TensorEntry], state: Mapping[str, Any]
+        self,
+        *,
+        directory: str,
+        step: int,
+        files: Sequence[StagedFile],
+        tensors: Sequence[TensorEntry],
+        state: Mapping[str, Any],
+        patience_s: float = 0.0,
     ) -> None:
         """Hands the buffer over: its bytes must not be touched until `buffer` gives it out again.
 
-        `tensors` is sent once as long as the same tuple comes again: for thousands of tensors that is the larger part of the message.
+        Args:
+            tensors: sent once as long as the same tuple comes again: for thousands of tensors that is the larger part of the message.
+            patience_s: how long the persister tries again where storage is in the way, for a checkpoint that has no successor. Without
+                it one failure gives the buffer back: a later step is worth more than this one.
         """
         assert self._filling is not None, "submit without a buffer"
         filling, self._filling = self._filling, None
@@ -133,6 +143,7 @@ class Staging:
             "files": [asdict(file) for file in files],
             "tensors": None if tensors is self._sent_tensors else [tensor_fields(tensor) for tensor in tensors],
             "state": dict(state),
+            "patience_s": patience_s,
         }
         self._is_busy = self._send(message)
         self._sent_tensors = tensors

@@ -4,8 +4,8 @@
 
 It owns the shared memory, so a rank that is killed after `submit` loses nothing. Files and their hashes are made in one pass; then the
 step lines (rank 0), then the rank index, whose existence says "all of this rank is durable". Standard output speaks to the agent, one
-JSON object a line: {"kind": "ready", ...}, {"kind": "persisted", ...}, {"kind": "failed", ...}. When standard input ends, what is in
-flight gets a short grace; when the agent is killed, the kernel kills this process.
+JSON object a line: {"kind": "ready" | "begun" | "persisted" | "failed", ...}. When standard input ends, what is in flight gets a short
+grace; when the agent is killed, the kernel kills this process.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .canonical import canonical_json, sha256_hex
 from .errors import StorageError, StoreError
 from .frames import Disconnected, FrameSocket, Message
 from .manifest import TensorEntry, parse_tensor
+from .retry import RetryPolicy
 from .steplines import StepLines
 from .store import StorageOptions, Store
 from .submission import Submission, persist
@@ -187,7 +188,7 @@ class Persister:
                 slot = self.slots[session.rank]
                 given = None if slot.is_busy else slot.hand_out(message["bytes"], message["template"])
         except OSError as error:
-            session.frames.send({"kind": "error", "why": f"no memory for {message['bytes']} bytes of staging: {error}"})
+            self._refuse_memory(session, f"no memory for {message['bytes']} bytes of staging: {error}")
             return
         if given is None:
             session.frames.send({"kind": "later"})
@@ -200,11 +201,16 @@ class Persister:
             with self._lock:
                 buffers = self.slots[session.rank].reserve(message["bytes"])
         except OSError as error:
-            session.frames.send({"kind": "error", "why": f"no memory for two buffers of {message['bytes']} bytes: {error}"})
+            self._refuse_memory(session, f"no memory for two buffers of {message['bytes']} bytes: {error}")
             return
         for buffer, replaced in buffers:
             _send_buffer(session, message, buffer, replaced, is_fresh=True)
         session.frames.send({"kind": "reserved"})
+
+    def _refuse_memory(self, session: Session, why: str) -> None:
+        """Training goes on without checkpoints: the agent must know, too."""
+        session.frames.send({"kind": "error", "why": why})
+        self.emit({"kind": "failed", "attempt": session.attempt, "rank": session.rank, "why": f"rank {session.rank} cannot stage: {why}"})
 
     def _show_resident(self, session: Session, message: Message) -> None:
         with self._lock:
@@ -237,10 +243,11 @@ class Persister:
         )
         with self._settled:
             self._in_flight += 1
-        threading.Thread(target=self._work, args=(slot, buffer, submission), name=f"write-{session.rank}", daemon=True).start()
+        work = (slot, buffer, submission, message["patience_s"])
+        threading.Thread(target=self._work, args=work, name=f"write-{session.rank}", daemon=True).start()
 
-    def _work(self, slot: Slot, buffer: SharedBuffer, submission: Submission) -> None:
-        why = self._persist_and_report(submission)
+    def _work(self, slot: Slot, buffer: SharedBuffer, submission: Submission, patience_s: float) -> None:
+        why = self._persist_and_report(submission, patience_s)
         with self._lock:
             slot.settled(buffer, is_durable=not why)
             if not why:
@@ -252,24 +259,35 @@ class Persister:
             self._in_flight -= 1
             self._settled.notify_all()
 
-    def _persist_and_report(self, submission: Submission) -> str:
-        """Why it did not become durable, "" if it did; the agent hears of it either way."""
+    def _persist_and_report(self, submission: Submission, patience_s: float) -> str:
+        """Why it did not become durable, "" if it did; the agent hears of every try."""
         of = {"attempt": submission.attempt, "step": submission.step, "rank": submission.rank}
+        self.emit({"kind": "begun", **of})
+        what = f"make step {submission.step} of rank {submission.rank} durable"
+        try:
+            RetryPolicy(deadline_s=patience_s).call(
+                lambda: self._persist_once(submission, of),
+                is_transient=lambda error: patience_s > 0 and isinstance(error, StoreError),
+                what=what,
+            )
+        except StorageError as error:
+            return str(error)
+        except Exception as error:
+            log.exception("cannot %s", what)
+            self.emit({"kind": "failed", **of, "why": f"cannot {what}: {type(error).__name__}: {error}"})
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def _persist_once(self, submission: Submission, of: Mapping[str, Any]) -> None:
         flush = self._steps_of(submission.attempt).flush
         try:
             index = persist(self.store, submission, (lambda: flush(sync=True)) if submission.rank == 0 else lambda: None)
         except StorageError as error:
             log.warning("step %d of rank %d is not durable: %s", submission.step, submission.rank, error)
-            why = str(error)
-        except Exception as error:
-            log.exception("step %d of rank %d is not durable", submission.step, submission.rank)
-            why = f"{type(error).__name__}: {error}"
-        else:
-            durable = {"directory": index.directory, "index_sha256": sha256_hex(index.body()), "num_bytes": index.num_bytes}
-            self.emit({"kind": "persisted", **of, **durable})
-            return ""
-        self.emit({"kind": "failed", **of, "why": why})
-        return why
+            self.emit({"kind": "failed", **of, "why": f"step {submission.step} of rank {submission.rank} is not durable: {error}"})
+            raise
+        durable = {"directory": index.directory, "index_sha256": sha256_hex(index.body()), "num_bytes": index.num_bytes}
+        self.emit({"kind": "persisted", **of, **durable})
 
     def _forget_slots_before(self, attempt: int) -> None:
         """Rank numbers that moved to another node would keep their memory for ever: a durable checkpoint of a newer attempt frees it."""

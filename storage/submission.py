@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .arena import StagedFile
-from .errors import StoreError
+from .errors import StorageError
 from .faults import fault_point
 from .layout import rank_index_name
 from .manifest import BLOCK_BYTES, FileEntry, RankIndex, TensorEntry, hash_block, split_blocks
@@ -34,6 +34,7 @@ def persist(store: Store, submission: Submission, flush_steps: Callable[[], None
 
     Raises:
         StoreError: it is not durable; a later try may be.
+        StorageError: another save of this step took the names; no try will help.
     """
     facts = {"rank": submission.rank, "step": submission.step, "attempt": submission.attempt}
     fault_point("persister.shards.before", **facts)
@@ -43,7 +44,7 @@ def persist(store: Store, submission: Submission, flush_steps: Callable[[], None
     index = _index(submission, files)
     key = f"{submission.directory}/{rank_index_name(submission.rank)}"
     if not store.put_new(key, index.body()):
-        raise StoreError(f"{key} exists with other content: step {submission.step} of attempt {submission.attempt} was saved twice")
+        raise StorageError(f"{key} exists with other content: step {submission.step} of attempt {submission.attempt} was saved twice")
     fault_point("persister.index.after", **facts)
     return index
 

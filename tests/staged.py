@@ -37,7 +37,9 @@ def tensors_of(num_bytes: int) -> tuple[TensorEntry, ...]:
     )
 
 
-def stage(staging: Staging, step: int, *, attempt: int = 1, num_bytes: int = NUM_BYTES, template: str = "layout") -> bool:
+def stage(
+    staging: Staging, step: int, *, attempt: int = 1, num_bytes: int = NUM_BYTES, template: str = "layout", patience_s: float = 0.0
+) -> bool:
     """Fills a buffer and submits it; the buffer's freshness. Two files: a shard and something small behind it."""
     buffer = staging.buffer(num_bytes + 100, template)
     assert buffer is not None, staging.last_error
@@ -47,7 +49,14 @@ def stage(staging: Staging, step: int, *, attempt: int = 1, num_bytes: int = NUM
         StagedFile(name="__0_0.distcp", offset=0, num_bytes=num_bytes),
         StagedFile(name=".metadata", offset=num_bytes, num_bytes=100),
     ]
-    staging.submit(directory=directory_of(step, attempt), step=step, files=files, tensors=tensors_of(num_bytes), state={"rng": step})
+    staging.submit(
+        directory=directory_of(step, attempt),
+        step=step,
+        files=files,
+        tensors=tensors_of(num_bytes),
+        state={"rng": step},
+        patience_s=patience_s,
+    )
     return buffer.fresh
 
 

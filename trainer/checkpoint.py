@@ -32,6 +32,7 @@ from .state import NestedTensors, flatten
 from .template import Template, lay_out
 
 _PERSIST_DEADLINE_S: Final = 600.0
+_FINAL_PATIENCE_S: Final = 600.0
 
 
 class StagingArea(Protocol):
@@ -44,7 +45,14 @@ class StagingArea(Protocol):
     def reserve(self, num_bytes: int) -> None: ...
     def buffer(self, num_bytes: int, template: str = "") -> Buffer | None: ...
     def submit(
-        self, *, directory: str, step: int, files: Sequence[StagedFile], tensors: Sequence[TensorEntry], state: Mapping[str, Any]
+        self,
+        *,
+        directory: str,
+        step: int,
+        files: Sequence[StagedFile],
+        tensors: Sequence[TensorEntry],
+        state: Mapping[str, Any],
+        patience_s: float,
     ) -> None: ...
     def wait_idle(self, deadline_s: float) -> bool: ...
 
@@ -110,8 +118,10 @@ class Checkpointer:
         if self._staging is not None and self._layout is None:
             self._staging.reserve(self._laid_out(tensors).num_bytes)
 
-    def save(self, step: int, tensors: NestedTensors, state: Mapping[str, Any]) -> bool:
+    def save(self, step: int, tensors: NestedTensors, state: Mapping[str, Any], *, patience_s: float = 0.0) -> bool:
         """Copies everything into shared memory. Collective when nothing is planned yet or shapes have changed.
+
+        `patience_s`: how long the persister tries again where storage is in the way.
 
         Returns whether this rank's part was staged; if not, there is no memory for it or no persister (detached: never one), and no
         checkpoint comes about.
@@ -125,20 +135,24 @@ class Checkpointer:
         if buffer is not None:
             _fill(buffer, layout, flatten(tensors))
             directory = checkpoint_directory(self._attempt, step, self._nonce)
-            self._staging.submit(directory=directory, step=step, files=layout.files, tensors=layout.tensors, state=state)
+            self._staging.submit(
+                directory=directory, step=step, files=layout.files, tensors=layout.tensors, state=state, patience_s=patience_s
+            )
         fault_point("rank.stage.after", rank=self._rank, step=step)
         self.stall_s = time.monotonic() - started
         return buffer is not None
 
     def save_and_wait(self, step: int, tensors: NestedTensors, state: Mapping[str, Any], alive: Callable[[], None]) -> None:
-        """The final save: waits for the one before it, stages, and returns when this rank's part is durable. Raises NotPersisted.
+        """The final save: waits for the one before it, stages, and returns when this rank's part is durable.
+
+        A store that is in the way gets `_FINAL_PATIENCE_S` to come back. Raises NotPersisted.
 
         Args:
             alive: called while waiting, at least once a second.
         """
         assert self._staging is not None
         self._wait_idle(alive)
-        if not self.save(step, tensors, state):
+        if not self.save(step, tensors, state, patience_s=_FINAL_PATIENCE_S):
             raise NotPersisted(f"step {step} could not be staged: {self._staging.last_error or 'no buffer'}")
         self._wait_idle(alive)
         if self._staging.last_error:
@@ -146,7 +160,7 @@ class Checkpointer:
 
     def _wait_idle(self, alive: Callable[[], None]) -> None:
         assert self._staging is not None
-        until = time.monotonic() + _PERSIST_DEADLINE_S
+        until = time.monotonic() + _FINAL_PATIENCE_S + _PERSIST_DEADLINE_S
         while self._staging.busy and time.monotonic() < until:
             self._staging.wait_idle(1.0)
             alive()

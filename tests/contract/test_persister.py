@@ -51,7 +51,7 @@ class PersisterProcess:
             self._received += data
         line, _, self._received = self._received.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
-        return message
+        return message if message["kind"] != "begun" else self.line()
 
     def connect(self, attempt: int = 1) -> Staging:
         return Staging.connect(self.socket, attempt=attempt, rank=0, world_size=2)

@@ -43,12 +43,16 @@ class Node:
 
     def __init__(self, folder: Path) -> None:
         self.store = GatedStore()
-        self.lines: list[Mapping[str, Any]] = []
-        self.persister = Persister(store=self.store, emit=self.lines.append)
+        self.lines: list[Mapping[str, Any]] = []  # without "begun"
+        self.persister = Persister(store=self.store, emit=self._note)
         self.path = folder / "socket"
         self._listener = listen(self.path)
         self._stagings: list[Staging] = []
         threading.Thread(target=self.persister.accept, args=(self._listener,), daemon=True).start()
+
+    def _note(self, line: Mapping[str, Any]) -> None:
+        if line["kind"] != "begun":
+            self.lines.append(line)
 
     def connect(self, *, attempt: int = 1, rank: int = 0) -> Staging:
         staging = Staging.connect(self.path, attempt=attempt, rank=rank, world_size=2)
@@ -141,12 +145,38 @@ class TestTrouble:
         stage(staging, 20)
         assert not staging.wait_idle(DEADLINE_S)
         assert (staging.busy, staging.last_error) == (False, "cannot write x: no space")
-        assert node.lines == [{"kind": "failed", "attempt": 1, "step": 20, "rank": 0, "why": "cannot write x: no space"}]
+        why = "step 20 of rank 0 is not durable: cannot write x: no space"
+        assert node.lines == [{"kind": "failed", "attempt": 1, "step": 20, "rank": 0, "why": why}]
         assert staging.resident(directory_of(20), "__0_0.distcp") is None
         node.store.error = None
         stage(staging, 40)
         assert staging.wait_idle(DEADLINE_S)
         assert staging.last_error == ""
+
+    def test_a_checkpoint_without_a_successor_waits_for_the_store(self, node: Node) -> None:
+        staging = node.connect()
+        node.store.error = StoreFull("cannot write x: no space")
+        stage(staging, 20, patience_s=DEADLINE_S)
+        assert eventually(lambda: len(node.lines) > 1)
+        assert staging.busy
+        node.store.error = None
+        assert staging.wait_idle(DEADLINE_S)
+        assert [line["kind"] for line in node.lines[-2:]] == ["failed", "persisted"]
+
+    def test_patience_does_not_help_a_step_that_was_saved_with_other_bytes(self, node: Node) -> None:
+        staging = node.connect()
+        node.store.put(f"{directory_of(20)}/rank-00000.json", b"{}")
+        stage(staging, 20, patience_s=DEADLINE_S)
+        assert not staging.wait_idle(DEADLINE_S)
+        assert "exists with other content" in staging.last_error
+        assert len(node.lines) == 1
+
+    def test_memory_that_is_not_there_is_said_to_the_agent_too(self, node: Node) -> None:
+        staging = node.connect()
+        staging.reserve(1 << 50)
+        assert "no memory" in staging.last_error
+        assert [line["kind"] for line in node.lines] == ["failed"]
+        assert "rank 0 cannot stage: no memory for two buffers" in node.lines[0]["why"]
 
     def test_a_persister_that_is_gone_is_said_and_raises_nothing(self, node: Node) -> None:
         staging = node.connect()

@@ -46,7 +46,14 @@ class FolderStaging:
         return Buffer(view=memoryview(self.memory), fresh=fresh)
 
     def submit(
-        self, *, directory: str, step: int, files: Sequence[StagedFile], tensors: Sequence[TensorEntry], state: Mapping[str, Any]
+        self,
+        *,
+        directory: str,
+        step: int,
+        files: Sequence[StagedFile],
+        tensors: Sequence[TensorEntry],
+        state: Mapping[str, Any],
+        patience_s: float,
     ) -> None:
         folder = self.root / directory
         folder.mkdir(parents=True, exist_ok=True)
