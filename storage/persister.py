@@ -209,8 +209,8 @@ class Persister:
 
     def _refuse_memory(self, session: Session, why: str) -> None:
         """Training goes on without checkpoints: the agent must know, too."""
-        session.frames.send({"kind": "error", "why": why})
         self.emit({"kind": "failed", "attempt": session.attempt, "rank": session.rank, "why": f"rank {session.rank} cannot stage: {why}"})
+        session.frames.send({"kind": "error", "why": why})
 
     def _show_resident(self, session: Session, message: Message) -> None:
         with self._lock:
