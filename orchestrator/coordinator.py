@@ -26,6 +26,7 @@ from .archive import EventFile, write_result
 from .client import LONG_POLL_S
 from .commits import InvalidCheckpoint, write_manifest
 from .endings import exit_code_of
+from .janitor import Hooks, Janitor
 from .logbook import Logbook
 from .machine import Run, begin, directive, may_answer, step
 from .policies import policy_of
@@ -63,6 +64,7 @@ class Coordinator:
         self.store = store
         self.run: Run = begin(policy_of(config))
         self._logbook = Logbook(log, self.term)
+        self._janitor = Janitor(store, log, config.checkpoint, self._hooks())
         self._events = EventFile(store, config.run.name)
         self._tell = tell
         self._told_step = -1
@@ -80,6 +82,7 @@ class Coordinator:
     async def reign(self, opened: ev.Opened) -> End:
         """From our `opened` record to the end. The server must be listening already: its URL stands in that record."""
         self._apply(opened)
+        self._janitor.start()
         periodic = [asyncio.create_task(self._tick()), asyncio.create_task(self._read_log())]
         for task in periodic:
             task.add_done_callback(self._on_loop_end)
@@ -91,13 +94,18 @@ class Coordinator:
             for task in (*periodic, *self._tasks):
                 task.cancel()
             await asyncio.gather(*periodic, *self._tasks, return_exceptions=True)
+            self._janitor.stop()
             self._event_thread.submit(self._events.flush)
             self._log_thread.shutdown()
             self._event_thread.shutdown()
 
     def _on_loop_end(self, task: asyncio.Task[None]) -> None:
         """A loop that breaks is our bug: the reign ends with it, instead of standing still."""
-        if not task.cancelled() and (error := task.exception()) and not self._ended.done():
+        if not task.cancelled() and (error := task.exception()):
+            self._break(error)
+
+    def _break(self, error: BaseException) -> None:
+        if not self._ended.done():
             self._ended.set_exception(error)
 
     async def _tick(self) -> None:
@@ -183,11 +191,8 @@ class Coordinator:
     async def _commit(self, request: ev.Commit) -> ev.Event:
         manifest_sha256 = await asyncio.to_thread(write_manifest, self.store, request)
         answer = await self._in_log_thread(self._logbook.commit, request, manifest_sha256)
-        self._in_background(self._retire)
+        self._janitor.nudge()
         return answer
-
-    def _retire(self) -> None:
-        self._logbook.retire(self.store, keep=self.config.checkpoint.keep)
 
     async def _end(self, request: ev.LogEnd) -> None:
         await self._in_log_thread(write_result, self.store, self.log.lineage)
@@ -207,8 +212,23 @@ class Coordinator:
         self._tell(told)
         self._event_thread.submit(self._events.append, told)
 
-    def _in_background(self, work: Callable[[], None]) -> None:
-        asyncio.get_running_loop().run_in_executor(self._log_thread, work)
+    def _hooks(self) -> Hooks:
+        """From the janitor's thread onto the loop."""
+        loop = asyncio.get_running_loop()
+
+        def apply(work: Callable[[], None]) -> None:
+            if not self._janitor.is_stopping:
+                work()
+
+        def hear(work: Callable[[], None]) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(apply, work)
+
+        return Hooks(
+            damaged=lambda directory, why: hear(lambda: self._apply(ev.Damaged(time.monotonic(), directory, why))),
+            say=lambda kind, why: hear(lambda: self._say(ev.Say(kind=kind, why=why))),
+            broke=lambda error: hear(lambda: self._break(error)),
+        )
 
     async def _in_log_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._log_thread, work, *arguments)

@@ -9,12 +9,9 @@ import secrets
 import time
 from typing import assert_never
 
-from keepstep.storage.errors import Fenced, StoreError
 from keepstep.storage.faults import fault_point
-from keepstep.storage.records import Attempt, Commit, Failed, Finished, Quarantine, Retire
-from keepstep.storage.retention import choose_retired
+from keepstep.storage.records import Attempt, Commit, Failed, Finished, Quarantine
 from keepstep.storage.runlog import RunLog
-from keepstep.storage.store import Store
 
 from . import events as ev
 from .archive import utc_now
@@ -63,20 +60,6 @@ class Logbook:
             directory=request.directory,
             manifest_sha256=manifest_sha256,
         )
-
-    def retire(self, store: Store, *, keep: int) -> None:
-        """Record first, deletion afterwards: nobody resumes from what is about to go."""
-        lineage = self._log.lineage
-        committed = {commit.directory for commit in lineage.commits}  # acknowledged writes count as verified here
-        directories = choose_retired(lineage, keep=keep, verified=committed).retire
-        if not directories:
-            return
-        try:
-            self._log.append(Retire(term=self._term, directories=directories, why=f"checkpoint.keep = {keep}", at=utc_now()))
-            for directory in directories:
-                store.delete_tree(directory)
-        except (StoreError, Fenced):
-            return  # the next commit tries again what was not recorded; what was recorded and not deleted is garbage to `checkpoints gc`
 
     def _append_commit(self, record: Commit) -> None:
         fault_point("coordinator.commit.before", step=record.step)

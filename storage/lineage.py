@@ -296,5 +296,8 @@ class Folding:
         going = set(record.directories)
         if pinned := sorted(going & self._pinned):
             return f"it would retire {', '.join(pinned)}, which {'is' if len(pinned) == 1 else 'are'} pinned"
-        is_going = [directory in going for directory in self._commits if directory not in self._quarantined]
-        return "it would retire the last usable checkpoint" if is_going and all(is_going) else ""
+        usable = {directory for directory in self._commits if directory not in self._quarantined}
+        if usable and usable <= going:
+            return "it would retire the last usable checkpoint"
+        verified = usable & self._verified
+        return "it would retire the last verified checkpoint" if verified and verified <= going else ""

@@ -95,7 +95,17 @@ class CheckpointSection(Section):
     """Optimizer updates between checkpoints; or seconds as text ("30s"); or "auto" (from the measured cost of a save and the observed
     failures)."""
     keep: int = Field(3, ge=1)
-    """Newest committed checkpoints that are kept."""
+    """Newest checkpoints that are kept, counting those that were read back and found right; older ones are deleted. See also
+    `keepstep checkpoints pin`."""
+    keep_every: int = Field(0, ge=0)
+    """Of every so many steps one checkpoint stays for ever; 0: none does."""
+    scrub: bool = True
+    """Read each new checkpoint back in the background and compare every byte with its hash; false: what the store acknowledged counts
+    as right."""
+    scrub_mb_per_s: float = Field(200, ge=0)
+    """Read back at most so many megabytes per second; 0: as fast as it goes."""
+    scrub_period_s: float = Field(86400, gt=0)
+    """Read the kept checkpoints back again after so many seconds, a day by default."""
 
 
 class EvaluateSection(Section):

@@ -121,7 +121,7 @@ class TestUnknownKeys:
         assert problem(text) == f"run.toml: {message}"
 
     def test_where_nothing_is_near_the_known_ones_are_listed(self) -> None:
-        assert problem("[checkpoint]\nzzzzzz = 1\n") == "run.toml: checkpoint.zzzzzz is not a key; known are interval, keep"
+        assert problem("[evaluate]\nzzzzzz = 1\n") == "run.toml: evaluate.zzzzzz is not a key; known are interval, max_tokens"
 
     def test_an_unknown_override_is_refused_alike(self) -> None:
         assert problem("", "cluster.node=2") == "-o: cluster.node is not a key; did you mean cluster.nodes?"
@@ -353,6 +353,8 @@ FREE = [
     "cluster.lease_s=3",
     "checkpoint.interval=7",
     "checkpoint.keep=9",
+    "checkpoint.keep_every=1000",
+    "checkpoint.scrub=false",
     "evaluate.interval=5",
     "storage.endpoint_url=http://127.0.0.1:1",
 ]

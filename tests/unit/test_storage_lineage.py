@@ -1,4 +1,4 @@
-"""What the run log means: history, terms, void records, retention."""
+"""What the run log means: history, terms, void records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from keepstep.storage.layout import checkpoint_directory
 from keepstep.storage.lineage import Folding, Lineage, Segment, fold, refusal
 from keepstep.storage.records import Attempt, Commit, Failed, Finished, Opened, Pin, Quarantine, Record, Retire, Verified
-from keepstep.storage.retention import choose_retired, garbage
 
 
 def opened(term: int = 1, identity: str = "i") -> Opened:
@@ -132,10 +131,10 @@ class TestRetired:
         )
 
     def test_nothing_else_of_them_is_kept(self) -> None:
-        marked = (verified(1, 1), pin(1, 1), pin(1, 1, pinned=False), quarantine(1, 2), pin(1, 3), attempt(2, (1, 3)))
+        marked = (verified(1, 1), verified(1, 3), pin(1, 1), pin(1, 1, pinned=False), quarantine(1, 2), pin(1, 3), attempt(2, (1, 3)))
         lineage = lineage_of(*self.LOG, *marked, retire((1, 1), (1, 2), (1, 4)))
         assert lineage.live == lineage.commits == (commit(1, 3),)
-        assert (lineage.pinned, lineage.verified, lineage.quarantined) == ({directory(1, 3)}, frozenset(), frozenset())
+        assert (lineage.pinned, lineage.verified, lineage.quarantined) == ({directory(1, 3)}, {directory(1, 3)}, frozenset())
         assert lineage.commit_of(directory(1, 1)) is None
         assert lineage.ever_committed
 
@@ -158,9 +157,9 @@ class TestAttempts:
 
 class TestVerified:
     def test_it_holds_until_the_checkpoint_is_retired(self) -> None:
-        log = (opened(), attempt(1), commit(1, 20), commit(1, 40), verified(1, 20))
-        assert lineage_of(*log).verified == {directory(1, 20)}
-        assert lineage_of(*log, retire((1, 20))).verified == frozenset()
+        log = (opened(), attempt(1), commit(1, 20), commit(1, 40), verified(1, 20), verified(1, 40))
+        assert lineage_of(*log).verified == {directory(1, 20), directory(1, 40)}
+        assert lineage_of(*log, retire((1, 20))).verified == {directory(1, 40)}
 
 
 class TestVoidRecords:
@@ -268,46 +267,3 @@ def test_records_folded_at_once_mean_what_they_mean_one_by_one(seed: int) -> Non
         assert folding.add(record) == refusal(lineage, record)
         lineage = fold(lineage, record)
     assert folding.lineage() == lineage
-
-
-class TestRetention:
-    LOG = (opened(), attempt(1), *(commit(1, step) for step in (10, 20, 30, 40)))
-
-    def retired(self, *more: Record, keep: int = 2, verified: tuple[int, ...] = (10, 20, 30, 40), every: int = 0) -> list[int]:
-        found = choose_retired(lineage_of(*self.LOG, *more), keep=keep, verified={directory(1, step) for step in verified}, every=every)
-        return [step for step in (10, 20, 30, 40) if directory(1, step) in found.retire]
-
-    def test_the_newest_verified_ones_stay(self) -> None:
-        assert self.retired() == [10, 20]
-
-    def test_what_is_newer_than_the_newest_verified_stays(self) -> None:
-        assert self.retired(keep=1, verified=(10, 20)) == [10]
-
-    def test_nothing_goes_while_nothing_is_verified(self) -> None:
-        assert self.retired(verified=()) == []
-
-    def test_pins_and_every_nth_stay(self) -> None:
-        assert self.retired(Pin(term=1, directory=directory(1, 10))) == [20]
-        assert self.retired(Pin(term=1, directory=directory(1, 10)), Pin(term=1, directory=directory(1, 10), pinned=False)) == [10, 20]
-        assert self.retired(every=20) == [10]
-
-    def test_a_damaged_one_does_not_count(self) -> None:
-        assert self.retired(quarantine(1, 40)) == [10]
-
-    def test_what_left_the_history_goes(self) -> None:
-        assert self.retired(attempt(2, (1, 20)), keep=2) == [30, 40]
-
-    def test_fewer_than_one_cannot_be_kept(self) -> None:
-        with pytest.raises(ValueError, match="keep = 0"):
-            choose_retired(Lineage(), keep=0, verified=())
-
-    def test_what_it_retires_is_never_refused(self) -> None:
-        for keep in (1, 2, 5):
-            lineage = lineage_of(*self.LOG)
-            found = choose_retired(lineage, keep=keep, verified={commit.directory for commit in lineage.commits})
-            assert not refusal(lineage, Retire(term=1, directories=found.retire))
-
-    def test_garbage_is_what_older_attempts_left_uncommitted(self) -> None:
-        lineage = lineage_of(opened(), attempt(1), commit(1, 10), attempt(2, (1, 10)))
-        found = [directory(1, 10), directory(1, 20), directory(2, 20), "data/other"]
-        assert garbage(lineage, found) == (directory(1, 20),)
