@@ -266,7 +266,7 @@ class Persister:
         what = f"make step {submission.step} of rank {submission.rank} durable"
         try:
             RetryPolicy(deadline_s=patience_s).call(
-                lambda: self._persist_once(submission, of),
+                lambda _: self._persist_once(submission, of),
                 is_transient=lambda error: patience_s > 0 and isinstance(error, StoreError),
                 what=what,
             )
