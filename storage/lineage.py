@@ -296,6 +296,9 @@ class Folding:
         going = set(record.directories)
         if pinned := sorted(going & self._pinned):
             return f"it would retire {', '.join(pinned)}, which {'is' if len(pinned) == 1 else 'are'} pinned"
+        attempt, source = self._attempt, self._resumed
+        if attempt and source and source.directory in going and attempt.attempt not in self._ends:
+            return f"it would retire {source.directory}, from which attempt {attempt.attempt} is starting"
         usable = {directory for directory in self._commits if directory not in self._quarantined}
         if usable and usable <= going:
             return "it would retire the last usable checkpoint"

@@ -19,9 +19,14 @@ from .records import Commit
 class Retention:
     """What goes, what stays, and why."""
 
-    retire: tuple[str, ...]  # directories, in the order of `Lineage.live`
-    stays: Mapping[str, str]  # directory -> the reason
+    goes: Mapping[str, str]  # directory -> the reason, in the order of `Lineage.live`
+    stays: Mapping[str, str]
     why: str
+
+    @property
+    def retire(self) -> tuple[str, ...]:
+        """Directories."""
+        return tuple(self.goes)
 
 
 def choose_retired(lineage: Lineage, *, keep: int, every: int = 0, trust_writes: bool = False) -> Retention:
@@ -38,12 +43,17 @@ def choose_retired(lineage: Lineage, *, keep: int, every: int = 0, trust_writes:
     good = [commit for commit in usable if trust_writes or commit.directory in lineage.verified]
     if not good:
         why = f"nothing retired: none of {len(usable)} usable checkpoints is verified yet"
-        return Retention(retire=(), stays={commit.directory: "nothing is verified yet" for commit in lineage.live}, why=why)
+        return Retention(goes={}, stays={commit.directory: "nothing is verified yet" for commit in lineage.live}, why=why)
     stays = _reasons(lineage, usable, good, keep, every)
-    retire = tuple(commit.directory for commit in lineage.live if commit.directory not in stays)
-    return Retention(
-        retire=retire, stays=stays, why=f"{len(retire)} of {len(lineage.live)} retired, {min(keep, len(good))} verified ones stay"
-    )
+    goes = {commit.directory: _why_goes(lineage, commit, keep) for commit in lineage.live if commit.directory not in stays}
+    why = f"{len(goes)} of {len(lineage.live)} retired, {min(keep, len(good))} verified ones stay"
+    return Retention(goes=goes, stays=stays, why=why)
+
+
+def _why_goes(lineage: Lineage, commit: Commit, keep: int) -> str:
+    if commit.directory in lineage.quarantined:
+        return f"damaged, and {keep} newer ones are verified"
+    return "left the history" if commit in lineage.abandoned else f"not among the newest {keep} verified"
 
 
 def _reasons(lineage: Lineage, usable: Sequence[Commit], good: Sequence[Commit], keep: int, every: int) -> dict[str, str]:

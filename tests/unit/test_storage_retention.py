@@ -125,6 +125,12 @@ class TestRefusals:
         assert refusal(four(damaged(40), good=[20, 40]), retire) == "it would retire the last verified checkpoint"
         assert not refusal(four(good=[]), retire)
 
+    def test_the_log_refuses_to_lose_what_an_attempt_is_starting_from(self) -> None:
+        lineage = four(pin(10), damaged(30), damaged(40), began(2, (20, 1)), good=[])
+        retire = Retire(term=1, directories=(directory(20),))
+        assert refusal(lineage, retire) == f"it would retire {directory(20)}, from which attempt 2 is starting"
+        assert not refusal(fold(lineage, commit(30, 2)), retire)
+
 
 class TestGarbage:
     def test_what_older_attempts_left_uncommitted(self) -> None:
