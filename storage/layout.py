@@ -2,6 +2,7 @@
 
 run.toml  events.jsonl  result.json
 log/0000000042.json                          the run log
+snapshots/0000000256.json  hint.json         what the first 256 records mean, and how many there are: only to open the log quickly
 data/a000007/s000001200-1f2e3d4c/            a checkpoint's directory
 steps/attempt-000001.jsonl                   step records
 logs/attempt-000001/rank-00003.log           what ranks print
@@ -17,7 +18,9 @@ from typing import Final
 RUN_CONFIG_KEY: Final = "run.toml"
 EVENTS_KEY: Final = "events.jsonl"
 RESULT_KEY: Final = "result.json"
+HINT_KEY: Final = "hint.json"
 LOG: Final = "log"
+SNAPSHOTS: Final = "snapshots"
 DATA: Final = "data"
 STEPS: Final = "steps"
 LOGS: Final = "logs"
@@ -27,6 +30,7 @@ MANIFEST_NAME: Final = "MANIFEST.json"
 METADATA_NAME: Final = ".metadata"  # of torch.distributed.checkpoint
 
 _LOG_KEY: Final = re.compile(r"^log/(\d{10})\.json$")
+_SNAPSHOT_KEY: Final = re.compile(r"^snapshots/(\d{10})\.json$")
 _DIRECTORY: Final = re.compile(r"^data/a(\d{6,})/s(\d{9,})-([0-9a-f]{8})$")
 _RANK_INDEX: Final = re.compile(r"^rank-(\d{5,})\.json$")
 _STEPS_KEY: Final = re.compile(r"^steps/attempt-(\d{6,})\.jsonl(?:/.*)?$")
@@ -39,6 +43,17 @@ def log_key(sequence: int) -> str:
 def parse_log_key(key: str) -> int | None:
     """The sequence number of a run-log key, None for any other key."""
     match = _LOG_KEY.match(key)
+    return int(match[1]) if match else None
+
+
+def snapshot_key(count: int) -> str:
+    """Where the meaning of the first `count` records lies."""
+    return f"{SNAPSHOTS}/{count:010d}.json"
+
+
+def parse_snapshot_key(key: str) -> int | None:
+    """The number of records that a snapshot covers, None for any other key."""
+    match = _SNAPSHOT_KEY.match(key)
     return int(match[1]) if match else None
 
 

@@ -7,14 +7,12 @@ flipped bit in the newest record is noticed too).
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, get_type_hints
 
-from .canonical import canonical_json, sha256_hex
+from .canonical import seal, sha256_hex, unseal
 from .errors import CorruptRecord
 
 FORMAT: Final = 1
@@ -137,13 +135,12 @@ class Entry:
     previous: str  # SHA-256 of the bytes before it, "" for number 0
     sha256: str  # of its own bytes
     record: Record | None
+    why: str = ""  # what is wrong with its bytes
 
 
 def encode(record: Record, *, sequence: int, uuid: str, previous: str) -> bytes:
     """The bytes of a record in its envelope, canonical JSON with a newline at the end."""
-    fields = {"kind": type(record).__name__.lower(), **dataclasses.asdict(record)}
-    envelope = {"format": FORMAT, "sequence": sequence, "uuid": uuid, "previous": previous, "record": fields}
-    return canonical_json(envelope | {"check": sha256_hex(canonical_json(envelope))}) + b"\n"
+    return seal({"format": FORMAT, "sequence": sequence, "uuid": uuid, "previous": previous, "record": fields_of(record)})
 
 
 def decode(body: bytes, *, sequence: int) -> Entry:
@@ -154,25 +151,23 @@ def decode(body: bytes, *, sequence: int) -> Entry:
         uuid=_text(envelope, "uuid"),
         previous=_text(envelope, "previous"),
         sha256=sha256_hex(body),
-        record=_decode_record(envelope.get("record"), sequence),
+        record=record_of(envelope.get("record"), f"record {sequence}"),
     )
 
 
-def corrupt_entry(body: bytes, *, sequence: int) -> Entry:
+def corrupt_entry(body: bytes, *, sequence: int, why: str) -> Entry:
     """The place of a record whose bytes cannot be trusted: the chain goes on over it."""
-    return Entry(sequence=sequence, uuid="", previous="", sha256=sha256_hex(body), record=None)
+    return Entry(sequence=sequence, uuid="", previous="", sha256=sha256_hex(body), record=None, why=why)
+
+
+def fields_of(record: Record) -> dict[str, Any]:
+    """A record as JSON holds it."""
+    kind = type(record).__name__.lower()
+    return {"kind": kind} | {name: getattr(record, name) for name in _hints(kind)}
 
 
 def _checked_envelope(body: bytes, sequence: int) -> dict[str, Any]:
-    try:
-        envelope = json.loads(body)
-    except ValueError as error:
-        raise CorruptRecord(f"record {sequence} is no JSON: {error}") from None
-    if not isinstance(envelope, dict):
-        raise CorruptRecord(f"record {sequence} is no JSON object")
-    check = envelope.pop("check", None)
-    if check != sha256_hex(canonical_json(envelope)):
-        raise CorruptRecord(f"record {sequence}: its check does not fit its bytes")
+    envelope = unseal(body, f"record {sequence}")
     if envelope.get("format") != FORMAT:
         raise CorruptRecord(f"record {sequence} has format {envelope.get('format')!r}, this keepstep reads {FORMAT}")
     if envelope.get("sequence") != sequence:
@@ -187,17 +182,21 @@ def _text(envelope: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def _decode_record(fields: Any, sequence: int) -> Record:
-    """Fields that this version does not know are ignored: a commit of a newer keepstep must not vanish for an older one."""
+def record_of(fields: Any, where: str) -> Record:
+    """The inverse of `fields_of`. Fields that this version does not know are ignored: a newer one's commit must not vanish for it.
+
+    Raises:
+        CorruptRecord: these fields make no record; `where` is their name in messages.
+    """
     kind = fields.get("kind") if isinstance(fields, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
-        raise CorruptRecord(f"record {sequence} is of unknown kind {kind!r}")
+        raise CorruptRecord(f"{where} is of unknown kind {kind!r}")
     hints = _hints(kind)
-    known = {name: _decode_field(fields[name], hint, f"record {sequence}, {kind}.{name}") for name, hint in hints.items() if name in fields}
+    known = {name: _decode_field(fields[name], hint, f"{where}, {kind}.{name}") for name, hint in hints.items() if name in fields}
     try:
         return KINDS[kind](**known)
     except TypeError as error:
-        raise CorruptRecord(f"record {sequence}, {kind}: {error}") from None
+        raise CorruptRecord(f"{where}, {kind}: {error}") from None
 
 
 @cache

@@ -2,22 +2,33 @@
 
 A writer must have read all records before its own number. So a coordinator of an older term either loses the race for the next
 number and then meets the newer `opened`, or has read it already; in both cases it is fenced without any clock or lease.
+
+Reading begins at the newest snapshot that can be believed (snapshots.py) and goes on in windows of parallel requests.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from .errors import CorruptRecord, Fenced, NotFound, StoreError
 from .layout import LOG, log_key, parse_log_key
-from .lineage import Lineage, fold, refusal
+from .lineage import Folding, Lineage
 from .records import Attempt, Entry, Opened, Record, corrupt_entry, decode, encode
+from .snapshots import MAX_ALARMS, PERIOD, Hint, Snapshot, find_shortcut, write_hint, write_snapshot
 from .store import Store
 
 R = TypeVar("R", bound=Record)
+
+WINDOW: Final = 16  # records that are asked for at once where nobody knows how many there are
+CHUNK: Final = 4096  # where it is known
+REREADS: Final = 2
+REREAD_PAUSE_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,41 +41,71 @@ class _Pending:
 
 
 class RunLog:
-    """All records of a root and what they mean. Thread-safe; one object serves one reader or one coordinator.
+    """The records of a root and what they mean. Thread-safe; one object serves one reader or one coordinator.
+
+    Nothing is read before the first `refresh`.
 
     Attributes:
-        entries: every record in its place, corrupt ones included.
-        lineage: their meaning.
-        alarms: corrupt, missing and void records, one sentence each, for people.
+        entries: every record that was read here, in its place, corrupt ones included; those before a snapshot's end are not.
+        lineage: the meaning of all records, those under the snapshot too.
+        alarms: corrupt, missing and void records, damaged snapshots: one sentence each, for people.
+        is_whole: every record could be read and continues the one before it. While it is false, a commit may have been lost.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self.store = store
         self.entries: list[Entry] = []
         self.lineage = Lineage()
         self.alarms: list[str] = []
+        self._folding = Folding(self.lineage)
+        self._is_open = False
+        self._listed = 0  # so many records exist, says a listing
+        self._expected = 0  # so many may exist
+        self._hint: Hint | None = None  # not compared with the log yet
+        self._base = 0  # records under the snapshot that we began with
+        self._head = ""  # SHA-256 of the bytes of the newest record
+        self._num_corrupt = 0
+        self._is_chained = True
+        self._log_alarms: list[str] = []  # those that every reader of these records raises
+        self._snapshot: Snapshot | None = None  # the newest that we know; it may not be written yet
+        self._written = 0  # records under the newest snapshot that is written
+        self._hinted = 0
         self._pending: _Pending | None = None
+        self._sleep = sleep
         self._lock = threading.RLock()
 
     @staticmethod
     def open(store: Store) -> RunLog:
-        """Reads the whole log, many records at once; an empty root gives an empty log.
+        """Reads a log from its newest snapshot on; an empty root gives an empty log.
 
         Raises:
             StoreError: a record could not be read. (A record that is gone while newer ones exist is an alarm, not an error.)
         """
         log = RunLog(store)
-        numbers = [number for number in map(parse_log_key, store.list(LOG)) if number is not None]
-        bodies = store.get_many([log_key(number) for number in range(max(numbers, default=-1) + 1)])
-        for body in bodies:
-            log._take(body)
         log.refresh()
         return log
 
+    @staticmethod
+    def read_all(store: Store) -> RunLog:
+        """Reads every record and no snapshot: for audits. Raises StoreError."""
+        log = RunLog(store)
+        log._listed, log._is_open = log._list(), True
+        log._read_forward()
+        return log
+
+    @property
+    def count(self) -> int:
+        """Records so far: the number of the next one."""
+        return self._base + len(self.entries)
+
+    @property
+    def is_whole(self) -> bool:
+        return self._is_chained and not self._num_corrupt
+
     @property
     def records(self) -> tuple[Record, ...]:
-        """Those that can be read, void ones included."""
-        return tuple(entry.record for entry in self.entries if entry.record is not None)
+        """Those of `entries` that can be read, void ones included."""
+        return _records(self.entries)
 
     def newest_attempt(self) -> Attempt | None:
         return self.lineage.newest_attempt()
@@ -72,58 +113,79 @@ class RunLog:
     def newest_opened(self) -> Opened | None:
         return self.lineage.opened
 
-    def refresh(self) -> tuple[Record, ...]:
-        """Reads what others appended since; the new records. Costs one request when there is nothing new."""
-        with self._lock:
-            known = len(self.entries)
-            while (body := self._read_next()) is not None:
-                self._take(body)
-            return tuple(entry.record for entry in self.entries[known:] if entry.record is not None)
+    # --- writing ----------------------------------------------------------------------------------------------------
 
     def append(self, record: R) -> R:
         """Makes `record` the next one of the log.
 
+        `pin`, `verified`, `retire` and `quarantine` may come from anybody who acts under the newest term, the command line for one.
+
         Raises:
             Fenced: a newer term was opened; this coordinator's reign is over.
-            ValueError: the record would be void (see `lineage.refusal`).
+            ValueError: the record would be void (see `Folding.refusal`).
             StoreError: unknown whether it was written. Append the same record again: it will be there once.
         """
         with self._lock:
+            if not self._is_open:
+                self.refresh()
             while not self._is_written(record) and not self._append_next(record):
-                if not self.refresh():
-                    raise StoreError(f"{log_key(len(self.entries))} is taken in {self.store.name}, but cannot be read")
+                self._read_taken()
             self._pending = None
             return record
 
     def open_term(self, *, run: str, identity: str, host: str, pid: int, url: str = "", at: str = "") -> Opened:
         """Begins to reign: appends `opened` with the next term.
 
+        The next term is one above the newest that we could read. If some record could not be read, it may have been an `opened`, and
+        its coordinator may be alive; so the new term is then the number of its own record plus 1. No record before can hold that term:
+        by induction, the term of an `opened` is at most its number plus 1. So two coordinators never share a term, whatever either
+        of them could read.
+
         Raises:
-            Fenced: somebody else opened that term first.
+            Fenced: somebody else opened a term first.
             ValueError: the root holds another run.
         """
         with self._lock:
             self.refresh()
-            term = self.lineage.term + 1
-            return self.append(Opened(term=term, run=run, identity=identity, host=host, pid=pid, url=url, at=at))
+            before = self.lineage.opened
+            while True:
+                opened = Opened(term=self._next_term(), run=run, identity=identity, host=host, pid=pid, url=url, at=at)
+                if self._append_next(opened):
+                    self._pending = None
+                    return opened
+                self._read_taken()
+                if self.lineage.opened is not None and self.lineage.opened != before:
+                    raise Fenced(self.lineage.opened)
+
+    def tidy(self) -> bool:
+        """Writes the hint, and a snapshot when one is due, for the next reader. False where the store was in the way: nothing is lost."""
+        with self._lock:
+            try:
+                self._write_snapshot()
+                self._write_hint()
+            except StoreError:
+                return False  # hurts nobody but the next reader, who reads a little more
+            return True
+
+    def _next_term(self) -> int:
+        return self.lineage.term + 1 if self.is_whole else max(self.lineage.term, self.count) + 1
 
     def _append_next(self, record: Record) -> bool:
         opened = self.lineage.opened
         if opened and (record.term < opened.term or (isinstance(record, Opened) and record.term == opened.term)):
             raise Fenced(opened)
-        if why := refusal(self.lineage, record):
+        if why := self._folding.refusal(record):
             raise ValueError(f"this record would be void: {why}")
         pending = self._pend(record)
-        previous = self.entries[-1].sha256 if self.entries else ""
-        body = encode(record, sequence=pending.sequence, uuid=pending.uuid, previous=previous)
+        body = encode(record, sequence=pending.sequence, uuid=pending.uuid, previous=self._head)
         if not self.store.put_new(log_key(pending.sequence), body):
             return False
-        self._take(body)
+        self._take([decode(body, sequence=pending.sequence)])
         return True
 
     def _pend(self, record: Record) -> _Pending:
         """The same UUID for the same record at the same number: after an ambiguous error the store tells whether it is ours."""
-        pending, sequence = self._pending, len(self.entries)
+        pending, sequence = self._pending, self.count
         if pending is None or pending.record != record or pending.sequence != sequence:
             pending = _Pending(record=record, sequence=sequence, uuid=uuid.uuid4().hex)
         self._pending = pending
@@ -131,40 +193,159 @@ class RunLog:
 
     def _is_written(self, record: Record) -> bool:
         pending = self._pending
-        is_read = pending is not None and pending.record == record and pending.sequence < len(self.entries)
-        return is_read and pending is not None and self.entries[pending.sequence].uuid == pending.uuid
+        if pending is None or pending.record != record or pending.sequence >= self.count:
+            return False
+        return self.entries[pending.sequence - self._base].uuid == pending.uuid
 
-    def _read_next(self) -> bytes | None:
-        try:
-            return self.store.get(log_key(len(self.entries)))
-        except NotFound:
-            return None
+    def _read_taken(self) -> None:
+        """Somebody else has the next number: what did they write?"""
+        taken = self.count
+        self.refresh()
+        if self.count == taken:
+            raise StoreError(f"{log_key(taken)} is taken in {self.store.name}, but cannot be read")
 
-    def _take(self, body: bytes | StoreError) -> None:
-        """Gives the next number to these bytes."""
-        if isinstance(body, StoreError) and not isinstance(body, NotFound):
-            raise body
-        sequence = len(self.entries)
-        entry = self._decode(body, sequence) if isinstance(body, bytes) else self._missing(sequence)
-        if entry.record is not None:
-            self._check_chain(entry)
-            if why := refusal(self.lineage, entry.record):
-                self.alarms.append(f"record {sequence} is void: {why}")
-            self.lineage = fold(self.lineage, entry.record)
+    def _write_snapshot(self) -> None:
+        if self._snapshot is not None and self._snapshot.count > self._written:
+            write_snapshot(self.store, self._snapshot)
+            self._written = self._snapshot.count
+
+    def _write_hint(self) -> None:
+        if self.count > self._hinted:
+            write_hint(self.store, Hint(records=self.count, head=self._head, snapshot=self._written))
+            self._hinted = self.count
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> tuple[Record, ...]:
+        """Reads what others appended since; the new records. Costs one request when there is nothing new.
+
+        Raises:
+            StoreError: a record could not be read; those before it were taken.
+        """
+        with self._lock:
+            known = len(self.entries)
+            if not self._is_open:
+                self._begin()
+            self._read_forward()
+            self._check_hint()
+            return _records(self.entries[known:])
+
+    def _begin(self) -> None:
+        """At the newest snapshot, else at the first record."""
+        shortcut = find_shortcut(self.store)
+        if shortcut.snapshot:
+            self._adopt(shortcut.snapshot)
+        else:
+            self._listed = self._list()
+        self._hint = shortcut.hint
+        self._expected = max(shortcut.hint.records if shortcut.hint else 0, self.count + WINDOW if shortcut.snapshot else 0)
+        self.alarms.extend(shortcut.alarms)
+        self._is_open = True
+
+    def _adopt(self, snapshot: Snapshot) -> None:
+        self._base, self._head, self._num_corrupt = snapshot.count, snapshot.head, snapshot.num_corrupt
+        self._folding, self.lineage = Folding(snapshot.lineage), snapshot.lineage
+        self._snapshot, self._written = snapshot, snapshot.count
+        self._log_alarms = list(snapshot.alarms)
+        self.alarms.extend(snapshot.alarms)
+
+    def _list(self) -> int:
+        """So many records exist at least."""
+        return max((number for number in map(parse_log_key, self.store.list(LOG)) if number is not None), default=-1) + 1
+
+    def _read_forward(self) -> None:
+        """To the end: all at once while it is known how many there are, then in growing windows until one is not full."""
+        size = 1
+        while self._read_window(wanted := max(size, min(max(self._listed, self._expected) - self.count, CHUNK))) == wanted:
+            size = min(2 * size, WINDOW)
+
+    def _read_window(self, size: int) -> int:
+        """Takes what there is of the next `size` records; how many there are."""
+        bodies = self.store.get_many([log_key(self.count + offset) for offset in range(size)])
+        readable = list(itertools.takewhile(lambda body: isinstance(body, bytes | NotFound), bodies))
+        there = readable[: self._num_there(readable)]
+        self._take(self._settle(there))
+        if len(readable) < size and isinstance(error := bodies[len(readable)], StoreError):
+            raise error
+        return len(there)
+
+    def _num_there(self, bodies: Sequence[bytes | StoreError]) -> int:
+        """What is missing at the end of these is not written yet, unless the listing showed it or one after it."""
+        written = (offset for offset, body in enumerate(bodies, 1) if isinstance(body, bytes) or self.count + offset <= self._listed)
+        return max(written, default=0)
+
+    def _settle(self, bodies: Sequence[bytes | StoreError]) -> list[Entry]:
+        """The entries of these bytes. What is missing or cannot be decoded is read again before it is believed: a proxy may have lied,
+        and two requests of one window may have crossed a write."""
+        start = self.count
+        entries = [_entry(body, number) for number, body in enumerate(bodies, start)]
+        for _ in range(REREADS):
+            doubtful = [entry.sequence for entry in entries if entry.record is None]
+            if not doubtful:
+                break
+            self._sleep(REREAD_PAUSE_S)
+            for number, body in zip(doubtful, self.store.get_many([log_key(number) for number in doubtful]), strict=True):
+                entries[number - start] = _entry(body, number)
+        return entries
+
+    def _take(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._add(entry)
+        self.lineage = self._folding.lineage() if entries else self.lineage
+
+    def _add(self, entry: Entry) -> None:
+        self._check_chain(entry)
+        if entry.record is None:
+            self._num_corrupt += 1
+            self._alarm(f"{entry.why}; it is void, its number stays taken")
+        elif why := self._folding.add(entry.record):
+            self._alarm(f"record {entry.sequence} is void: {why}")
         self.entries.append(entry)
-
-    def _decode(self, body: bytes, sequence: int) -> Entry:
-        try:
-            return decode(body, sequence=sequence)
-        except CorruptRecord as error:
-            self.alarms.append(f"{error}; it is void, its number stays taken")
-            return corrupt_entry(body, sequence=sequence)
-
-    def _missing(self, sequence: int) -> Entry:
-        self.alarms.append(f"record {sequence} is gone although newer ones exist: somebody deleted it")
-        return corrupt_entry(b"", sequence=sequence)
+        self._head = entry.sha256
+        if self.count % PERIOD == 0:
+            self._remember(entry)
 
     def _check_chain(self, entry: Entry) -> None:
-        before = self.entries[-1] if self.entries else None
-        if entry.previous != (before.sha256 if before else ""):
-            self.alarms.append(f"record {entry.sequence} does not continue the bytes of record {entry.sequence - 1}: the past was changed")
+        """Each record confirms the bytes of the one before it. Of two corrupt ones in a row, nobody confirms the first."""
+        if entry.record is None:
+            self._is_chained = self._is_chained and not (self.entries and self.entries[-1].record is None)
+        elif entry.previous != self._head:
+            self._is_chained = False
+            self._alarm(f"record {entry.sequence} does not continue the bytes of record {entry.sequence - 1}: the past was changed")
+
+    def _remember(self, last: Entry) -> None:
+        """For the next snapshot. Only what the chain confirms: a snapshot must not make our own misreading last."""
+        if self._is_chained and last.record is not None:
+            alarms = tuple(self._log_alarms[-MAX_ALARMS:])
+            lineage = self._folding.lineage()
+            self._snapshot = Snapshot(count=self.count, head=self._head, num_corrupt=self._num_corrupt, lineage=lineage, alarms=alarms)
+
+    def _check_hint(self) -> None:
+        hint, self._hint = self._hint, None
+        if hint is None:
+            return
+        if hint.records > self.count:
+            self._is_chained = False
+            self.alarms.append(f"the log ends after {self.count} records, {hint.records} existed: the newest were deleted")
+        elif hint.records > self._base and self.entries[hint.records - 1 - self._base].sha256 != hint.head:
+            self.alarms.append(f"the hint does not belong to this log: record {hint.records - 1} is another one")
+
+    def _alarm(self, why: str) -> None:
+        self._log_alarms.append(why)
+        self.alarms.append(why)
+
+
+def _records(entries: Sequence[Entry]) -> tuple[Record, ...]:
+    return tuple(entry.record for entry in entries if entry.record is not None)
+
+
+def _entry(body: bytes | StoreError, sequence: int) -> Entry:
+    """Raises a StoreError that says nothing about the record."""
+    if isinstance(body, NotFound):
+        return corrupt_entry(b"", sequence=sequence, why=f"record {sequence} is gone although newer ones exist: somebody deleted it")
+    if isinstance(body, StoreError):
+        raise body
+    try:
+        return decode(body, sequence=sequence)
+    except CorruptRecord as error:
+        return corrupt_entry(body, sequence=sequence, why=str(error))

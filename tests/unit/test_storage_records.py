@@ -106,5 +106,5 @@ def test_a_field_of_a_newer_version_does_not_hide_the_record() -> None:
 
 
 def test_a_corrupt_record_keeps_its_number_and_its_place_in_the_chain() -> None:
-    entry = corrupt_entry(b"rubbish", sequence=9)
-    assert (entry.sequence, entry.record, entry.sha256) == (9, None, sha256_hex(b"rubbish"))
+    entry = corrupt_entry(b"rubbish", sequence=9, why="no JSON")
+    assert (entry.sequence, entry.record, entry.sha256, entry.why) == (9, None, sha256_hex(b"rubbish"), "no JSON")
