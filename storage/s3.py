@@ -1,60 +1,48 @@
-"""A root on S3 or on a server that speaks it, through s3fs. Retries, time-outs, conditions and uploads are ours."""
+"""A root on S3 or on a server that speaks it. Retries, time-outs, conditions and uploads are ours; see s3_client.py for one request."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from email.utils import parsedate_to_datetime
 from typing import Any, Final, TypeVar
 
-import botocore.exceptions
-import s3fs
-
-from .errors import NotFound, StoreError, StoreForbidden
+from .errors import NotFound, StoreError, StoreUnavailable
 from .remote import ObjectStore
-from .store import Modified, StorageOptions, check_key
+from .s3_client import Answer, S3Client, server_time
+from .s3_errors import ErrorDocument, Trouble, is_ambiguous, status_of, to_store_error, trouble_of
+from .store import Modified, StorageOptions
+from .uploads import PART_BYTES, send_parts
 
 T = TypeVar("T")
 
-PART_BYTES: Final = 16 << 20
-MAX_PARTS: Final = 10_000
-PARALLEL_PARTS: Final = 4
-
-_TRANSIENT_STATUS: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, 509})
-_MISCONFIGURED: Final = (
-    botocore.exceptions.NoCredentialsError,
-    botocore.exceptions.PartialCredentialsError,
-    botocore.exceptions.NoRegionError,
-    botocore.exceptions.ParamValidationError,
-    botocore.exceptions.InvalidRegionError,
-)
+CLEAN_UP_S: Final = 5.0  # for tidying up after an error: its cause is likely to be there still
 
 
 class S3Store(ObjectStore):
-    """s3://bucket/prefix. One `call_s3` is one HTTP request: neither s3fs nor botocore repeats anything."""
+    """s3://bucket/prefix."""
 
     def __init__(self, path: str, options: StorageOptions) -> None:
         if not path:
             raise ValueError("run.root = s3:// names no bucket: write s3://bucket/prefix")
-        super().__init__(f"s3://{path}", _filesystem(options), path, options.policy())
-        self._bucket, _, self._prefix = path.partition("/")
+        bucket, _, prefix = path.partition("/")
+        super().__init__(f"s3://{path}", prefix, options.policy())
+        self.parallel_reads = options.max_connections
+        self._client = S3Client(bucket, options)
 
     def write_file(self, key: str, blocks: Iterable[bytes | memoryview], *, num_bytes: int, sync: bool = True) -> None:
         if num_bytes <= PART_BYTES:
-            super().write_file(key, blocks, num_bytes=num_bytes)
+            self._write_small(key, blocks, num_bytes)
             return
         upload = self._request("create_multipart_upload", key)["UploadId"]
         try:
-            parts = self._upload_parts(key, upload, _gather(blocks, part_bytes(num_bytes)), num_bytes)
-            self._request("complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": parts})
+            parts = send_parts(blocks, num_bytes, lambda number, body: self._send_part(key, upload, number, body))
         except BaseException:
             self._abort(key, upload)
             raise
+        self._complete(key, upload, parts, num_bytes)
 
     def modified(self, prefix: str = "") -> Modified:
-        seen = self._call(lambda: self._times(self._full(prefix) if prefix else self._path), f"list {prefix or 'the root'}")
-        return Modified(seen.now, {key: at for key, at in seen.at.items() if key != prefix})
+        now, times = self._times(prefix)
+        return Modified(now, {key: at for key, at in times.items() if key != prefix})
 
     def sweep(self, older_than_s: float) -> int:
         return super().sweep(older_than_s) + self._sweep_uploads("", older_than_s)
@@ -67,194 +55,149 @@ class S3Store(ObjectStore):
         """An upload that was given up must leave nothing that anybody can read."""
         key = f"{prefix}/aborted"
         upload = self._request("create_multipart_upload", key)["UploadId"]
-        self._request("upload_part", key, UploadId=upload, PartNumber=1, Body=b"x" * 1024)
+        self._send_part(key, upload, 1, b"x" * 1024)
         self._abort(key, upload)
         if key in self.list(prefix):
             raise StoreError("an aborted multipart upload became visible")
 
     def close(self) -> None:
-        self._fs.invalidate_cache()
+        self._client.close()
 
-    def _upload_parts(self, key: str, upload: str, bodies: Iterator[bytes], num_bytes: int) -> Sequence[dict[str, Any]]:
-        """Parts in parallel, never more than PARALLEL_PARTS of them in memory."""
+    def _write_small(self, key: str, blocks: Iterable[bytes | memoryview], num_bytes: int) -> None:
+        try:
+            super().write_file(key, blocks, num_bytes=num_bytes)
+        except StoreUnavailable:
+            self._tidy("delete_object", key)  # written, for all we know
+            raise
 
-        def send(number: int, body: bytes) -> dict[str, Any]:
-            answer = self._request("upload_part", key, UploadId=upload, PartNumber=number, Body=body)
-            return {"PartNumber": number, "ETag": answer["ETag"]}
+    def _send_part(self, key: str, upload: str, number: int, body: bytes) -> dict[str, Any]:
+        answer = self._request("upload_part", key, UploadId=upload, PartNumber=number, Body=body)
+        return {"PartNumber": number, "ETag": answer["ETag"]}
 
-        parts: list[dict[str, Any]] = []
-        pending: list[Future[dict[str, Any]]] = []
-        sent = 0
-        with ThreadPoolExecutor(PARALLEL_PARTS, thread_name_prefix="upload") as pool:
-            for number, body in enumerate(bodies, start=1):
-                sent += len(body)
-                pending.append(pool.submit(send, number, body))
-                if len(pending) == PARALLEL_PARTS:
-                    parts.append(pending.pop(0).result())
-            parts += [future.result() for future in pending]
-        if sent != num_bytes:
-            raise StoreError(f"cannot write {self.name}/{key}: {sent} bytes came, {num_bytes} were announced")
-        return parts
+    def _complete(self, key: str, upload: str, parts: Sequence[dict[str, Any]], num_bytes: int) -> None:
+        """Publishes the object. An answer may get lost on the way: then the upload is gone and the object is there."""
+        try:
+            self._request("complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": list(parts)})
+        except NotFound:
+            if self._size_or_none(key) != num_bytes:
+                raise
+        except BaseException:
+            self._abort(key, upload)
+            self._tidy("delete_object", key)  # published, for all we know; no other writer uses this name
+            raise
+
+    def _size_or_none(self, key: str) -> int | None:
+        try:
+            return self.size(key)
+        except NotFound:
+            return None
 
     def _abort(self, key: str, upload: str) -> None:
+        """Parts that stay are on the bill, invisible, until `delete_tree` or `sweep` finds them."""
+        self._tidy("abort_multipart_upload", key, UploadId=upload)
+
+    def _tidy(self, method: str, key: str, **arguments: Any) -> bool:
+        """One quick try of what an error or a sweep leaves to do; the error that led here matters more than one of this."""
         try:
-            self._request("abort_multipart_upload", key, UploadId=upload)
-        except StoreError:
-            return  # parts stay on the bill, invisible, until `delete_tree` or the bucket's own rule sweeps them
+            self._client.request(method, CLEAN_UP_S, Key=self._full(key), **arguments)
+        except Exception as error:
+            if trouble_of(error) is None and not isinstance(error, StoreError):
+                raise
+            return False
+        return True
 
     def _sweep_uploads(self, prefix: str, older_than_s: float = -1.0) -> int:
         """Aborts uploads that killed processes left below a folder ("": the root); how many."""
-        uploads = self._call(lambda: self._uploads(prefix), f"list uploads in {prefix or 'the root'}")
-        old = [(key, upload) for key, upload, age_s in uploads if age_s > older_than_s]
-        for key, upload in old:
-            self._abort(key, upload)
-        return len(old)
+        old = [(key, upload) for key, upload, age_s in self._uploads(prefix) if age_s > older_than_s]
+        return sum(self._tidy("abort_multipart_upload", key, UploadId=upload) for key, upload in old)
 
     def _uploads(self, prefix: str) -> Sequence[tuple[str, str, float]]:
         """(key, upload id, age in seconds by the server's clock) of every unfinished upload below a folder of this root, and only there."""
-        below = "/".join(part for part in (self._prefix, prefix) if part)
-        below = f"{below}/" if below else ""
-        found: list[tuple[str, str, float]] = []
-        marker: dict[str, str] = {}
-        while True:
-            page = self._fs.call_s3("list_multipart_uploads", Bucket=self._bucket, Prefix=below, **marker)
+        below, found = self._below(prefix), []
+        for page in self._pages("list_multipart_uploads", below):
             now = server_time(page)
             for upload in page.get("Uploads") or ():
                 if upload["Key"].startswith(below):  # a server that does not filter must not make us abort somebody else's
-                    key = self._relative(f"{self._bucket}/{upload['Key']}")
-                    found.append((key, upload["UploadId"], now - upload["Initiated"].timestamp()))
+                    found.append((self._relative(upload["Key"]), upload["UploadId"], now - upload["Initiated"].timestamp()))
+        return found
+
+    def _times(self, prefix: str) -> tuple[float, dict[str, float]]:
+        """(now, key -> when it was written). Without delimiter: an emptied folder may still show as a common prefix for a while."""
+        now = 0.0
+        found: dict[str, float] = {}
+        for page in self._pages("list_objects_v2", self._below(prefix)):
+            now = server_time(page)
+            found |= {self._relative(item["Key"]): item["LastModified"].timestamp() for item in page.get("Contents") or ()}
+        return now, {key: at for key, at in found.items() if not key.endswith("/")}
+
+    def _pages(self, method: str, below: str) -> Iterator[Answer]:
+        """All pages of a listing (a server gives 1,000 entries at a time); each is a call of its own, with its retries."""
+        where: dict[str, str] = {}
+        while True:
+            page = self._list(method, below, where)
+            yield page
             if not page.get("IsTruncated"):
-                return found
-            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker") or ""}
+                return
+            names = {"NextContinuationToken": "ContinuationToken", "NextKeyMarker": "KeyMarker", "NextUploadIdMarker": "UploadIdMarker"}
+            where = {name: page[given] for given, name in names.items() if page.get(given)}
 
-    def _in_bucket(self, key: str) -> str:
-        return f"{self._prefix}/{key}" if self._prefix else key
+    def _list(self, method: str, below: str, where: Mapping[str, str]) -> Answer:
+        return self._call(lambda left_s: self._client.request(method, left_s, Prefix=below, **where), f"list {below or 'everything'}")
 
-    def _request(self, method: str, key: str, **arguments: Any) -> Any:
-        path = self._in_bucket(check_key(key))
-        return self._call(lambda: self._fs.call_s3(method, Bucket=self._bucket, Key=path, **arguments), f"{method.replace('_', ' ')} {key}")
+    def _below(self, prefix: str) -> str:
+        folder = "/".join(part for part in (self._path, prefix) if part)
+        return f"{folder}/" if folder else ""
 
-    def _call(self, work: Callable[[], T], what: str) -> T:
+    def _request(self, method: str, key: str, **arguments: Any) -> Answer:
+        path = self._full(key)
+        return self._call(lambda left_s: self._client.request(method, left_s, Key=path, **arguments), f"{method.replace('_', ' ')} {key}")
+
+    def _call(self, work: Callable[[float], T], what: str) -> T:
         try:
             return super()._call(work, what)
-        except _MISCONFIGURED as error:
-            raise StoreForbidden(f"cannot {what} in {self.name}: {error}") from error
-        except botocore.exceptions.BotoCoreError as error:
-            raise StoreError(f"cannot {what} in {self.name}: {error}") from error
+        except StoreError:
+            raise
+        except Exception as error:
+            raise to_store_error(error, f"{what} in {self.name}") from error
 
-    def _create(self, path: str, body: bytes) -> bool:
+    def _is_transient(self, error: BaseException) -> bool:
+        return is_ambiguous(error)
+
+    def _create(self, path: str, body: bytes, left_s: float) -> bool:
         try:
-            self._fs.pipe_file(path, body, mode="create")
-        except OSError as error:
-            if isinstance(error, FileExistsError) or http_status(error) == 412:
+            self._client.request("put_object", left_s, Key=path, Body=body, IfNoneMatch="*")
+        except Exception as error:
+            if trouble_of(error) is Trouble.EXISTS:
                 return False
             raise
         return True
 
-    def _read(self, path: str) -> bytes:
-        """One request: s3fs would ask for the size first, in case parallel ranges were worth it."""
+    def _write(self, path: str, body: bytes, left_s: float) -> None:
+        self._client.request("put_object", left_s, Key=path, Body=body)
+
+    def _read(self, path: str, left_s: float) -> bytes:
+        body: bytes = self._client.request("get_object", left_s, Key=path)["Body"]
+        if path.endswith(".json") and body.lstrip().startswith((b"<?xml", b"<Error")):
+            raise ErrorDocument(f"the server answered with success and an error document: {body[:200]!r}")
+        return body
+
+    def _read_range(self, path: str, start: int, length: int, left_s: float) -> bytes:
         try:
-            return bytes(self._fs.cat_file(path, max_concurrency=1))
-        except FileNotFoundError as error:
-            raise NotFound(f"no object {path} in {self.name}") from error
-
-    def _size(self, path: str) -> int:
-        key = path.removeprefix(f"{self._bucket}/")
-        try:
-            return int(self._fs.call_s3("head_object", Bucket=self._bucket, Key=key)["ContentLength"])
-        except FileNotFoundError as error:
-            raise NotFound(f"no object {key} in {self.name}") from error
-
-    def _find(self, path: str) -> Sequence[str]:
-        return list(self._times(path).at)
-
-    def _times(self, path: str) -> Modified:
-        """By prefix without delimiter: an emptied folder may still show as a common prefix for a while."""
-        prefix = path.removeprefix(self._bucket).strip("/")
-        found: dict[str, float] = {}
-        token: dict[str, str] = {}
-        while True:
-            page = self._fs.call_s3("list_objects_v2", Bucket=self._bucket, Prefix=f"{prefix}/" if prefix else "", **token)
-            for item in page.get("Contents") or ():
-                found[self._relative(f"{self._bucket}/{item['Key']}")] = item["LastModified"].timestamp()
-            if not page.get("IsTruncated"):
-                return Modified(server_time(page), {key: at for key, at in found.items() if not key.endswith("/")})
-            token = {"ContinuationToken": page["NextContinuationToken"]}
-
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        try:
-            return super().get_range(key, start, length)
-        except StoreError as error:
-            if http_status(error.__cause__) == 416:  # begins at or after the end
+            answer = self._client.request("get_object", left_s, Key=path, Range=f"bytes={start}-{start + length - 1}")
+        except Exception as error:
+            if status_of(error) == 416:  # begins at or after the end
                 return b""
             raise
+        body: bytes = answer["Body"]
+        if not str(answer.get("ContentRange", "")).startswith(f"bytes {start}-"):
+            raise ErrorDocument(f"asked for bytes {start} to {start + length}, got {answer.get('ContentRange') or 'no range'}")
+        return body
 
-    def _is_transient(self, error: BaseException) -> bool:
-        return isinstance(error, Exception) and not isinstance(error, StoreError) and not self._is_refusal(error)
+    def _size(self, path: str, left_s: float) -> int:
+        return int(self._client.request("head_object", left_s, Key=path)["ContentLength"])
 
-    def _is_refusal(self, error: BaseException) -> bool:
-        if isinstance(error, (StoreError, *_MISCONFIGURED, FileNotFoundError, PermissionError, AssertionError, TypeError, ValueError)):
-            return True
-        status = http_status(error)
-        return status is not None and status not in _TRANSIENT_STATUS
+    def _find(self, prefix: str) -> Sequence[str]:
+        return list(self._times(prefix)[1])
 
-
-def server_time(answer: Mapping[str, Any]) -> float:
-    """Seconds by the server's clock when it answered, from the Date header that every HTTP server sends."""
-    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
-
-
-def http_status(error: BaseException | None) -> int | None:
-    """The status of the answer behind an error of s3fs, None when no answer came."""
-    response = getattr(error, "response", None) or getattr(getattr(error, "__cause__", None), "response", None)
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-    return status if isinstance(status, int) else None
-
-
-def part_bytes(num_bytes: int) -> int:
-    """Size of a multipart upload's parts: PART_BYTES, more where the store's limit of parts demands it."""
-    return max(PART_BYTES, -(-num_bytes // MAX_PARTS))
-
-
-def _gather(blocks: Iterable[bytes | memoryview], size: int) -> Iterator[bytes]:
-    """The same bytes in bodies of `size`, the last one shorter. Copies: botocore takes no memoryview."""
-    waiting: list[bytes | memoryview] = []
-    held = 0
-    for block in itertools.chain.from_iterable(_cut(block, size) for block in blocks):
-        if held + len(block) > size:
-            yield b"".join(waiting)
-            waiting, held = [], 0
-        waiting.append(block)
-        held += len(block)
-    if waiting:
-        yield b"".join(waiting)
-
-
-def _cut(block: bytes | memoryview, size: int) -> Iterator[memoryview]:
-    view = memoryview(block).cast("B") if block else memoryview(b"")
-    return (view[start : start + size] for start in range(0, len(view), size))
-
-
-def _filesystem(options: StorageOptions) -> Any:
-    filesystem = s3fs.S3FileSystem(
-        key=options.key or None,
-        secret=options.secret or None,
-        endpoint_url=options.endpoint_url or None,
-        client_kwargs=_given(region_name=options.region, verify=options.ca_file),
-        config_kwargs={
-            "connect_timeout": options.connect_timeout_s,
-            "read_timeout": options.read_timeout_s,
-            "retries": {"total_max_attempts": 1, "mode": "standard"},
-            "request_checksum_calculation": "when_required",  # several servers refuse the CRC32 that newer SDKs add
-            "response_checksum_validation": "when_required",
-            "max_pool_connections": options.max_connections,
-        },
-        use_listings_cache=False,
-        skip_instance_cache=True,
-    )
-    filesystem.retries = 1  # s3fs' own loop: a repeated conditional PUT would meet its own object
-    return filesystem
-
-
-def _given(**values: str) -> dict[str, str]:
-    return {name: value for name, value in values.items() if value}
+    def _delete(self, path: str, left_s: float) -> None:
+        self._client.request("delete_object", left_s, Key=path)

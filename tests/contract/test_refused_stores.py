@@ -140,7 +140,7 @@ class TestS3:
     def test_uploads_that_a_killed_process_left_are_swept_with_their_folder(self, s3_server: S3Server) -> None:
         prefix = uuid.uuid4().hex
         store = Store.open(f"{s3_server.url}/{prefix}", self.options(s3_server))
-        filesystem = store._fs  # type: ignore[attr-defined]
+        filesystem = store._client.filesystem  # type: ignore[attr-defined]
         filesystem.call_s3("create_multipart_upload", Bucket="demo", Key=f"{prefix}/data/a/x")
         store.delete_tree("data/a")
         left = filesystem.call_s3("list_multipart_uploads", Bucket="demo", Prefix=prefix)
@@ -149,7 +149,7 @@ class TestS3:
     def test_old_uploads_are_swept_below_our_root_only(self, s3_server: S3Server) -> None:
         prefix = uuid.uuid4().hex
         store = Store.open(f"{s3_server.url}/{prefix}", self.options(s3_server))
-        filesystem = store._fs  # type: ignore[attr-defined]
+        filesystem = store._client.filesystem  # type: ignore[attr-defined]
         for key in (f"{prefix}/data/a/x", f"{prefix}-other/x"):
             filesystem.call_s3("create_multipart_upload", Bucket="demo", Key=key)
         assert store.sweep(3600) == 0

@@ -72,10 +72,10 @@ class TestRetries:
     def policy(self, waits: list[float], tries: int = 5) -> RetryPolicy:
         return RetryPolicy(max_tries=tries, first_wait_s=1.0, max_wait_s=4.0, sleep=waits.append)
 
-    def failing(self, *errors: Exception) -> Callable[[], str]:
+    def failing(self, *errors: Exception) -> Callable[[float], str]:
         left = list(errors)
 
-        def work() -> str:
+        def work(_: float) -> str:
             if left:
                 raise left.pop(0)
             return "done"

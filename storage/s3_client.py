@@ -1,0 +1,138 @@
+"""Requests to one bucket through s3fs' session: each within its time, at the store's pace, with the credentials of now."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Coroutine, Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any, Final, TypeVar
+
+import s3fs
+
+from .s3_errors import ErrorDocument, Trouble, is_throttling, trouble_of
+from .store import StorageOptions
+from .throttle import Throttle
+
+T = TypeVar("T")
+Answer = Mapping[str, Any]
+
+RENEW_EVERY_S: Final = 5.0  # the least time between two looks for fresh credentials
+
+_MUST_HAVE: Final = {
+    "put_object": "ETag",
+    "upload_part": "ETag",
+    "complete_multipart_upload": "ETag",
+    "create_multipart_upload": "UploadId",
+}
+
+
+class S3Client:
+    """Thread-safe. s3fs finds the credentials and holds the session; its and botocore's own retries are off."""
+
+    def __init__(self, bucket: str, options: StorageOptions) -> None:
+        self.bucket = bucket
+        self.throttle = Throttle(options.max_connections)
+        self.filesystem = _filesystem(options)
+        self._has_fixed_key = bool(options.key)
+        self._renewing = threading.Lock()
+        self._renewals = 0
+        self._renewed_at = float("-inf")
+
+    def request(self, method: str, left_s: float, **arguments: Any) -> Answer:
+        """The answer of one request; a body is read to its end ("Body" is bytes then).
+
+        A refusal of the credentials is answered once with a new session, which reads files, roles and the environment again.
+
+        Args:
+            method: of botocore's client, e.g. "put_object".
+            left_s: the request is cancelled after so many seconds, however lively it looks.
+
+        Raises:
+            what botocore and aiohttp raise: see s3_errors.py.
+        """
+        until, renewals = time.monotonic() + left_s, self._renewals
+        try:
+            return self._request(method, until, arguments)
+        except Exception as error:
+            if trouble_of(error) is not Trouble.FORBIDDEN or not self._renew(renewals, until):
+                raise
+        return self._request(method, until, arguments)
+
+    def close(self) -> None:
+        self.filesystem.invalidate_cache()
+
+    def _request(self, method: str, until: float, arguments: Mapping[str, Any]) -> Answer:
+        with self.throttle.place(until - time.monotonic(), is_throttling=is_throttling):
+            return self._within(until, self._send(method, arguments))
+
+    async def _send(self, method: str, arguments: Mapping[str, Any]) -> Answer:
+        client = await self.filesystem.set_session()
+        answer = await getattr(client, method)(Bucket=self.bucket, **arguments)
+        if needed := _MUST_HAVE.get(method):
+            _check_has(answer, needed, method)
+        if (stream := answer.get("Body")) is None:
+            return dict(answer)
+        try:
+            body = await stream.read()  # raises when fewer bytes come than were announced
+        finally:
+            stream.close()
+        return {**answer, "Body": body}
+
+    def _renew(self, renewals: int, until: float) -> bool:
+        """True when the session is newer than the one that was refused: by this call or by another thread's."""
+        if self._has_fixed_key:
+            return False
+        with self._renewing:
+            if self._renewals != renewals:
+                return True
+            if time.monotonic() - self._renewed_at < RENEW_EVERY_S:
+                return False
+            self._within(until, self.filesystem.set_session(refresh=True))
+            self._renewals, self._renewed_at = self._renewals + 1, time.monotonic()
+            return True
+
+    def _within(self, until: float, work: Coroutine[Any, Any, T]) -> T:
+        """Runs on s3fs' loop; cancelled, with its connection, when the time is over or the caller is interrupted."""
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, max(0.0, until - time.monotonic())), self.filesystem.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def server_time(answer: Answer) -> float:
+    """Seconds by the server's clock when it answered, from the Date header that every HTTP server sends."""
+    return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+
+
+def _check_has(answer: Answer, needed: str, method: str) -> None:
+    if not answer.get(needed):
+        raise ErrorDocument(f"the server answered {method} with success but without {needed}")
+
+
+def _filesystem(options: StorageOptions) -> Any:
+    """Whatever is empty is left to botocore: AWS_* variables, AWS_ENDPOINT_URL(_S3), profiles, web identities, instance roles."""
+    return s3fs.S3FileSystem(
+        key=options.key or None,
+        secret=options.secret or None,
+        endpoint_url=options.endpoint_url or None,
+        client_kwargs=_given(region_name=options.region or os.environ.get("AWS_REGION", ""), verify=options.ca_file),
+        config_kwargs={
+            "connect_timeout": options.connect_timeout_s,
+            "read_timeout": options.read_timeout_s,
+            "retries": {"total_max_attempts": 1, "mode": "standard"},  # a repeated conditional PUT would meet its own object
+            "request_checksum_calculation": "when_required",  # several servers refuse the CRC32 that newer SDKs add
+            "response_checksum_validation": "when_required",
+            "max_pool_connections": options.max_connections,
+        },
+        use_listings_cache=False,
+        skip_instance_cache=True,
+    )
+
+
+def _given(**values: str) -> dict[str, str]:
+    return {name: value for name, value in values.items() if value}
