@@ -25,7 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-checkpoints = typer.Typer(help="Look at and verify a run's committed checkpoints.", no_args_is_help=True, rich_markup_mode=None)
+checkpoints = typer.Typer(
+    help="Look at a run's committed checkpoints, prove them, keep them, let them go.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(checkpoints, name="checkpoints")
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's config; every key has a default.")]
@@ -33,6 +35,11 @@ Overrides = Annotated[list[str] | None, typer.Option("-o", metavar="section.key=
 Where = Annotated[str, typer.Argument(metavar="ROOT|URL", help="The run's root (path or fsspec URL), or its coordinator's URL.")]
 Root = Annotated[str, typer.Argument(metavar="ROOT", help="The run's root: a local path or any fsspec URL.")]
 Step = Annotated[int, typer.Option(help="A committed step; default: the newest.")]
+CommittedStep = Annotated[int, typer.Option("--step", help="Step of the checkpoint.")]
+Partial = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Let tensors of this name (a pattern: 'model.blocks.3.*') differ from run.toml; may be given again."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
 
 
@@ -150,26 +157,90 @@ def drain(node: Annotated[str, typer.Argument(metavar="NODE")], where: Where) ->
 
 @checkpoints.command("list")
 def checkpoints_list(root: Root, as_json: AsJson = False) -> None:
-    """Every committed checkpoint: step, attempt, directory, state.
+    """Every checkpoint that exists: step, attempt, state (verified: every byte was read back), size, age, directory.
 
     Example: keepstep checkpoints list runs/quickstart
     """
-    from .viewing import print_checkpoints
+    from .checkpoints import print_list
 
-    print_checkpoints(root, as_json=as_json)
+    print_list(root, as_json=as_json)
 
 
 @checkpoints.command("verify")
 def checkpoints_verify(
-    root: Root, step: Annotated[int, typer.Option(help="Only the checkpoint of this step; default: all.")] = -1, as_json: AsJson = False
+    root: Root,
+    step: Annotated[int, typer.Option(help="Only the checkpoint of this step; default: all.")] = -1,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Record damage: the run never resumes from it again.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Read every byte of the committed checkpoints and compare it with the hashes; exit code 3 if one is damaged.
+    """Read every byte of the checkpoints back and compare it with the hashes; exit code 3 if one is damaged.
+
+    What is right is recorded as verified. Damage is only shown, unless --quarantine is given.
 
     Example: keepstep checkpoints verify runs/quickstart --step 120
     """
-    from .viewing import verify_checkpoints
+    from .checkpoints import verify
 
-    raise typer.Exit(verify_checkpoints(root, step=step, as_json=as_json))
+    raise typer.Exit(verify(root, step=step, quarantine=quarantine, as_json=as_json))
+
+
+@checkpoints.command("pin")
+def checkpoints_pin(root: Root, step: CommittedStep) -> None:
+    """Keep a checkpoint whatever checkpoint.keep says.
+
+    Example: keepstep checkpoints pin runs/quickstart --step 120
+    """
+    from .checkpoints import pin
+
+    pin(root, step=step, pinned=True)
+
+
+@checkpoints.command("unpin")
+def checkpoints_unpin(root: Root, step: CommittedStep) -> None:
+    """Let a pinned checkpoint go like any other.
+
+    Example: keepstep checkpoints unpin runs/quickstart --step 120
+    """
+    from .checkpoints import pin
+
+    pin(root, step=step, pinned=False)
+
+
+@checkpoints.command("gc")
+def checkpoints_gc(
+    root: Root,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go, and why the others stay.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete what [checkpoint] in the run's run.toml does not keep, and what killed processes left.
+
+    A live run does the same by itself, and loses nothing by this.
+
+    Example: keepstep checkpoints gc runs/quickstart --dry-run
+    """
+    from .checkpoints import collect_garbage
+
+    raise typer.Exit(collect_garbage(root, dry_run=dry_run, as_json=as_json))
+
+
+@checkpoints.command("export")
+def checkpoints_export(
+    root: Root,
+    out: Annotated[Path, typer.Option(metavar="PATH", help="The new file or, for dcp, directory; nothing is replaced.")],
+    step: Step = -1,
+    form: Annotated[str, typer.Option("--format", metavar="safetensors|torch|dcp", help="What to make of it.")] = "safetensors",
+    parts: Annotated[str, typer.Option(metavar="model,optimizer", help="What to take; default: the model, for dcp everything.")] = "",
+    partial: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Leave out tensors of this name (a pattern); may be given again.")
+    ] = None,
+) -> None:
+    """A checkpoint for other tools: one safetensors file, one file of torch.save, or a plain DCP directory. Every byte is verified.
+
+    Example: keepstep checkpoints export runs/quickstart --out model.safetensors
+    """
+    from .tools import export_checkpoint
+
+    export_checkpoint(root, out, step=step, form=form, parts=parts, partial=partial or [])
 
 
 @app.command()
@@ -185,7 +256,10 @@ def prepare(path: RunFile, override: Overrides = None) -> None:
 
 @app.command()
 def evaluate(
-    root: Root, step: Annotated[int, typer.Option(help="A committed step; default: the newest.")] = -1, as_json: AsJson = False
+    root: Root,
+    step: Step = -1,
+    partial: Partial = None,
+    as_json: AsJson = False,
 ) -> None:
     """Perplexity of a committed checkpoint on the held-out text, on one process.
 
@@ -193,7 +267,7 @@ def evaluate(
     """
     from .tools import evaluate_checkpoint
 
-    evaluate_checkpoint(root, step=step, as_json=as_json)
+    evaluate_checkpoint(root, step=step, partial=partial or [], as_json=as_json)
 
 
 @app.command()
@@ -205,6 +279,7 @@ def generate(
     top_k: Annotated[int, typer.Option(min=0, help="Sample among so many likeliest tokens; 0: all.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     step: Step = -1,
+    partial: Partial = None,
 ) -> None:
     """Text from a committed checkpoint, on one process.
 
@@ -212,7 +287,8 @@ def generate(
     """
     from .tools import generate_text
 
-    generate_text(root, prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, step=step)
+    settings = {"max_tokens": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+    generate_text(root, prompt=prompt, step=step, partial=partial or [], **settings)
 
 
 @app.command()

@@ -192,6 +192,7 @@ class Coordinator:
         manifest_sha256 = await asyncio.to_thread(write_manifest, self.store, request)
         answer = await self._in_log_thread(self._logbook.commit, request, manifest_sha256)
         self._janitor.nudge()
+        asyncio.get_running_loop().run_in_executor(self._log_thread, self.log.tidy)
         return answer
 
     async def _end(self, request: ev.LogEnd) -> None:

@@ -225,7 +225,7 @@ class Janitor:
     def _sweep_if_due(self) -> None:
         if self._clock() - self._swept_at < SWEEP_PERIOD_S:
             return
-        left = find_leftovers(self._store, self._log.lineage, is_log_whole=not self._log.alarms)
+        left = find_leftovers(self._store, self._log.lineage, is_log_whole=self._log.is_whole)
         self._dispose(left.garbage)
         num_halves = self._store.sweep(UPLOAD_GRACE_S)
         self._swept_at = self._clock()

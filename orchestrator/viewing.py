@@ -1,4 +1,4 @@
-"""What people ask of a run from outside: its status, its story, its checkpoints; and the few things that they may tell it."""
+"""What people ask of a run from outside: its status and its story; and the few things that they may tell it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from keepstep.storage.errors import DamagedCheckpoint, StorageError
-from keepstep.storage.records import Commit
+from keepstep.storage.errors import StorageError
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
-from keepstep.storage.verify import verify_checkpoint
-from keepstep.trainer.contract import EXIT_FAILED, EXIT_OK
 
 from .archive import read_events
 from .client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
@@ -42,7 +38,7 @@ def visit(root: str) -> tuple[Store, RunLog]:
         log = RunLog.open(store)
     except (ValueError, StorageError) as error:
         raise InputError(f"{root}: {error}") from error
-    if not log.entries:
+    if not log.count:
         raise InputError(f"{root}: no run lives there; check the path, or start one with `keepstep run`")
     return store, log
 
@@ -89,7 +85,7 @@ def print_status(where: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(status))
         return
-    console = _console()
+    console = open_console()
     console.print(f"{status['run']}: {status['phase']}: {status['why']}", markup=False)
     console.print(f"attempt {status['attempt']}, step {status['step']}/{status['steps']}, {status['world_size']} ranks", markup=False)
     if trouble := status["degraded"]:
@@ -101,7 +97,7 @@ def print_status(where: str, *, as_json: bool) -> None:
         console.print(_node_table(status["nodes"]))
 
 
-def _console() -> Console:
+def open_console() -> Console:
     """As wide as the terminal; where there is none, as wide as what is printed: a script that reads it must not find "..."."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=PIPED_WIDTH)
@@ -130,58 +126,3 @@ def print_events(where: str, *, as_json: bool, follow: bool) -> None:
         for event in (events := read_events(store))[len(shown) :]:
             print(show(event), flush=True)
         shown = events
-
-
-def commits(log: RunLog) -> tuple[Commit, ...]:
-    return log.lineage.live
-
-
-def _state_of(log: RunLog, commit: Commit) -> str:
-    lineage = log.lineage
-    if commit.directory in lineage.quarantined:
-        return "quarantined"
-    return "abandoned" if commit in lineage.abandoned else "committed"
-
-
-def print_checkpoints(root: str, *, as_json: bool) -> None:
-    _, log = visit(root)
-    names = ("step", "attempt", "directory", "manifest_sha256", "world_size", "at")
-    rows = [{name: getattr(commit, name) for name in names} | {"state": _state_of(log, commit)} for commit in commits(log)]
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = Table("step", "attempt", "state", "directory", "committed at")
-    for row in rows:
-        table.add_row(str(row["step"]), str(row["attempt"]), row["state"], row["directory"], row["at"][:19])
-    _console().print(table)
-
-
-def verify_checkpoints(root: str, *, step: int, as_json: bool) -> int:
-    """Exit code: 0 when every byte is right, 3 when a checkpoint is damaged."""
-    store, log = visit(root)
-    wanted = [commit for commit in commits(log) if step in (-1, commit.step)]
-    if not wanted:
-        raise InputError(
-            f"{root}: no committed checkpoint" + (f" of step {step}; `keepstep checkpoints list {root}` shows them" if step >= 0 else "")
-        )
-    with Progress(console=Console(stderr=True), disable=as_json) as progress:
-        rows = [_verified(store, commit, progress) for commit in wanted]
-    if as_json:
-        print(json.dumps(rows))
-    else:
-        for row in rows:
-            print(f"step {row['step']}: {row['verdict']}")
-    return EXIT_OK if all(row["verdict"] == "every byte is right" for row in rows) else EXIT_FAILED
-
-
-def _verified(store: Store, commit: Commit, progress: Progress) -> dict[str, Any]:
-    task = progress.add_task(f"step {commit.step}", total=None)
-    try:
-        manifest = verify_checkpoint(
-            store, commit.directory, commit.manifest_sha256, lambda done, total: progress.update(task, completed=done, total=total)
-        )
-        verdict = "every byte is right"
-        num_bytes = manifest.num_bytes
-    except DamagedCheckpoint as error:
-        verdict, num_bytes = f"DAMAGED: {error.file}: {error.why}", 0
-    return {"step": commit.step, "directory": commit.directory, "bytes": num_bytes, "verdict": verdict}
