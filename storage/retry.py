@@ -69,13 +69,12 @@ class RetryPolicy:
         Args:
             work: one try; gets the seconds that it may take: half of the deadline, so that there is time for another, or what is left.
             what: what is tried, for the message: "read log/0000000042.json".
-            budget: of the retries of all calls together; None: each call may use its own deadline up.
+            budget: of the retries of all calls together; None: the call may use its deadline up.
 
         Raises:
             StoreUnavailable: the last transient error, when deadline, tries or budget are used up.
         """
-        began_at, budget = time.monotonic(), budget or RetryBudget()
-        is_spent = _SpentBudget(budget)
+        began_at, is_spent = time.monotonic(), _SpentBudget(budget)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_transient),
             wait=tenacity.wait_random_exponential(multiplier=self.first_wait_s, max=self.max_wait_s),
@@ -91,19 +90,22 @@ class RetryPolicy:
             result = retrying(once)
         except tenacity.RetryError as error:
             tries, last = error.last_attempt.attempt_number, error.last_attempt.exception()
-            note = f"; {budget}" if is_spent.said_no else ""
-            raise StoreUnavailable(f"cannot {what}: {tries} tries, the last one said: {type(last).__name__}: {last}{note}") from last
-        budget.succeeded()
+            said = f"{tries} tries, the last one said: {type(last).__name__}: {last}"
+            raise StoreUnavailable(f"cannot {what}: {said}{is_spent.note}") from last
+        if budget:
+            budget.succeeded()
         return result
 
 
 class _SpentBudget(tenacity.stop.stop_base):
     """Asked last, when everything else is for another try: then it costs one."""
 
-    def __init__(self, budget: RetryBudget) -> None:
+    def __init__(self, budget: RetryBudget | None) -> None:
         self._budget = budget
-        self.said_no = False
+        self.note = ""
 
     def __call__(self, retry_state: tenacity.RetryCallState) -> bool:
-        self.said_no = not self._budget.take()
-        return self.said_no
+        if self._budget is None or self._budget.take():
+            return False
+        self.note = f"; {self._budget}"
+        return True

@@ -180,13 +180,9 @@ class Store(ABC):
         Returns:
             the number of bytes read, less than asked for only where the object ends. Raises NotFound.
         """
-        body = memoryview(self.get_range(key, start, sum(view.nbytes for view in destinations)))
-        at = 0
-        for view in destinations:
-            part = body[at : at + view.nbytes]
-            view[: part.nbytes] = part
-            at += view.nbytes
-        return body.nbytes
+        body = self.get_range(key, start, sum(view.nbytes for view in destinations))
+        scatter(body, destinations)
+        return len(body)
 
     def exists(self, key: str) -> bool:
         try:
@@ -235,6 +231,14 @@ def check_key(key: str) -> str:
     if any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"key {key!r} has an empty, '.' or '..' part")
     return key
+
+
+def scatter(body: bytes, destinations: Sequence[memoryview]) -> None:
+    """Fills memory, one destination after the other, as far as the bytes go."""
+    rest = memoryview(body)
+    for view in destinations:
+        part, rest = rest[: view.nbytes], rest[view.nbytes :]
+        view[: part.nbytes] = part
 
 
 def whole_lines(data: bytes) -> bytes:
