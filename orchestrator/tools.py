@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -41,12 +42,12 @@ def prepare_data(config: RunConfig) -> None:
         print(f"{name}: {value}")
 
 
-def evaluate_checkpoint(root: str, *, step: int, as_json: bool) -> None:
+def evaluate_checkpoint(root: str, *, step: int, partial: Sequence[str], as_json: bool) -> None:
     from keepstep.trainer.evaluate import evaluate_root
 
     _open_as_stored(root)
     try:
-        result = evaluate_root(root, step=None if step < 0 else step)
+        result = evaluate_root(root, step=None if step < 0 else step, partial=partial)
     except ValueError as error:
         raise InputError(f"{root}: {error}") from error
     if as_json:
@@ -56,14 +57,31 @@ def evaluate_checkpoint(root: str, *, step: int, as_json: bool) -> None:
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def generate_text(root: str, *, prompt: str, tokens: int, temperature: float, top_k: int, seed: int, step: int) -> None:
+def generate_text(root: str, *, prompt: str, step: int, partial: Sequence[str], **settings: Any) -> None:
+    """`settings`: those of the sampling, see `generate`."""
     from keepstep.trainer.generate import generate
 
     _open_as_stored(root)
     try:
-        print(generate(root, prompt, max_tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, step=None if step < 0 else step))
+        print(generate(root, prompt, step=None if step < 0 else step, partial=partial, **settings))
     except ValueError as error:
         raise InputError(f"{root}: {error}") from error
+
+
+def export_checkpoint(root: str, out: Path, *, step: int, form: str, parts: str, partial: Sequence[str]) -> None:
+    from keepstep.trainer.export import export
+
+    _open_as_stored(root)
+    wanted = [part.strip() for part in parts.split(",") if part.strip()]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("verifying and copying", total=None)
+        show: Callable[[int, int], None] = lambda done, total: progress.update(task, completed=done, total=total)  # noqa: E731
+        try:
+            made = export(root, out, form=form, step=None if step < 0 else step, parts=wanted, partial=partial, report=show)
+        except ValueError as error:
+            raise InputError(f"{root}: {error}") from error
+    left_out = f"; left out: {', '.join(made.left_out)}" if made.left_out else ""
+    print(f"step {made.step} of {made.directory}: {made.num_tensors} tensors, {made.num_bytes} bytes, verified, in {out}{left_out}")
 
 
 def sample(root: str, prompt: str) -> str:

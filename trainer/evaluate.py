@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,10 +82,11 @@ def _alone(row: list[float]) -> Tensor:
     return torch.tensor([row], dtype=torch.float64)
 
 
-def evaluate_root(root: str, *, step: int | None = None) -> dict[str, Any]:
+def evaluate_root(root: str, *, step: int | None = None, partial: Sequence[str] = ()) -> dict[str, Any]:
     """A committed checkpoint (None: the newest) on the whole held-out text, on this process alone.
 
-    `unigram_nats` is what a model reaches that knows the frequencies of tokens and no context.
+    `unigram_nats` is what a model reaches that knows the frequencies of tokens and no context; `skipped`, if there is one, names the
+    tensors that `partial` let pass (see `load_trained`).
 
     Raises:
         ValueError: nothing is committed, or not this step.
@@ -93,7 +94,7 @@ def evaluate_root(root: str, *, step: int | None = None) -> dict[str, Any]:
     """
     from .trained import load_trained
 
-    trained = load_trained(root, step)
+    trained = load_trained(root, step, partial=partial)
     held_out = trained.tokens.held_out
     result = evaluate(
         trained.model,
@@ -111,4 +112,5 @@ def evaluate_root(root: str, *, step: int | None = None) -> dict[str, Any]:
         "nats_per_token": result.nats_per_token,
         "unigram_nats": trained.tokens.index.held_out.unigram_nats,
         "tokens": result.tokens,
+        **({"skipped": list(trained.skipped)} if trained.skipped else {}),
     }

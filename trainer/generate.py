@@ -12,13 +12,22 @@ from .trained import load_trained
 
 
 def generate(
-    root: str, prompt: str, *, max_tokens: int = 100, temperature: float = 0.8, top_k: int = 50, seed: int = 0, step: int | None = None
+    root: str,
+    prompt: str,
+    *,
+    max_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    step: int | None = None,
+    partial: Sequence[str] = (),
 ) -> str:
     """Continues `prompt` with a committed checkpoint (None: the newest); returns prompt and continuation. Deterministic for a seed.
 
     Args:
         temperature: 0: always the likeliest token.
         top_k: sample among so many likeliest tokens; 0: all.
+        partial: names of tensors that may differ, see `load_trained`.
 
     Raises:
         ValueError: nothing is committed, or not this step; or a setting is out of range.
@@ -26,7 +35,7 @@ def generate(
     """
     if temperature < 0 or top_k < 0 or max_tokens < 1:
         raise ValueError(f"temperature = {temperature} and top_k = {top_k} must be 0 or more, max_tokens = {max_tokens} 1 or more")
-    trained = load_trained(root, step)
+    trained = load_trained(root, step, partial=partial)
     tokenizer = trained.tokens.tokenizer
     (given,) = tokenizer.encode_all([prompt])
     start = list(given) or [tokenizer.end_of_text]

@@ -1,16 +1,17 @@
 """Restoring: every byte is verified against the committed manifest before it reaches a tensor, and nothing is unpickled.
 
 A rank whose tensors are cut as they were saved (the same world size) reads its chunks straight into them. Otherwise DCP's load planner says
-which parts of which saved chunks make up each local one.
+which parts of which saved chunks make up each local one, and those rows alone are read. Either way it is one call for all tensors, so that
+the reader can read many blocks at once.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -23,16 +24,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem
 
 from keepstep.storage.errors import DamagedCheckpoint
 from keepstep.storage.manifest import Manifest, TensorEntry
 from keepstep.storage.store import Store
-from keepstep.storage.verify import CheckpointReader, read_manifest
+from keepstep.storage.verify import CheckpointReader, Piece, read_manifest
 
 from .attach import Attached
-from .checkpoint import dtype_name
 from .contract import DAMAGED_KIND
+from .matching import skipped
 from .optim import local
 from .parallel import chunks_of
 from .state import NestedTensors, byte_view, flatten
@@ -40,8 +40,7 @@ from .state import NestedTensors, byte_view, flatten
 log = logging.getLogger("keepstep.trainer")
 
 
-class CheckpointMismatch(ValueError):
-    """The checkpoint is sound, but it is not of this model: a tensor is missing, extra, or of another shape or dtype."""
+_COPIES_BYTES: Final = 256 << 20  # in flight, for tensors that cannot be read into directly (on a GPU, a cut across rows)
 
 
 class ResumeDamaged(RuntimeError):
@@ -57,13 +56,14 @@ class ResumeDamaged(RuntimeError):
 class VerifiedReader(Protocol):
     """What restoring needs of `storage.verify.CheckpointReader`."""
 
-    def read_into(self, file: str, offset: int, destination: memoryview, /) -> None: ...
+    def read_pieces(self, pieces: Iterable[Piece], /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     num_bytes: int
     resharded: bool  # cut otherwise than it was saved
+    skipped: tuple[str, ...] = ()  # tensors that differ, and may
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,73 +102,114 @@ def resume(me: Attached, tensors: NestedTensors) -> Resumed:
     return Resumed(step=manifest.step, world_size=manifest.world_size, state=own.state, first_state=manifest.ranks[0].state)
 
 
-def restore(manifest: Manifest, reader: VerifiedReader, tensors: NestedTensors) -> Restored:
-    """Fills every tensor of this rank. Raises CheckpointMismatch, before it reads a byte, or DamagedCheckpoint.
+def restore(manifest: Manifest, reader: VerifiedReader, tensors: NestedTensors, *, partial: Sequence[str] = ()) -> Restored:
+    """Fills every tensor of this rank.
 
     Only the parts that `tensors` has keys for are read, each of them whole: {"model": ...} leaves the optimizer alone.
+
+    Args:
+        partial: patterns of names. A tensor whose name matches one may be missing in the checkpoint, extra, or of another shape or
+            dtype: it is skipped and keeps the value it has. All others must be the same.
+
+    Raises:
+        CheckpointMismatch: it is of another model; no byte was read.
+        ValueError: a pattern matches no tensor.
+        DamagedCheckpoint: it does not verify.
     """
     flat = flatten(tensors)
     saved = [entry for rank in manifest.ranks for entry in rank.tensors if entry.name.partition(".")[0] in tensors]
-    check_same_model(saved, flat)
-    chunks = {(entry.name, entry.starts, entry.shape): entry for entry in saved}
-    wanted = {name: chunk for name, tensor in flat.items() for chunk in chunks_of(tensor) if local(tensor).numel()}
+    if skip := skipped(saved, flat, partial):
+        log.warning("skipped %d tensors that differ, as told: %s", len(skip), ", ".join(sorted(skip)))
+        flat = {name: tensor for name, tensor in flat.items() if name not in skip}
+        saved = [entry for entry in saved if entry.name not in skip]
+    same = _uncut(saved, flat)
     with torch.no_grad():
-        if all((name, *chunk) in chunks for name, chunk in wanted.items()):
-            num_bytes = sum(read_chunk(reader, chunks[name, *chunk], local(flat[name])) for name, chunk in wanted.items())
-            return Restored(num_bytes=num_bytes, resharded=False)
-        return Restored(num_bytes=_reshard(saved, reader, tensors), resharded=True)
+        parts = _resharded(saved, flat) if same is None else same
+        read_parts(reader, parts)
+    return Restored(num_bytes=sum(part.num_bytes for part in parts), resharded=same is None, skipped=tuple(sorted(skip)))
 
 
-def check_same_model(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -> None:
-    """Exactly the same names, global shapes and dtypes."""
-    there = {entry.name: (entry.dtype, tuple(entry.global_shape)) for entry in saved}
-    here = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in flat.items()}
-    wrong = [f"{name} is missing in it" for name in sorted(here.keys() - there.keys())]
-    wrong += [f"{name} is not in this model" for name in sorted(there.keys() - here.keys())]
-    wrong += [
-        f"{name} is {_shown(there[name])} in it and {_shown(here[name])} here"
-        for name in sorted(here)
-        if there.get(name, here[name]) != here[name]
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
-        raise CheckpointMismatch(f"the checkpoint is of another model or optimizer: {'; '.join(wrong[:5])}{more}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Rows of a saved chunk, and the tensor that they (or, where `inner` cuts across them, some columns of them) go to."""
+
+    entry: TensorEntry
+    first_row: int
+    shape: tuple[int, ...]  # of what is read: rows, and the rest of the chunk's shape
+    inner: tuple[slice, ...]
+    target: Tensor
+
+    @property
+    def offset(self) -> int:
+        """Of the first byte, in the file."""
+        return self.entry.offset + self.first_row * math.prod(self.shape[1:]) * self.target.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.target.dtype.itemsize
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the bytes can be read straight into the target."""
+        return self.target.device.type == "cpu" and self.target.is_contiguous() and tuple(self.target.shape) == self.shape
 
 
-def _shown(what: tuple[str, tuple[int, ...]]) -> str:
-    return f"{what[0]} {list(what[1])}"
-
-
-def read_chunk(reader: VerifiedReader, entry: TensorEntry, destination: Tensor) -> int:
-    """Reads one saved chunk into a tensor of its shape and dtype, through a copy only where the tensor is no plain memory."""
-    target = (
-        destination
-        if destination.device.type == "cpu" and destination.is_contiguous()
-        else torch.empty(entry.shape, dtype=destination.dtype)
+def part_of(entry: TensorEntry, starts: Sequence[int], sizes: Sequence[int], target: Tensor) -> Part:
+    """The box of `sizes` at `starts` of a saved chunk goes to `target`, which has that shape. A scalar has no rows and is one part."""
+    return Part(
+        entry=entry,
+        first_row=starts[0] if starts else 0,
+        shape=(sizes[0], *entry.shape[1:]) if sizes else (),
+        inner=(slice(None), *(slice(start, start + size) for start, size in zip(starts[1:], sizes[1:], strict=True))) if sizes else (),
+        target=target,
     )
-    reader.read_into(entry.file, entry.offset, byte_view(target))
-    if target is not destination:
-        destination.copy_(target)
-    return entry.num_bytes
 
 
-def _reshard(saved: list[TensorEntry], reader: VerifiedReader, tensors: NestedTensors) -> int:
+def whole_chunk(entry: TensorEntry, target: Tensor) -> Part:
+    return part_of(entry, (0,) * len(entry.shape), entry.shape, target)
+
+
+def _uncut(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -> list[Part] | None:
+    """Each local tensor is one saved chunk; None when one is not."""
+    chunks = {(entry.name, entry.starts, entry.shape): entry for entry in saved}
+    wanted = {(name, *chunk): local(tensor) for name, tensor in flat.items() for chunk in chunks_of(tensor) if local(tensor).numel()}
+    return [whole_chunk(chunks[key], target) for key, target in wanted.items()] if wanted.keys() <= chunks.keys() else None
+
+
+def _resharded(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -> list[Part]:
     planner = DefaultLoadPlanner()
-    planner.set_up_planner(dict(tensors), metadata_of(saved), is_coordinator=False)
+    planner.set_up_planner(dict(flat), metadata_of(saved := list(saved)), is_coordinator=False)
     entries = {MetadataIndex(entry.name, entry.starts): entry for entry in saved}
-    by_chunk: dict[MetadataIndex, list[ReadItem]] = defaultdict(list)
-    for item in planner.create_local_plan().items:
-        by_chunk[item.storage_index].append(item)
-    for index, items in by_chunk.items():
-        chunk = torch.empty(entries[index].shape, dtype=getattr(torch, entries[index].dtype))
-        read_chunk(reader, entries[index], chunk)
-        for item in items:
-            planner.resolve_tensor(item).detach().copy_(_narrow(chunk, item))
-    return sum(entries[index].num_bytes for index in by_chunk)
+    items = planner.create_local_plan().items
+    return [
+        part_of(entries[item.storage_index], item.storage_offsets, item.lengths, planner.resolve_tensor(item).detach()) for item in items
+    ]
 
 
-def _narrow(chunk: Tensor, item: ReadItem) -> Tensor:
-    return chunk[tuple(slice(start, start + size) for start, size in zip(item.storage_offsets, item.lengths, strict=True))]
+def read_parts(reader: VerifiedReader, parts: Iterable[Part]) -> None:
+    """In one call, unless copies would need too much memory. Raises DamagedCheckpoint, StoreError."""
+    for batch in _batches(parts):
+        memory = [part.target if part.is_direct else torch.empty(part.shape, dtype=part.target.dtype) for part in batch]
+        reader.read_pieces(
+            [Piece(part.entry.file, part.offset, byte_view(tensor)) for part, tensor in zip(batch, memory, strict=True)],
+        )
+        for part, tensor in zip(batch, memory, strict=True):
+            if tensor is not part.target:
+                part.target.copy_(tensor[part.inner])
+
+
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """All at once, unless the copies of those that are not direct would need too much memory."""
+    batch, copies = list[Part](), 0
+    for part in parts:
+        needed = 0 if part.is_direct else part.num_bytes
+        if batch and copies + needed > _COPIES_BYTES:
+            yield batch
+            batch, copies = [], 0
+        batch.append(part)
+        copies += needed
+    if batch:
+        yield batch
 
 
 def metadata_of(saved: Iterable[TensorEntry]) -> Metadata:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from keepstep.storage.verify import CheckpointReader, read_manifest
 
 from .config import TrainerConfig
 from .models import Gpt, build_model
+from .parallel import initialise
 from .restore import restore
 from .tokens import Tokens, open_tokens
 
@@ -26,25 +28,32 @@ class Trained:
     tokens: Tokens
     model: Gpt  # in evaluation mode, on the CPU
     step: int
+    skipped: tuple[str, ...] = ()  # tensors that differ, and may: as `initialise` made them
 
 
-def load_trained(root: str, step: int | None = None) -> Trained:
+def load_trained(root: str, step: int | None = None, *, partial: Sequence[str] = ()) -> Trained:
     """The model of a committed checkpoint, of the newest one for None. Every byte is verified.
 
+    Args:
+        partial: patterns of the names of tensors that may differ from those that run.toml describes; see `restore`.
+
     Raises:
-        ValueError: the root holds no run, nothing is committed yet, or not this step.
+        ValueError: the root holds no run, nothing is committed yet, or not this step; a pattern matches nothing.
+        CheckpointMismatch: it is not of the model that run.toml describes.
         DamagedCheckpoint: the bytes are not those that were committed.
     """
     store = Store.open(root)
     config = _config(store)
-    commit = _commit(store, step)
+    commit = commit_of_step(store, step)
     with tempfile.TemporaryDirectory(prefix="keepstep-") as scratch:  # mapped files stay readable after they are gone
         tokens = open_tokens(store, Path(scratch))
     model = build_model(config.model, tokens.index.vocabulary)
     manifest = read_manifest(store, commit.directory, commit.manifest_sha256)
     reader = CheckpointReader(store, commit.directory, manifest)
-    restore(manifest, reader, {"model": {name: parameter.detach() for name, parameter in model.named_parameters()}})
-    return Trained(config=config, tokens=tokens, model=model.eval(), step=commit.step)
+    if partial:
+        initialise(model, seed=config.run.seed, layers=config.model.layers)
+    restored = restore(manifest, reader, {"model": {name: value.detach() for name, value in model.named_parameters()}}, partial=partial)
+    return Trained(config=config, tokens=tokens, model=model.eval(), step=commit.step, skipped=restored.skipped)
 
 
 def _config(store: Store) -> TrainerConfig:
@@ -54,7 +63,8 @@ def _config(store: Store) -> TrainerConfig:
         raise ValueError(f"{store.name} holds no run: there is no {RUN_CONFIG_KEY} in it") from None
 
 
-def _commit(store: Store, step: int | None) -> Commit:
+def commit_of_step(store: Store, step: int | None) -> Commit:
+    """The usable commit of a step, for None the newest. Raises ValueError where there is none, naming those that are there."""
     lineage = RunLog.open(store).lineage
     usable = [commit for commit in lineage.commits if lineage.is_usable(commit)]
     if not usable:

@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_ranks import TINY, commit, train_ranks
+from trainer_ranks import TINY, commit, train_ranks, write_log
 
 from keepstep.storage.errors import DamagedCheckpoint
-from keepstep.storage.records import Attempt, Commit
-from keepstep.storage.runlog import RunLog
-from keepstep.storage.store import Store
 from keepstep.trainer.evaluate import evaluate_root
 from keepstep.trainer.generate import choose, generate
 
@@ -35,7 +32,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     train_ranks(made, config, world_size=2)
     write_toml(made / "run.toml", config)
-    write_log(made)
+    folders = [next(made.glob(f"data/a000001/s{step:09d}-*")) for step in (2, 4)]
+    write_log(made, 2, [commit(made, str(folder.relative_to(made))) for folder in folders])
     return made
 
 
@@ -44,16 +42,6 @@ def write_toml(path: Path, config: dict[str, dict[str, Any]]) -> None:
         f"[{section}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items()) for section, keys in config.items()
     ]
     path.write_text("\n".join(lines))
-
-
-def write_log(root: Path) -> None:
-    log = RunLog.open(Store.open(root))
-    log.open_term(run="test", identity="x", host="here", pid=1)
-    log.append(Attempt(term=1, attempt=1, nodes=("n#1",), world_size=2, nonce="nonce1"))
-    for step in (2, 4):
-        (folder,) = root.glob(f"data/a000001/s{step:09d}-*")
-        made = commit(root, str(folder.relative_to(root)))
-        log.append(Commit(term=1, attempt=1, step=step, directory=made.directory, manifest_sha256=made.manifest_sha256, world_size=2))
 
 
 @pytest.mark.slow

@@ -12,6 +12,9 @@ from typing import Any
 
 from keepstep.storage.arena import Buffer, StagedFile
 from keepstep.storage.manifest import FileEntry, Manifest, RankIndex, TensorEntry, hash_blocks, merge
+from keepstep.storage.records import Attempt, Commit
+from keepstep.storage.runlog import RunLog
+from keepstep.storage.store import Store
 from keepstep.trainer.attach import Attached
 from keepstep.trainer.contract import ENV_SPEC, PROGRESS_BYTES, RankSpec, Resume
 
@@ -92,6 +95,24 @@ def commit(root: Path, directory: str) -> Resume:
     manifest = merge([RankIndex.parse(path.read_bytes()) for path in sorted(folder.glob("rank-*.json"))])
     (folder / "MANIFEST.json").write_bytes(manifest.body())
     return Resume(step=manifest.step, directory=directory, manifest_sha256=manifest.sha256())
+
+
+def write_log(root: Path, world_size: int, commits: Sequence[Resume]) -> None:
+    """A term, attempt 1 and its commits."""
+    log = RunLog.open(Store.open(root))
+    log.open_term(run="test", identity="x", host="here", pid=1)
+    log.append(Attempt(term=1, attempt=1, nodes=("n#1",), world_size=world_size, nonce="nonce1"))
+    for made in commits:
+        log.append(
+            Commit(
+                term=1,
+                attempt=1,
+                step=made.step,
+                directory=made.directory,
+                manifest_sha256=made.manifest_sha256,
+                world_size=world_size,
+            )
+        )
 
 
 def manifest_of(root: Path, resume: Resume) -> Manifest:
