@@ -7,23 +7,24 @@ from collections.abc import Callable
 
 from keepstep.orchestrator import events as ev
 from keepstep.orchestrator.commits import write_manifest
+from keepstep.orchestrator.janitor import Hooks, Janitor
 from keepstep.orchestrator.logbook import Logbook
 from keepstep.orchestrator.wire import Persisted
 from keepstep.storage.arena import StagedFile
 from keepstep.storage.canonical import sha256_hex
-from keepstep.storage.disposal import dispose
 from keepstep.storage.layout import METADATA_NAME, checkpoint_directory, shard_name
 from keepstep.storage.manifest import Manifest, RankIndex, TensorEntry
-from keepstep.storage.records import Attempt, Commit, Retire
-from keepstep.storage.retention import choose_retired
+from keepstep.storage.records import Attempt, Commit
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 from keepstep.storage.submission import Submission, persist
 from keepstep.storage.verify import verify_checkpoint
+from keepstep.trainer.config import CheckpointSection
 
 SHARD_BYTES = 900
 METADATA = b"what torch.distributed.checkpoint keeps beside the tensors"
 INTERVAL = 10
+KEEP = 2
 
 Tell = Callable[[str, int], None]  # (what is known now, of which step)
 
@@ -41,14 +42,15 @@ class TinyRun:
             when the commit record is acknowledged.
     """
 
-    def __init__(self, store: Store, *, world_size: int = 2, keep: int = 2, tell: Tell = lambda what, step: None) -> None:
+    def __init__(self, store: Store, *, world_size: int = 2, tell: Tell = lambda what, step: None) -> None:
         self.store = store
         self.world_size = world_size
-        self.keep = keep
         self.tell = tell
         self.log = RunLog.open(store)
         self.term = self.log.open_term(run="tiny", identity="tiny", host="tiny", pid=1).term
         self.logbook = Logbook(self.log, self.term)
+        hooks = Hooks(damaged=quarantines_nothing, say=lambda kind, why: None, broke=raise_again)
+        self.janitor = Janitor(store, self.log, CheckpointSection(keep=KEEP), hooks)
 
     def launch(self) -> Attempt:
         """Rolls forward what a predecessor left whole, then begins an attempt at the newest committed checkpoint."""
@@ -78,7 +80,7 @@ class TinyRun:
         request = self.persist(step)
         self.tell("whole", step)
         self.commit(request)
-        self.retire()
+        self.tidy()
 
     def persist(self, step: int) -> ev.Commit:
         directory = checkpoint_directory(self.attempt.attempt, step, self.attempt.nonce)
@@ -107,13 +109,18 @@ class TinyRun:
         self.logbook.commit(request, write_manifest(self.store, request))
         self.tell("committed", request.step)
 
-    def retire(self) -> None:
-        """Record first, deletion afterwards."""
-        chosen = choose_retired(self.log.lineage, keep=self.keep, trust_writes=True)
-        if chosen.retire:
-            self.log.append(Retire(term=self.term, directories=chosen.retire, why=chosen.why))
-        for directory in chosen.retire:
-            dispose(self.store, directory)
+    def tidy(self) -> None:
+        """What a coordinator does beside the training: hint and snapshot, read back, retire, clear away."""
+        assert self.log.tidy()
+        self.janitor.round()
+
+
+def quarantines_nothing(directory: str, why: str) -> None:
+    raise AssertionError(f"{directory} is damaged: {why}")
+
+
+def raise_again(error: BaseException) -> None:
+    raise error
 
 
 def tensor_of(rank: int, world_size: int) -> TensorEntry:
