@@ -227,11 +227,15 @@ class Agent:
                 self._ranks.blame_all("lease", f"{self.id} reached neither its coordinator nor the run log for {lease_s:g} s")
 
     async def _look_into_log(self) -> None:
-        """Where the coordinator does not answer, the log does: it says whether somebody has replaced us."""
+        """Where the coordinator does not answer, or may have been succeeded, the log does: it says whether somebody has replaced us.
+
+        While nobody can read it, the coordinator's word must do: storage that is away stops no training.
+        """
         lease_s = self.config.cluster.lease_s
         while True:
             await asyncio.sleep(lease_s / 10)
-            if time.monotonic() - self._obeyed_at > lease_s / 3:
+            unproven = self._directive is not None and self._directive.unproven
+            if unproven or time.monotonic() - self._obeyed_at > lease_s / 3:
                 await self._find_successor()
 
     async def _find_successor(self) -> None:

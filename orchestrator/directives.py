@@ -17,12 +17,12 @@ _OVER: Final = (phases.Succeeded, phases.Stopped, phases.Failed)
 def may_answer(run: Run, now: float) -> bool:
     """Whether agents may be answered: an answer prolongs their lease, so it needs proof that nobody has succeeded us.
 
-    False until the log's end was read in this term, and whenever that was last done over `authority_s` ago. An agent without an answer
-    reads the log itself.
+    False until the log's end was read in this term, and whenever that was last done over `outage_s` ago. An agent without an answer
+    reads the log itself; so does one whose answer is `unproven`.
     """
     if isinstance(run.phase, (phases.Opening, phases.Superseded)):
         return False
-    return run.read_at is not None and now - run.read_at <= run.policy.authority_s
+    return run.read_at is not None and now - run.read_at <= run.policy.outage_s
 
 
 def directive(run: Run, node: str) -> Directive:
@@ -33,6 +33,7 @@ def directive(run: Run, node: str) -> Directive:
         launch=_launch(run, node),
         committed_step=run.saves.committed_step,
         settled_attempt=run.attempt,
+        unproven=run.read_at is None or run.now - run.read_at > run.policy.lease_s,
         over=isinstance(phase, _OVER),
         forget=node in run.members.buried,
         why=phase.why,

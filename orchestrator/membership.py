@@ -152,7 +152,8 @@ def outlasted(members: Members, policy: Policy, now: float) -> frozenset[str]:
 def _is_outlasted(node: Node | None, found: Suspect, policy: Policy, now: float) -> bool:
     if found.fenced_at is None:
         return False
-    lease_s = policy.lease_s if found.listens else policy.authority_s + policy.lease_s
+    # A predecessor that cannot read the log either says so after a lease, and then the node looks for itself within another.
+    lease_s = policy.lease_s if found.listens else 2 * policy.lease_s
     runs = node is not None and any(rank.state == "running" for rank in node.report.ranks)
     last_sign = max(found.fenced_at, node.heard_at) if node is not None and runs else found.fenced_at
     return now >= last_sign + lease_s + policy.fence_s

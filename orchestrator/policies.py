@@ -16,6 +16,7 @@ def policy_of(config: RunConfig) -> Policy:
         ranks_per_node=cluster.ranks_per_node or 1,
         needs_final_commit=not config.train.script,
         lease_s=cluster.lease_s,
+        outage_s=config.storage.outage_s,
         fence_s=cluster.fence_s,
         drop_grace_s=cluster.drop_grace_s,
         wait_for_nodes_s=cluster.wait_for_nodes_s,

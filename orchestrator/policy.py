@@ -26,9 +26,8 @@ class Policy:
     """An agent that neither got an answer nor read the log for so long has stopped its ranks."""
     fence_s: float = 1.0
     """Margin on top of a lease: for stopping the ranks, and for clocks that do not run alike."""
-    authority_s: float = 60.0
-    """A coordinator that could not read the log for so long stops answering: it may have a successor. Also what a successor waits for
-    nodes that may still listen to its predecessor, when they are neither seen nor replaced."""
+    outage_s: float = 4 * 3600.0
+    """A coordinator that could not read the log for so long stops answering, and the ranks stop: storage is not coming back."""
     drop_grace_s: float = 0.5
     """A node whose connection broke may come back within this time."""
     wait_for_nodes_s: float = 60.0

@@ -103,6 +103,7 @@ class Directive(Message):
     launch: Launch | None  # None: run no ranks, stop what runs
     committed_step: int = -1  # newest committed; persisted reports up to here are settled
     settled_attempt: int = 0  # persisted reports of older attempts are settled too
+    unproven: bool = False  # we could not read the log for a lease, somebody may have succeeded us: read it yourself, if you can
     over: bool = False  # the run ended: stop the ranks and leave
     forget: bool = False  # the coordinator does not know this incarnation any more: start anew
     why: str = ""

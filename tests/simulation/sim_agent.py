@@ -35,7 +35,7 @@ class Agent:
         self._obeyed = 0
         self._directive: Directive | None = None
         self._busy = False
-        self._obeyed_at = world.now
+        self.obeyed_at = world.now
         self._told_at = -1.0
         self._coordinator: Coordinator | None = None
         world.at(world.rng.random() * 0.3, self._beat)
@@ -91,7 +91,7 @@ class Agent:
         is_old = (directive.term, directive.revision) < (self._term, self._directive.revision if self._directive else 0)
         if is_old and self.world.mutant != "any-revision":
             return
-        self._obeyed_at = max(self._obeyed_at, asked_at)
+        self.obeyed_at = max(self.obeyed_at, asked_at)
         if directive.term != self._term:
             self._term, self._obeyed = directive.term, 0
         changed = directive != self._directive
@@ -168,11 +168,13 @@ class Agent:
     def _keep_lease(self) -> None:
         if not self.alive:
             return
-        silent_s = self.world.now - self._obeyed_at
+        silent_s = self.world.now - self.obeyed_at
         if silent_s > self.policy.lease_s and self._running() and self.world.mutant != "no-lease":
             self.world.tell(f"{self.id}: lease ran out")
             self._kill("lease", False)
-        if silent_s > self.policy.lease_s / 3:
+        trusts = self.world.mutant == "trusts-unproven"
+        unproven = self._directive is not None and self._directive.unproven and not trusts
+        if unproven or silent_s > self.policy.lease_s * (0.9 if trusts else 1 / 3):
             self.world.storage(self.host, self._read_log, self._take_log(self.world.now))
         self.world.at(self.policy.lease_s / 6, self._keep_lease)
 
@@ -187,7 +189,7 @@ class Agent:
             if self._running() and attempt > self.attempt:
                 self.world.tell(f"{self.id}: attempt {attempt} has replaced attempt {self.attempt}")
                 self._kill("fenced", False)
-            self._obeyed_at = max(self._obeyed_at, began)
+            self.obeyed_at = max(self.obeyed_at, began)
             if self._coordinator is None or self._coordinator.host != coordinator:
                 self._coordinator = self.platform.coordinator_called(coordinator)
                 self.tell()

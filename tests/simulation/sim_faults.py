@@ -11,7 +11,7 @@ from keepstep.orchestrator.machine import describe
 from keepstep.orchestrator.policy import Policy
 
 STEPS = 24
-CALM_S = 240.0  # after the last fault; the longest wait in it is a predecessor's authority
+CALM_S = 240.0  # after the last fault
 
 
 class Simulation:
@@ -32,7 +32,7 @@ class Simulation:
             ranks_per_node=rng.choice((1, 1, 2)),
             lease_s=3.0,
             fence_s=1.0,
-            authority_s=4.0,
+            outage_s=120.0,
             wait_for_nodes_s=8.0,
             start_timeout_s=30.0,
             stall_s=20.0,
@@ -146,9 +146,10 @@ class Simulation:
         if self.world.rng.random() < 0.5:  # and the first cannot see that it is not alone
             first, second = self.platform.coordinators[-2:]
             cuts = {frozenset((first.host, STORE))}
+            gang = {rank.host for rank in self.world.living}
             if self.world.rng.random() < 0.5:  # nor can its gang
-                gang = {rank.host for rank in self.world.living}
                 cuts |= {frozenset((host, place)) for host in gang for place in (STORE, second.host)}
+            if self.world.rng.random() < 0.7:
                 self._move_idle_node(gang)
             self._lay(cuts, self.world.rng.uniform(1.0, 60.0))
 
@@ -185,7 +186,7 @@ class Simulation:
         """A person forbids the newest checkpoint. The coordinator reads it in the log, sooner or later."""
         log = self.world.log
         good = [commit for commit in log.history if commit.directory not in log.quarantined | self.world.damaged]
-        if len(good) > 1 and log.end is None and good[-1] == log.newest_good():
+        if len(good) > 1 and log.end is None and good[-1] == log.newest_good() and good[-1].step < log.steps:
             self.world.tell(f"a person quarantines {good[-1].directory}")
             log.append(log.term, ev.QuarantineRecord(good[-1].directory))
             if self.world.rng.random() < 0.7:

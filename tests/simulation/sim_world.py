@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from keepstep.orchestrator import events as ev
 from keepstep.trainer.contract import Phase, Request
 
 STORE = "store"
+BLIND_S = 4.0  # who was refused by storage so recently could not know better: a lease and its margin
 
 
 class Violation(AssertionError):
@@ -144,6 +146,7 @@ class World:
         self.living: set[Rank] = set()
         self.durable: dict[tuple[int, int, str], set[int]] = {}
         self.damaged: set[str] = set()
+        self.blind_at: dict[str, float] = {}  # host -> when storage last refused it
         self.curse: Callable[[], str] | None = None  # a program error that comes back at every attempt
         self.story: deque[str] = deque(maxlen=3000)
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -187,8 +190,10 @@ class World:
 
     def _store(self, client: str, work: Callable[[], Any], answer: Callable[[Any, str], None]) -> None:
         if not self.reaches(client, STORE):
+            self.blind_at[client] = self.now
             self.at(1.5, answer, None, "storage cannot be reached")
         elif self.rng.random() < self.weather.refusals:
+            self.blind_at[client] = self.now
             self.at(0.05, answer, None, "503 slow down")
         else:
             self._answer(client, work(), answer)
@@ -279,9 +284,18 @@ class World:
             self.at(self._step_s(), self._step, gang)
 
     def _must_be_alone(self, attempt: int, does: str) -> None:
+        """The one excuse: a whole gang that, like its coordinator, has no sight of storage. It can commit nothing, and cannot know."""
         for other in self.living:
-            if other.attempt != attempt:
+            if other.attempt != attempt and not self._is_blind(min(attempt, other.attempt)):
                 raise Violation(f"attempt {attempt} {does} while rank {other.rank} of attempt {other.attempt} lives on {other.host}")
+
+    def _is_blind(self, attempt: int) -> bool:
+        """All its ranks live, their agents were answered by some coordinator, and could not read the log themselves."""
+        gang = self.gangs[attempt]
+        agents = gang.agents.values()
+        return all(rank.alive for rank in gang.ranks.values()) and all(
+            self.now - self.blind_at.get(agent.host, -math.inf) < BLIND_S and self.now - agent.obeyed_at < BLIND_S for agent in agents
+        )
 
     def _save(self, gang: Gang, step: int) -> None:
         directory = f"data/a{gang.record.attempt:06d}/s{step:09d}-{gang.record.nonce}"

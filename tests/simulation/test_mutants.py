@@ -42,7 +42,7 @@ _pending = asking.pending
 MUTANTS = [
     Mutant(name="no-lease", why="lives on", faults=("isolate", "isolate", "kill_rank")),
     Mutant(name="no-term-check", why="reigns", faults=("second_coordinator", "kill_rank")),
-    Mutant(name="no-authority", why="lives on", faults=("second_coordinator",), steps=60),
+    Mutant(name="trusts-unproven", why="lives on", faults=("second_coordinator",), steps=60),
     Mutant(
         name="no-fence-wait",
         why="lives on",

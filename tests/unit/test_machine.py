@@ -42,7 +42,7 @@ def test_after_the_end_nothing_happens() -> None:
 
 
 def test_nobody_is_answered_before_the_log_was_read_nor_long_after() -> None:
-    run = starting(authority_s=10)
+    run = starting(outage_s=10)
     assert not may_answer(run, 0.4)
     run, _ = play(run, ev.LogRead(1.0, began=0.9))
     assert may_answer(run, 10.9)
