@@ -204,7 +204,8 @@ def pin(root: str, *, step: int, pinned: bool) -> None:
 def collect_garbage(root: str, *, dry_run: bool, as_json: bool) -> int:
     """What the run's janitor would do, now. Exit code: 0, or 3 when something could not be deleted."""
     store, log = visit(root)
-    chosen = retention_of(log.lineage, stored_config(store).checkpoint)
+    section = stored_config(store).checkpoint
+    chosen = retention_of(log.lineage, section)
     left = find_leftovers(store, log.lineage, is_log_whole=log.is_whole)
     with Progress(console=Console(stderr=True), disable=as_json) as progress:
         goes = _goes(store, chosen, left, progress)
@@ -216,7 +217,9 @@ def collect_garbage(root: str, *, dry_run: bool, as_json: bool) -> int:
         document = {"dry_run": dry_run, "goes": goes, "stays": stays, "bytes": _sum(goes), "half_written": None if dry_run else halves}
         print(json.dumps(document))
     else:
-        _print_gc(goes, stays, chosen.why, halves, dry_run=dry_run)
+        is_unread = section.scrub and bool(log.lineage.live) and not log.lineage.verified
+        hint = f"; `keepstep checkpoints verify {root}` reads them back" if is_unread else ""
+        _print_gc(goes, stays, chosen.why + hint, halves, dry_run=dry_run)
     return EXIT_FAILED if any(row["error"] for row in goes) else EXIT_OK
 
 
@@ -266,9 +269,9 @@ def _sum(rows: Sequence[Mapping[str, Any]]) -> int:
 
 def _print_gc(goes: Sequence[Row], stays: Sequence[Row], why: str, halves: int, *, dry_run: bool) -> None:
     table = Table("", "step", "attempt", "size", "why", "directory")
-    for verb, rows in (("stays", stays), ("goes", goes)):
+    for verb, rows in (("stays", stays), ("would go" if dry_run else "gone", goes)):
         for row in sorted(rows, key=lambda row: (row["attempt"], row["step"])):
-            size = "" if verb == "stays" else _size(row["bytes"])
+            size = "" if row["bytes"] is None else human_bytes(row["bytes"])
             table.add_row("FAILED" if row["error"] else verb, str(row["step"]), str(row["attempt"]), size, row["why"], row["directory"])
     open_console().print(table)
     print(why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -14,8 +14,9 @@ from tiny import TinyRun, load
 from keepstep.orchestrator import events as ev
 from keepstep.orchestrator.commits import InvalidCheckpoint, complete_newest
 from keepstep.orchestrator.janitor import Hooks, Janitor
+from keepstep.storage import disposal
 from keepstep.storage.disposal import GRACE_S, dispose, find_leftovers
-from keepstep.storage.errors import StoreUnavailable
+from keepstep.storage.errors import DamagedCheckpoint, StoreUnavailable
 from keepstep.storage.layout import directory_of
 from keepstep.storage.lineage import Lineage
 from keepstep.storage.records import Pin, Quarantine
@@ -230,3 +231,22 @@ def test_in_no_order_of_events_is_anything_lost(seed: int) -> None:
     story.run.save(1000)
     story.run.clean()
     assert directories(story.store) == {commit.directory for commit in assert_sound(story.store).live}
+
+
+@pytest.mark.slow
+def test_a_janitor_that_takes_what_may_still_be_committed_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks above are worth something."""
+
+    def greedy(lineage: Lineage, directories: Iterable[str]) -> tuple[str, ...]:
+        live = {commit.directory for commit in lineage.live}
+        return tuple(directory for directory in directories if directory not in live)
+
+    def lost(seed: int) -> bool:
+        try:
+            test_in_no_order_of_events_is_anything_lost(seed)
+        except (AssertionError, DamagedCheckpoint):
+            return True
+        return False
+
+    monkeypatch.setattr(disposal, "garbage", greedy)
+    assert any(lost(seed) for seed in range(4))
