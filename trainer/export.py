@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,6 @@ from .restore import Part, read_parts, whole_chunk
 from .trained import commit_of_step
 
 FORMATS: Final = ("safetensors", "torch", "dcp")
-PARTS: Final = ("model", "optimizer")
 
 _STEP_BYTES: Final = 64 << 20  # read between two reports of progress
 
@@ -85,7 +85,7 @@ def export(
 
     Args:
         form: one of FORMATS.
-        parts: which of PARTS; none: the model, and for "dcp" everything, which cannot be taken apart.
+        parts: first parts of the names ("model", "optimizer"); none: the model, and for "dcp" everything, which cannot be taken apart.
         partial: patterns of the names of tensors that are left out.
 
     Raises:
@@ -93,34 +93,46 @@ def export(
         DamagedCheckpoint: a byte is not what was committed; nothing is left at `out`.
         StoreError: the root cannot be read, or `out` not be written.
     """
-    _check(out, form, parts, partial)
+    _check(out, form)
     store = Store.open(root)
     commit = commit_of_step(store, step)
     manifest = read_manifest(store, commit.directory, commit.manifest_sha256)
     reader = CheckpointReader(store, commit.directory, manifest)
     run = RunLog.open(store).lineage.run
     source = _Source(run=run, manifest=manifest, manifest_sha256=commit.manifest_sha256, reader=reader)
+    parts = _chosen_parts(manifest, form, parts, partial)
     with _translated(out):
         if form == "dcp":
             return _export_directory(source, out, report)
-        return _export_file(source, out, form, tuple(dict.fromkeys(parts or ("model",))), partial, report)
+        return _export_file(source, out, form, parts, partial, report)
 
 
-def _check(out: Path, form: str, parts: Sequence[str], partial: Sequence[str]) -> None:
+def _check(out: Path, form: str) -> None:
     if form not in FORMATS:
         raise ValueError(f"--format {form} is not one of {', '.join(FORMATS)}")
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise ValueError(f"--parts {unknown[0]} is not one of {', '.join(PARTS)}")
-    if form == "dcp" and (partial or (parts and set(parts) != set(PARTS))):
-        raise ValueError("a DCP directory is exported whole: choose --format safetensors or torch for parts of it")
-    if "://" in str(out):
+    if re.match(r"\w+:/", str(out)):  # Path has made one slash of two
         raise ValueError(f"--out {out} must be a local path")
     if out.exists() or out.is_symlink():
         raise ValueError(f"--out {out} exists, and is not replaced: name another one or remove it")
 
 
+def _chosen_parts(manifest: Manifest, form: str, parts: Sequence[str], partial: Sequence[str]) -> tuple[str, ...]:
+    """Raises ValueError for a part that is not there."""
+    there = tuple(dict.fromkeys(_part(entry.name) for rank in manifest.ranks for entry in rank.tensors))
+    chosen = tuple(dict.fromkeys(parts)) or (there if form == "dcp" else ("model",))
+    if unknown := [part for part in chosen if part not in there]:
+        raise ValueError(f"--parts {unknown[0]} is not in step {manifest.step}, which holds {', '.join(there)}")
+    if form == "dcp" and (partial or set(chosen) != set(there)):
+        raise ValueError("a DCP directory is exported whole: choose --format safetensors or torch for parts of it")
+    return chosen
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
+
+
 def _export_file(source: _Source, out: Path, form: str, parts: Sequence[str], partial: Sequence[str], report: Report) -> Exported:
-    entries = [entry for rank in source.manifest.ranks for entry in rank.tensors if entry.name.partition(".")[0] in parts]
+    entries = [entry for rank in source.manifest.ranks for entry in rank.tensors if _part(entry.name) in parts]
     left_out = matched({entry.name for entry in entries}, partial)
     wanted = [entry for entry in entries if entry.name not in left_out]
     if not wanted:
@@ -143,7 +155,8 @@ def _write(path: Path, out: Path, form: str, tensors: Mapping[str, Tensor], part
         if form == "safetensors":
             save_file(_named(tensors, parts), path, metadata=dict(facts))
         else:
-            torch.save(_nested(tensors, parts), path)
+            with path.open("wb") as file:  # given a path, torch.save derives names in the archive from it
+                torch.save(_nested(tensors, parts), file)
     except (SafetensorError, RuntimeError) as error:  # what the two writers raise when the file system fails them
         raise StoreError(f"cannot write {out}: {error}") from error
 
@@ -184,7 +197,7 @@ def _named(tensors: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, Ten
 def _nested(tensors: Mapping[str, Tensor], parts: Sequence[str]) -> dict[str, Any]:
     if len(parts) == 1:
         return _named(tensors, parts)
-    return {part: _named({name: t for name, t in tensors.items() if name.startswith(f"{part}.")}, [part]) for part in parts}
+    return {part: _named({name: t for name, t in tensors.items() if _part(name) == part}, [part]) for part in parts}
 
 
 def _export_directory(source: _Source, out: Path, report: Report) -> Exported:

@@ -1,16 +1,23 @@
-"""A training state with shapes that no world size divides, saved by real ranks: for tests of restoring and exporting it."""
+"""A training state with shapes that no world size divides, saved by all ranks: for tests of restoring and exporting it."""
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from trainer_ranks import FolderStaging, commit, run_ranks, write_log
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from trainer_ranks import FolderStaging, commit, write_log
 
+from keepstep.trainer.checkpoint import Checkpointer
 from keepstep.trainer.contract import Resume
 
 STEP = 20
@@ -43,8 +50,6 @@ def _value(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def sharded(state: dict[str, Any], mesh: Any) -> dict[str, Any]:
     """The same by rows over the ranks of `mesh`, as FSDP2 does; scalars on every rank."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
     return {
         name: sharded(value, mesh)
         if isinstance(value, dict)
@@ -63,9 +68,37 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def save_with_ranks(root: Path, world_size: int) -> Resume:
-    """Real ranks save and a commit is logged: a root that everything outside a run can open."""
-    run_ranks(world_size, _join_and_save, str(root))
+@contextlib.contextmanager
+def simulated(rank: int, world_size: int) -> Iterator[Any]:
+    """The mesh of a world in which only this rank exists: enough for whatever does not communicate."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (world_size,))
+    finally:
+        dist.destroy_process_group()
+
+
+def save_in_turn(root: Path, world_size: int, monkeypatch: pytest.MonkeyPatch) -> Resume:
+    """All ranks save, one after the other in this process, and a commit is logged: a root that everything outside a run can open.
+
+    The one collective of a save, which gathers the ranks' plans, is played in two rounds: all plans first, then the saves.
+    """
+    plans: list[Any] = []
+
+    class Recorded(Exception):
+        pass
+
+    def gather(gathered: list[Any], plan: Any) -> None:
+        if len(plans) < world_size:
+            plans.append(plan)
+            raise Recorded
+        gathered[:] = plans
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    for rank in (*range(world_size), *range(world_size)):
+        with simulated(rank, world_size), contextlib.suppress(Recorded):
+            save(rank, world_size, str(root))
+    monkeypatch.undo()
     made = commit_saved(root)
     write_log(root, world_size, [made])
     return made
@@ -79,19 +112,8 @@ def folder_of(root: Path) -> Path:
     return next(root.glob(f"data/a000001/s{STEP:09d}-*"))
 
 
-def _join_and_save(rank: int, world_size: int, root: str) -> None:
-    from torch.distributed import init_process_group
-
-    init_process_group("gloo")
-    save(rank, world_size, root)
-
-
 def save(rank: int, world_size: int, root: str) -> None:
     """Collective. This rank's part, below `root`."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from keepstep.trainer.checkpoint import Checkpointer
-
     staging = FolderStaging(Path(root), attempt=1, rank=rank, world_size=world_size)
     tensors = sharded(whole_state(), init_device_mesh("cpu", (world_size,)))
     assert Checkpointer(staging, rank=rank, attempt=1, nonce="nonce1").save(STEP, tensors, {"rank": rank})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sharded_state import STEP, commit_saved, folder_of, same_bits, save, sharded, whole_state
+from sharded_state import STEP, commit_saved, folder_of, same_bits, save, sharded, simulated, whole_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from trainer_ranks import manifest_of, run_ranks
 
 from keepstep.storage.manifest import Manifest, RankIndex, TensorEntry
@@ -76,16 +74,6 @@ def test_model_and_optimizer_of_four_ranks_are_the_same_in_worlds_of_one_two_thr
 
 def zeros(state: dict[str, Any]) -> dict[str, Any]:
     return {name: zeros(value) if isinstance(value, dict) else torch.zeros_like(value) for name, value in state.items()}
-
-
-@contextlib.contextmanager
-def simulated(rank: int, world_size: int) -> Iterator[Any]:
-    """The mesh of a world in which only this rank exists: enough for whatever does not communicate."""
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    try:
-        yield init_device_mesh("cpu", (world_size,))
-    finally:
-        dist.destroy_process_group()
 
 
 class Bytes:
