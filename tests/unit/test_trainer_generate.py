@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from trainer_ranks import TINY, commit, train_ranks, write_log
+from typer.testing import CliRunner
 
+from keepstep.orchestrator.cli import app
+from keepstep.orchestrator.errors import InputError
 from keepstep.storage.errors import DamagedCheckpoint
 from keepstep.trainer.evaluate import evaluate_root
 from keepstep.trainer.generate import choose, generate
+from keepstep.trainer.matching import CheckpointMismatch
 
 STEPS = 4
 
@@ -89,6 +94,25 @@ def test_damage_is_noticed(root: Path) -> None:
             generate(str(root), "x", step=2)
     finally:
         shard.write_bytes(sound)
+
+
+@pytest.mark.slow
+def test_a_model_with_another_layer_is_refused_unless_the_layer_is_named(root: Path, tmp_path: Path) -> None:
+    deeper = tmp_path / "deeper"
+    shutil.copytree(root, deeper)
+    (deeper / "run.toml").write_text((root / "run.toml").read_text().replace("layers = 2", "layers = 3"))
+    with pytest.raises(CheckpointMismatch, match=r"6 missing in it: model.blocks.2.attention.out.weight, "):
+        evaluate_root(str(deeper))
+    loaded = evaluate_root(str(deeper), partial=["model.blocks.2.*"])
+    assert len(loaded["skipped"]) == 6
+    assert loaded["perplexity"] > 1
+    told = CliRunner().invoke(app, ["evaluate", str(deeper), "--json", "--partial", "model.blocks.2.*"])
+    assert json.loads(told.stdout) == loaded  # what is not loaded has the run's initial values, not chance
+    texts = [generate(str(deeper), "Call", max_tokens=3, partial=["model.blocks.2.*"]) for _ in range(2)]
+    assert texts[0] == texts[1]
+    wrong = CliRunner().invoke(app, ["generate", str(deeper), "--partial", "head"])
+    assert isinstance(wrong.exception, InputError)
+    assert "--partial head matches no tensor" in str(wrong.exception)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
