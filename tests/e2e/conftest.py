@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,6 +36,13 @@ def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     assert run.wait() == 0, "\n".join(run.output) + run.logs()
     run.check_what_always_holds()
     return run.outcome()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """For scratch directories: a Unix socket's path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="ks-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -199,6 +199,14 @@ class LiveRun:
         check_resumes(log)
 
 
+def poll_until(holds: Callable[[], bool], what: str) -> None:
+    """Raises AssertionError when it never comes to that."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline, f"it never came to that: {what}"
+        POLL.wait(0.02)
+
+
 def no_process_left(run: LiveRun) -> bool:
     deadline = time.monotonic() + 10
     while run.marked() and time.monotonic() < deadline:
