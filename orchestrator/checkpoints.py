@@ -147,6 +147,7 @@ def _reading(as_json: bool) -> Progress:
 
 def _verified(store: Store, log: RunLog, commit: Commit, progress: Progress, *, quarantine: bool) -> Row:
     task = progress.add_task(f"step {commit.step}", total=None)
+    store.drop_cache(commit.directory)
     try:
         manifest = verify_checkpoint(
             store, commit.directory, commit.manifest_sha256, lambda done, total: progress.update(task, completed=done, total=total)

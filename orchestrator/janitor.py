@@ -162,6 +162,7 @@ class Janitor:
         store = _unhurried(self._store)
         why = ""
         for _ in range(2):
+            store.drop_cache(commit.directory)
             try:
                 verify_checkpoint(store, commit.directory, commit.manifest_sha256, self._pace())
             except DamagedCheckpoint as error:

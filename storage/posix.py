@@ -105,6 +105,12 @@ class PosixStore(Store):
                 path.unlink(missing_ok=True)
         return super().sweep(older_than_s) + len(left)
 
+    def drop_cache(self, prefix: str) -> None:
+        with _translated(f"read {self.name}/{prefix}"):
+            for key in self.list(prefix):
+                with contextlib.suppress(FileNotFoundError), _opened(self._path(key), os.O_RDONLY) as descriptor:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def _temporaries(self) -> Iterator[Path]:
         return (Path(folder) / name for folder, _, names in os.walk(self.root) for name in names if TEMPORARY.match(name))
 

@@ -142,6 +142,12 @@ class Store(ABC):
             self.delete(key)
         return len(left)
 
+    def drop_cache(self, prefix: str) -> None:  # noqa: B027 - object stores have none here
+        """The next read of what lies below the folder `prefix` comes from where it is kept, not from this machine's memory.
+
+        As far as the file system does what it is told; whoever wants proof of bytes calls this first.
+        """
+
     @abstractmethod
     def write_file(self, key: str, blocks: Iterable[bytes | memoryview], *, num_bytes: int, sync: bool = True) -> None:
         """Writes a large object from consecutive blocks, each consumed before the next is asked for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -200,6 +201,25 @@ class TestScrubbing:
         desk.rounds(2)
         assert [key for key in reads if key.startswith("data/")] == []
         assert run.stored_steps() == [20, 30]
+
+    def test_the_bytes_come_from_the_disk_and_not_from_the_memory_that_they_were_written_from(self, tmp_path: Path) -> None:
+        run = Untidy(Store.open(tmp_path)).commit_all(10)
+        dropped: list[bool] = []
+        run.store.drop_cache = lambda prefix: dropped.append(prefix == run.directory(10))  # type: ignore[method-assign]
+        Desk(run).rounds(1)
+        assert dropped == [True]
+
+    def test_the_kernel_forgets_what_it_is_told_to(self, tmp_path: Path) -> None:
+        store = Store.open(tmp_path)
+        store.write_file("data/x", [bytes(1 << 20)], num_bytes=1 << 20)
+        with (tmp_path / "data" / "x").open("rb", buffering=0) as file:
+            try:
+                os.preadv(file.fileno(), [bytearray(1)], 1 << 19, os.RWF_NOWAIT)
+            except OSError:
+                pytest.skip("this file system does not tell what is cached")
+            store.drop_cache("data")
+            with pytest.raises(BlockingIOError):
+                os.preadv(file.fileno(), [bytearray(1)], 1 << 19, os.RWF_NOWAIT)
 
 
 class TestDamage:
