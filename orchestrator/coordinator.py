@@ -39,6 +39,7 @@ T = TypeVar("T")
 TICK_S = 0.1
 LOG_READ_PERIOD_S = 1.0
 GOODPUT_PERIOD_S = 2.0
+GOODPUT_WAIT_S = 0.5
 FAREWELL_S = 3.0  # how long the agents may take to hear that the run is over
 
 
@@ -70,6 +71,8 @@ class Coordinator:
         self._told_step = -1
         self._goodput = goodput_of_nothing()
         self._goodput_at = -math.inf
+        self._counting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._counting.set_result(None)
         self._working: set[ev.Asking] = set()
         self._news = asyncio.Event()
         self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
@@ -274,9 +277,16 @@ class Coordinator:
         self._apply(ev.DrainAsked(time.monotonic(), node, why))
 
     async def status(self) -> dict[str, Any]:
-        """The document of `keepstep status --json`. What must be read from files is read in a thread, and not at every call."""
-        if time.monotonic() - self._goodput_at > GOODPUT_PERIOD_S:
+        """The document of `keepstep status --json`. It never waits for storage: what is read from files may be a little old."""
+        if self._counting.done() and time.monotonic() - self._goodput_at > GOODPUT_PERIOD_S:
             self._goodput_at = time.monotonic()
-            self._goodput = await asyncio.to_thread(goodput_of, self.store, self.log.lineage)
+            self._counting = asyncio.create_task(self._count_goodput())
+        await asyncio.wait((self._counting,), timeout=GOODPUT_WAIT_S)
         live = live_status(self.run, self.config, url=self._url)
         return {**live, "last_commit": last_commit(self.log.lineage, live_age_s(self.run)), "goodput": self._goodput}
+
+    async def _count_goodput(self) -> None:
+        try:
+            self._goodput = await asyncio.to_thread(goodput_of, self.store, self.log.lineage)
+        except StoreError:
+            return  # the last known one stands; `degraded` says what is wrong
