@@ -61,7 +61,8 @@ class ObjectStore(Store):
     def _write(self, path: str, body: bytes, left_s: float) -> None: ...
 
     @abstractmethod
-    def _read(self, path: str, left_s: float) -> bytes: ...
+    def _read(self, path: str, left_s: float) -> bytes:
+        """Raises NotFound."""
 
     @abstractmethod
     def _read_range(self, path: str, start: int, length: int, left_s: float) -> bytes:
@@ -204,7 +205,10 @@ class FsspecStore(ObjectStore):
         self._fs.pipe_file(path, body)
 
     def _read(self, path: str, left_s: float) -> bytes:
-        return bytes(self._fs.cat_file(path))
+        try:
+            return bytes(self._fs.cat_file(path))
+        except FileNotFoundError as error:
+            raise NotFound(f"no object {path} in {self.name}") from error
 
     def _read_range(self, path: str, start: int, length: int, left_s: float) -> bytes:
         return bytes(self._fs.cat_file(path, start=start, end=start + length))

@@ -20,6 +20,8 @@ CLEAN_UP_S: Final = 5.0  # for tidying up after an error: its cause is likely to
 class S3Store(ObjectStore):
     """s3://bucket/prefix."""
 
+    part_bytes = PART_BYTES  # objects up to this size are one request
+
     def __init__(self, path: str, options: StorageOptions) -> None:
         if not path:
             raise ValueError("run.root = s3:// names no bucket: write s3://bucket/prefix")
@@ -29,12 +31,12 @@ class S3Store(ObjectStore):
         self._client = S3Client(bucket, options)
 
     def write_file(self, key: str, blocks: Iterable[bytes | memoryview], *, num_bytes: int, sync: bool = True) -> None:
-        if num_bytes <= PART_BYTES:
+        if num_bytes <= self.part_bytes:
             self._write_small(key, blocks, num_bytes)
             return
         upload = self._request("create_multipart_upload", key)["UploadId"]
         try:
-            parts = send_parts(blocks, num_bytes, lambda number, body: self._send_part(key, upload, number, body))
+            parts = send_parts(blocks, num_bytes, self.part_bytes, lambda number, body: self._send_part(key, upload, number, body))
         except BaseException:
             self._abort(key, upload)
             raise
@@ -176,7 +178,12 @@ class S3Store(ObjectStore):
         self._client.request("put_object", left_s, Key=path, Body=body)
 
     def _read(self, path: str, left_s: float) -> bytes:
-        body: bytes = self._client.request("get_object", left_s, Key=path)["Body"]
+        try:
+            body: bytes = self._client.request("get_object", left_s, Key=path)["Body"]
+        except Exception as error:
+            if trouble_of(error) is Trouble.MISSING:
+                raise NotFound(f"no object {path} in {self.name}: {error}") from error
+            raise
         if path.endswith(".json") and body.lstrip().startswith((b"<?xml", b"<Error")):
             raise ErrorDocument(f"the server answered with success and an error document: {body[:200]!r}")
         return body

@@ -96,9 +96,12 @@ class S3Client:
 
     def _within(self, until: float, work: Coroutine[Any, Any, T]) -> T:
         """Runs on s3fs' loop; cancelled, with its connection, when the time is over or the caller is interrupted."""
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, max(0.0, until - time.monotonic())), self.filesystem.loop)
+        left_s = max(0.0, until - time.monotonic())
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, left_s), self.filesystem.loop)
         try:
             return future.result()
+        except TimeoutError as error:
+            raise TimeoutError(str(error) or f"no whole answer within {left_s:.1f} s") from error
         except BaseException:
             future.cancel()
             raise

@@ -47,13 +47,8 @@ class PartMemory:
 _MEMORY: Final = PartMemory(MEMORY_BYTES)
 
 
-def part_bytes(num_bytes: int) -> int:
-    """Size of a multipart upload's parts: PART_BYTES, more where the store's limit of parts demands it."""
-    return max(PART_BYTES, -(-num_bytes // MAX_PARTS))
-
-
-def send_parts(blocks: Iterable[bytes | memoryview], num_bytes: int, send: SendPart) -> Sequence[dict[str, Any]]:
-    """Sends the blocks in parts; what `send` gave for each, in order.
+def send_parts(blocks: Iterable[bytes | memoryview], num_bytes: int, part_bytes: int, send: SendPart) -> Sequence[dict[str, Any]]:
+    """Sends the blocks in parts of `part_bytes`, or more where the store's limit of parts demands it; what `send` gave for each, in order.
 
     Raises:
         StoreError: other bytes came than were announced.
@@ -62,7 +57,7 @@ def send_parts(blocks: Iterable[bytes | memoryview], num_bytes: int, send: SendP
     parts: list[Future[dict[str, Any]]] = []
     sent = 0
     with _sending() as pool:
-        for number, (body, taken) in enumerate(_held_parts(blocks, part_bytes(num_bytes)), start=1):
+        for number, (body, taken) in enumerate(_held_parts(blocks, max(part_bytes, -(-num_bytes // MAX_PARTS))), start=1):
             sent += len(body)
             parts.append(pool.submit(send, number, body))
             parts[-1].add_done_callback(_giving_back(taken))
