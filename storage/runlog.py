@@ -52,7 +52,7 @@ class RunLog:
         is_whole: every record could be read and continues the one before it. While it is false, a commit may have been lost.
     """
 
-    def __init__(self, store: Store, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, store: Store, *, period: int = PERIOD, sleep: Callable[[float], None] = time.sleep) -> None:
         self.store = store
         self.entries: list[Entry] = []
         self.lineage = Lineage()
@@ -71,6 +71,7 @@ class RunLog:
         self._written = 0  # records under the newest snapshot that is written
         self._hinted = 0
         self._pending: _Pending | None = None
+        self._period = period  # records from one snapshot to the next
         self._sleep = sleep
         self._lock = threading.RLock()
 
@@ -258,6 +259,7 @@ class RunLog:
         size = 1
         while self._read_window(wanted := max(size, min(max(self._listed, self._expected) - self.count, CHUNK))) == wanted:
             size = min(2 * size, WINDOW)
+        self._expected = 0
 
     def _read_window(self, size: int) -> int:
         """Takes what there is of the next `size` records; how many there are."""
@@ -302,7 +304,7 @@ class RunLog:
             self._alarm(f"record {entry.sequence} is void: {why}")
         self.entries.append(entry)
         self._head = entry.sha256
-        if self.count % PERIOD == 0:
+        if self.count % self._period == 0:
             self._remember(entry)
 
     def _check_chain(self, entry: Entry) -> None:
