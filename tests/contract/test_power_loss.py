@@ -17,7 +17,7 @@ from tiny import INTERVAL, KEEP, TinyRun, load
 
 from keepstep.orchestrator import events as ev
 from keepstep.orchestrator.commits import write_manifest
-from keepstep.storage import posix, put_new, runlog
+from keepstep.storage import posix, put_new
 from keepstep.storage.disposal import dispose
 from keepstep.storage.errors import StorageError
 from keepstep.storage.layout import log_key, rank_index_name
@@ -54,7 +54,7 @@ def record(root: Path, scenario: Scenario = life, *, forgets: frozenset[str] = f
     root.mkdir()
     recorder = Recorder(root, forgets)
     with recorder.installed(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runlog, "PERIOD", 4)
+        patch.setitem(RunLog.__init__.__kwdefaults__, "period", 4)  # records from one snapshot to the next
         scenario(Store.open(root), recorder)
     return recorder.events
 
