@@ -102,8 +102,9 @@ class Janitor:
 
     def _serve(self) -> None:
         try:
-            while not self.is_stopping:
+            while True:
                 self._nudged.clear()
+                self._check()  # after the clearing: `stop` sets its own flag first
                 self._nudged.wait(self.round())
         except (Stopped, Fenced):
             return  # the coordinator learns of its successor by its own reading
