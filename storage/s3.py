@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -9,6 +10,7 @@ from .errors import NotFound, StoreError, StoreUnavailable
 from .remote import ObjectStore
 from .s3_client import Answer, S3Client, server_time
 from .s3_errors import ErrorDocument, Trouble, is_ambiguous, status_of, to_store_error, trouble_of
+from .s3_reads import QuickReader
 from .store import Modified, StorageOptions
 from .uploads import PART_BYTES, send_parts
 
@@ -29,6 +31,7 @@ class S3Store(ObjectStore):
         super().__init__(f"s3://{path}", prefix, options.policy())
         self.parallel_reads = options.max_connections
         self._client = S3Client(bucket, options)
+        self._quick = QuickReader(self._client, options)
 
     def write_file(self, key: str, blocks: Iterable[bytes | memoryview], *, num_bytes: int, sync: bool = True) -> None:
         if num_bytes <= self.part_bytes:
@@ -178,14 +181,21 @@ class S3Store(ObjectStore):
         self._client.request("put_object", left_s, Key=path, Body=body)
 
     def _read(self, path: str, left_s: float) -> bytes:
+        until = time.monotonic() + left_s
+        body = self._quick.get(path, left_s)
+        if body is None:
+            body = self._read_slowly(path, until - time.monotonic())
+        if path.endswith(".json") and body.lstrip().startswith((b"<?xml", b"<Error")):
+            raise ErrorDocument(f"the server answered with success and an error document: {body[:200]!r}")
+        return body
+
+    def _read_slowly(self, path: str, left_s: float) -> bytes:
         try:
             body: bytes = self._client.request("get_object", left_s, Key=path)["Body"]
         except Exception as error:
             if trouble_of(error) is Trouble.MISSING:
                 raise NotFound(f"no object {path} in {self.name}: {error}") from error
             raise
-        if path.endswith(".json") and body.lstrip().startswith((b"<?xml", b"<Error")):
-            raise ErrorDocument(f"the server answered with success and an error document: {body[:200]!r}")
         return body
 
     def _read_range(self, path: str, start: int, length: int, left_s: float) -> bytes:

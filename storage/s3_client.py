@@ -38,7 +38,7 @@ class S3Client:
         self.filesystem = _filesystem(options)
         self._has_fixed_key = bool(options.key)
         self._renewing = threading.Lock()
-        self._renewals = 0
+        self.renewals = 0  # of the session, so far
         self._renewed_at = float("-inf")
 
     def request(self, method: str, left_s: float, **arguments: Any) -> Answer:
@@ -53,7 +53,7 @@ class S3Client:
         Raises:
             what botocore and aiohttp raise: see s3_errors.py.
         """
-        until, renewals = time.monotonic() + left_s, self._renewals
+        until, renewals = time.monotonic() + left_s, self.renewals
         try:
             return self._request(method, until, arguments)
         except Exception as error:
@@ -66,7 +66,7 @@ class S3Client:
 
     def _request(self, method: str, until: float, arguments: Mapping[str, Any]) -> Answer:
         with self.throttle.place(until - time.monotonic(), is_throttling=is_throttling):
-            return self._within(until, self._send(method, arguments))
+            return self.run(self._send(method, arguments), until)
 
     async def _send(self, method: str, arguments: Mapping[str, Any]) -> Answer:
         client = await self.filesystem.set_session()
@@ -86,15 +86,15 @@ class S3Client:
         if self._has_fixed_key:
             return False
         with self._renewing:
-            if self._renewals != renewals:
+            if self.renewals != renewals:
                 return True
             if time.monotonic() - self._renewed_at < RENEW_EVERY_S:
                 return False
-            self._within(until, self.filesystem.set_session(refresh=True))
-            self._renewals, self._renewed_at = self._renewals + 1, time.monotonic()
+            self.run(self.filesystem.set_session(refresh=True), until)
+            self.renewals, self._renewed_at = self.renewals + 1, time.monotonic()
             return True
 
-    def _within(self, until: float, work: Coroutine[Any, Any, T]) -> T:
+    def run(self, work: Coroutine[Any, Any, T], until: float) -> T:
         """Runs on s3fs' loop; cancelled, with its connection, when the time is over or the caller is interrupted."""
         left_s = max(0.0, until - time.monotonic())
         future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, left_s), self.filesystem.loop)
