@@ -187,6 +187,8 @@ def _check_coverage(ranks: Sequence[RankIndex]) -> None:
 def coverage_gap(chunks: Sequence[TensorEntry]) -> str:
     """Why these chunks do not tile their global tensor exactly; "" if they do."""
     shape, dtype = chunks[0].global_shape, chunks[0].dtype
+    if len(chunks) == 1 and chunks[0].shape == shape and len(chunks[0].starts) == len(shape) and not any(chunks[0].starts):
+        return ""
     if any(chunk.global_shape != shape or chunk.dtype != dtype for chunk in chunks):
         return "its chunks disagree about shape or dtype of the whole"
     for chunk in chunks:
@@ -256,17 +258,34 @@ def tensor_fields(tensor: TensorEntry) -> dict[str, Any]:
 
 
 def parse_tensor(fields: Mapping[str, Any]) -> TensorEntry:
-    where = f"tensor {fields.get('name')!r}"
+    values: list[Any] = [fields.get(name) for name in _TENSOR_KINDS]
+    if [*map(type, values)] != _KINDS:  # one comparison for a tensor: a manifest may hold a hundred thousand
+        for name, kind in _TENSOR_KINDS.items():
+            _take(fields, name, kind, f"tensor {fields.get('name')!r}")
+    full_name, file, offset, num_bytes, dtype, shape, starts, global_shape = values
     return TensorEntry(
-        name=_take(fields, "name", str, where),
-        file=_take(fields, "file", str, where),
-        offset=_take(fields, "offset", int, where),
-        num_bytes=_take(fields, "bytes", int, where),
-        dtype=_take(fields, "dtype", str, where),
-        shape=tuple(_take(fields, "shape", list, where)),
-        starts=tuple(_take(fields, "starts", list, where)),
-        global_shape=tuple(_take(fields, "global_shape", list, where)),
+        name=full_name,
+        file=file,
+        offset=offset,
+        num_bytes=num_bytes,
+        dtype=dtype,
+        shape=tuple(shape),
+        starts=tuple(starts),
+        global_shape=tuple(global_shape),
     )
+
+
+_TENSOR_KINDS: Final[Mapping[str, type]] = {
+    "name": str,
+    "file": str,
+    "offset": int,
+    "bytes": int,
+    "dtype": str,
+    "shape": list,
+    "starts": list,
+    "global_shape": list,
+}
+_KINDS: Final = [*_TENSOR_KINDS.values()]
 
 
 def _parse_file(fields: Mapping[str, Any]) -> FileEntry:

@@ -95,8 +95,10 @@ def clip_scale(norm: float, clip_norm: float) -> float:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor, or the tensor itself; shares memory."""
+    if not hasattr(tensor, "to_local"):
+        return tensor.detach()
     with torch.no_grad():
-        shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+        shard: Tensor = tensor.to_local()
         return shard
 
 

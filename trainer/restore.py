@@ -142,7 +142,8 @@ class Part:
     @property
     def offset(self) -> int:
         """Of the first byte, in the file."""
-        return self.entry.offset + self.first_row * math.prod(self.shape[1:]) * self.target.dtype.itemsize
+        row_bytes = math.prod(self.shape[1:]) * self.target.dtype.itemsize if self.first_row else 0
+        return self.entry.offset + self.first_row * row_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -151,28 +152,26 @@ class Part:
     @property
     def is_direct(self) -> bool:
         """Whether the bytes can be read straight into the target."""
-        return self.target.device.type == "cpu" and self.target.is_contiguous() and tuple(self.target.shape) == self.shape
+        return self.target.shape == self.shape and self.target.is_cpu and self.target.is_contiguous()
 
 
 def part_of(entry: TensorEntry, starts: Sequence[int], sizes: Sequence[int], target: Tensor) -> Part:
     """The box of `sizes` at `starts` of a saved chunk goes to `target`, which has that shape. A scalar has no rows and is one part."""
-    return Part(
-        entry=entry,
-        first_row=starts[0] if starts else 0,
-        shape=(sizes[0], *entry.shape[1:]) if sizes else (),
-        inner=(slice(None), *(slice(start, start + size) for start, size in zip(starts[1:], sizes[1:], strict=True))) if sizes else (),
-        target=target,
-    )
+    if not sizes:
+        return whole_chunk(entry, target)
+    inner = tuple(slice(start, start + size) for start, size in zip(starts[1:], sizes[1:], strict=True))
+    return Part(entry=entry, first_row=starts[0], shape=(sizes[0], *entry.shape[1:]), inner=(slice(None), *inner), target=target)
 
 
 def whole_chunk(entry: TensorEntry, target: Tensor) -> Part:
-    return part_of(entry, (0,) * len(entry.shape), entry.shape, target)
+    return Part(entry=entry, first_row=0, shape=entry.shape, inner=(), target=target)
 
 
 def _uncut(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -> list[Part] | None:
     """Each local tensor is one saved chunk; None when one is not."""
     chunks = {(entry.name, entry.starts, entry.shape): entry for entry in saved}
-    wanted = {(name, *chunk): local(tensor) for name, tensor in flat.items() for chunk in chunks_of(tensor) if local(tensor).numel()}
+    mine = ((name, tensor, local(tensor)) for name, tensor in flat.items())
+    wanted = {(name, *chunk): shard for name, tensor, shard in mine if shard.numel() for chunk in chunks_of(tensor)}
     return [whole_chunk(chunks[key], target) for key, target in wanted.items()] if wanted.keys() <= chunks.keys() else None
 
 
@@ -189,25 +188,24 @@ def _resharded(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -> list
 def read_parts(reader: VerifiedReader, parts: Iterable[Part]) -> None:
     """In one call, unless copies would need too much memory. Raises DamagedCheckpoint, StoreError."""
     for batch in _batches(parts):
-        memory = [part.target if part.is_direct else torch.empty(part.shape, dtype=part.target.dtype) for part in batch]
-        reader.read_pieces(
-            [Piece(part.entry.file, part.offset, byte_view(tensor)) for part, tensor in zip(batch, memory, strict=True)],
-        )
-        for part, tensor in zip(batch, memory, strict=True):
-            if tensor is not part.target:
-                part.target.copy_(tensor[part.inner])
+        reader.read_pieces([Piece(part.entry.file, part.offset, byte_view(memory)) for part, memory in batch])
+        for part, memory in batch:
+            if memory is not part.target:
+                part.target.copy_(memory[part.inner])
+        batch.clear()  # gives the copies back before the next ones are made
 
 
-def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """All at once, unless the copies of those that are not direct would need too much memory."""
-    batch, copies = list[Part](), 0
+def _batches(parts: Iterable[Part]) -> Iterator[list[tuple[Part, Tensor]]]:
+    """With the memory to read into: the target itself or a copy. All at once, unless the copies would need too much."""
+    batch, copies = list[tuple[Part, Tensor]](), 0
     for part in parts:
-        needed = 0 if part.is_direct else part.num_bytes
-        if batch and copies + needed > _COPIES_BYTES:
-            yield batch
-            batch, copies = [], 0
-        batch.append(part)
-        copies += needed
+        is_direct = part.is_direct
+        if not is_direct:
+            if batch and copies + part.num_bytes > _COPIES_BYTES:
+                yield batch
+                batch, copies = [], 0
+            copies += part.num_bytes
+        batch.append((part, part.target if is_direct else torch.empty(part.shape, dtype=part.target.dtype)))
     if batch:
         yield batch
 
