@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from .errors import NotFound, StoreError, from_os_error
+from .errors import NotFound, StorageError, StoreError, from_os_error
 from .layout import PROBE, segment_key
 from .put_new import put_new_remote
 from .retry import RetryBudget, RetryPolicy
@@ -31,7 +31,7 @@ def open_remote(protocol: str, path: str, options: StorageOptions) -> ObjectStor
         return MemoryStore(path)
     try:
         filesystem = fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, ImportError, OSError) as error:  # those that need more than a path
         raise ValueError(f"run.root = {protocol}://{path} cannot be opened: {error}; use a local path, file:// or s3://") from error
     return FsspecStore(f"{protocol}://{path}", filesystem, path, options.policy())
 
@@ -225,6 +225,15 @@ class FsspecStore(ObjectStore):
 
     def _delete(self, path: str, left_s: float) -> None:
         self._fs.rm_file(path)
+
+    def _call(self, work: Callable[[float], T], what: str) -> T:
+        """Each of these libraries has its own errors, and many file systems can do only half of what they inherit."""
+        try:
+            return super()._call(work, what)
+        except (StorageError, AssertionError):
+            raise
+        except Exception as error:
+            raise StoreError(f"cannot {what} in {self.name}: {type(error).__name__}: {error}") from error
 
     def _is_transient(self, error: BaseException) -> bool:
         known = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)

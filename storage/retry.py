@@ -50,7 +50,7 @@ class RetryBudget:
 class RetryPolicy:
     """Full jitter: the n-th wait is uniform in [0, min(max_wait_s, first_wait_s * 2**n)], so that ranks do not come back in step."""
 
-    deadline_s: float = 60.0  # of the whole call, waits included
+    deadline_s: float = 60.0  # of the whole call, waits included; no try begins in its last tenth
     max_tries: int = 1000
     first_wait_s: float = 0.1
     max_wait_s: float = 8.0
@@ -78,7 +78,9 @@ class RetryPolicy:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(is_transient),
             wait=tenacity.wait_random_exponential(multiplier=self.first_wait_s, max=self.max_wait_s),
-            stop=tenacity.stop_any(tenacity.stop_before_delay(self.deadline_s), tenacity.stop_after_attempt(self.max_tries), is_spent),
+            stop=tenacity.stop_any(
+                tenacity.stop_before_delay(0.9 * self.deadline_s), tenacity.stop_after_attempt(self.max_tries), is_spent
+            ),
             sleep=self.sleep,
         )
 

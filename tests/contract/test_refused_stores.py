@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from s3server import KEY, S3Server
+from fsspec.implementations.memory import MemoryFileSystem
+from s3server import KEY, S3Server, make_certificate, running_rclone, running_s3_server
 
 from keepstep.storage.errors import NotFound, StoreForbidden, StoreRefused, StoreUnavailable
-from keepstep.storage.remote import MemoryStore
+from keepstep.storage.remote import FsspecStore, MemoryStore
+from keepstep.storage.retry import RetryPolicy
 from keepstep.storage.store import StorageOptions, Store
 
 
@@ -102,6 +105,71 @@ class TestFolders:
         assert Store.open(str(tmp_path)).get("x") == b"1"
 
 
+class TestOtherFileSystems:
+    """What fsspec can open is no root for that: those that cannot hold a run say so before anything is written, or in the probe."""
+
+    @pytest.mark.parametrize("url", ["zip://x.zip", "dir://x", "reference://x", "http://x/y", "data://x"])
+    def test_a_file_system_that_cannot_create_is_refused_with_a_sentence(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises((ValueError, StoreRefused), match=r"run\.root"):
+            Store.open(url, StorageOptions(deadline_s=0.2)).probe()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_system_that_ignores_mode_create_is_refused(self) -> None:
+        class Overwriting(MemoryFileSystem):
+            def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: object) -> None:
+                super().pipe_file(path, value, mode="overwrite", **kwargs)
+
+        store = FsspecStore("odd://x", Overwriting(), f"/{uuid.uuid4().hex}", RetryPolicy())
+        with pytest.raises(StoreRefused, match="odd://x ignores the condition of a conditional write"):
+            store.probe()
+
+    def test_a_store_that_inverts_the_condition_is_refused(self) -> None:
+        class Inverting(MemoryStore):
+            def put_new(self, key: str, body: bytes) -> bool:
+                is_there = self.exists(key)
+                if is_there:
+                    self.put(key, body)
+                return is_there
+
+        with pytest.raises(StoreRefused, match="the first writer of a new object was told that it exists"):
+            Inverting(uuid.uuid4().hex).probe()
+
+    @pytest.mark.parametrize("prefix", ["", "file://", "local://"])
+    def test_a_path_and_the_urls_of_local_files_are_the_same_folder(self, tmp_path: Path, prefix: str) -> None:
+        store = Store.open(f"{prefix}{tmp_path}/root")
+        store.probe()
+        assert store.local_path("log/0") == tmp_path / "root" / "log" / "0"
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+def test_a_real_server_that_ignores_the_condition_is_refused() -> None:
+    """rclone's: of 16 writers of one object 16 win, and everything else works."""
+    with running_rclone() as server:
+        store = Store.open(f"{server.url}/x", server.options)
+        with pytest.raises(StoreRefused, match=r"s3://demo/x ignores the condition .*If-None-Match.* use a store with conditional writes"):
+            store.probe()
+
+
+@pytest.mark.s3
+@pytest.mark.slow
+class TestTls:
+    def test_a_private_authority_is_trusted_when_it_is_named_and_only_then(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with running_s3_server(make_certificate(tmp_path)) as server:
+            store = Store.open(f"{server.url}/x", server.options)
+            store.put("x", b"1")
+            assert store.get("x") == b"1"
+            assert store._quick._rests_until < 0, "obstore was given up"  # type: ignore[attr-defined]
+            with pytest.raises(StoreRefused, match="certificate verify failed"):
+                Store.open(f"{server.url}/x", replace(server.options, ca_file="")).probe()
+            for name, value in server.environment.items():
+                monkeypatch.setenv(name, value)
+            assert Store.open(f"{server.url}/x").get("x") == b"1"
+
+
 @pytest.mark.s3
 @pytest.mark.slow
 class TestS3:
@@ -110,14 +178,14 @@ class TestS3:
         return StorageOptions(**(given | changes))  # type: ignore[arg-type]
 
     def test_a_missing_bucket_is_refused_with_the_remedy(self, s3_server: S3Server) -> None:
-        store = Store.open("s3://no-such-bucket/x", self.options(s3_server))
+        store = Store.open("s3://no-such-bucket/x", self.options(s3_server, deadline_s=20.0))
         with pytest.raises(StoreRefused, match=r"bucket does not exist.*create the bucket"):
             store.probe()
         with pytest.raises(NotFound):
             store.get("x")
 
     def test_wrong_credentials_are_refused_with_the_remedy(self, s3_server: S3Server) -> None:
-        store = Store.open(f"{s3_server.url}/x", self.options(s3_server, secret="wrong"))
+        store = Store.open(f"{s3_server.url}/x", self.options(s3_server, secret="wrong", deadline_s=20.0))
         with pytest.raises(StoreRefused, match="correct the credentials"):
             store.probe()
         with pytest.raises(StoreForbidden):
@@ -139,7 +207,7 @@ class TestS3:
 
     def test_uploads_that_a_killed_process_left_are_swept_with_their_folder(self, s3_server: S3Server) -> None:
         prefix = uuid.uuid4().hex
-        store = Store.open(f"{s3_server.url}/{prefix}", self.options(s3_server))
+        store = Store.open(f"{s3_server.url}/{prefix}", s3_server.options)
         filesystem = store._client.filesystem  # type: ignore[attr-defined]
         filesystem.call_s3("create_multipart_upload", Bucket="demo", Key=f"{prefix}/data/a/x")
         store.delete_tree("data/a")
@@ -148,7 +216,7 @@ class TestS3:
 
     def test_old_uploads_are_swept_below_our_root_only(self, s3_server: S3Server) -> None:
         prefix = uuid.uuid4().hex
-        store = Store.open(f"{s3_server.url}/{prefix}", self.options(s3_server))
+        store = Store.open(f"{s3_server.url}/{prefix}", s3_server.options)
         filesystem = store._client.filesystem  # type: ignore[attr-defined]
         for key in (f"{prefix}/data/a/x", f"{prefix}-other/x"):
             filesystem.call_s3("create_multipart_upload", Bucket="demo", Key=key)
@@ -159,7 +227,7 @@ class TestS3:
 
     def test_what_one_client_wrote_another_reads_at_once(self, s3_server: S3Server) -> None:
         prefix = uuid.uuid4().hex
-        writer, reader = (Store.open(f"{s3_server.url}/{prefix}", self.options(s3_server)) for _ in range(2))
+        writer, reader = (Store.open(f"{s3_server.url}/{prefix}", s3_server.options) for _ in range(2))
         for number in range(10):
             assert writer.put_new(f"log/{number}", b"%d" % number)
             assert reader.get(f"log/{number}") == b"%d" % number
