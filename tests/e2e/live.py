@@ -194,7 +194,7 @@ class LiveRun:
     def check_what_always_holds(self) -> None:
         """Nothing survives the run; the log is linear, and every attempt resumed from the newest commit before it."""
         assert no_process_left(self), f"orphans: {[command_of(pid) for pid in self.marked()]}"
-        log = RunLog.open(self.store)
+        log = RunLog.read_all(self.store)
         assert log.alarms == []
         check_resumes(log)
 
