@@ -99,7 +99,7 @@ def find_shortcut(store: Store) -> Shortcut:
     """The newest snapshot that can be believed. One look at the hint, one round trip for the snapshot and its last record.
 
     Raises:
-        StoreUnavailable: the store answers nobody; everything else only makes the way longer.
+        StoreError: the store answers nobody, or lists nothing; objects that are not for us to read only make the way longer.
     """
     alarms: list[str] = []
     hint = _find_hint(store, alarms)

@@ -96,7 +96,12 @@ class LyingStore(MemoryStore):
 
 
 class TestTermsUnderCorruption:
-    def test_a_term_that_nobody_could_read_is_not_given_again(self, store: Store) -> None:
+    @pytest.fixture
+    def store(self) -> MemoryStore:
+        """What kind of store it is makes no difference here."""
+        return MemoryStore(uuid.uuid4().hex)
+
+    def test_a_term_that_nobody_could_read_is_not_given_again(self, store: MemoryStore) -> None:
         hidden = RunLog.open(store)
         open_term(hidden, "first")
         opened = open_term(hidden, "hidden")
@@ -111,13 +116,13 @@ class TestTermsUnderCorruption:
         store.put(log_key(1), body)
         assert read(store).lineage.term == 4
 
-    def test_terms_go_on_from_there(self, store: Store) -> None:
+    def test_terms_go_on_from_there(self, store: MemoryStore) -> None:
         open_term(RunLog.open(store))
         store.put(log_key(1), b"rubbish")
         assert [open_term(read(store)).term for _ in range(3)] == [3, 4, 5]
         assert read(store).lineage.term == 5
 
-    def test_a_race_for_the_number_is_lost_with_a_reason(self, store: Store) -> None:
+    def test_a_race_for_the_number_is_lost_with_a_reason(self, store: MemoryStore) -> None:
         class Slow(RunLog):
             def _next_term(self) -> int:
                 term = super()._next_term()
@@ -129,7 +134,7 @@ class TestTermsUnderCorruption:
         with pytest.raises(Fenced, match="term 2 was opened by quick"):
             open_term(Slow(store), "slow")
 
-    def test_a_pin_that_comes_between_does_not_fence_a_newcomer(self, store: Store) -> None:
+    def test_a_pin_that_comes_between_does_not_fence_a_newcomer(self, store: MemoryStore) -> None:
         class Slow(RunLog):
             def _next_term(self) -> int:
                 term = super()._next_term()

@@ -85,13 +85,13 @@ class TestOpening:
         assert reader.lineage == complete.lineage == writer.lineage
         assert (reader.count, reader.alarms, reader.is_whole) == (20, [], True)
 
-    def test_whoever_began_at_a_snapshot_goes_on_writing(self, store: Store) -> None:
-        write(store, 20)
-        successor = read(store)
+    def test_whoever_began_at_a_snapshot_goes_on_writing(self, memory: MemoryStore) -> None:
+        write(memory, 20)
+        successor = read(memory)
         successor.open_term(run="x", identity="i", host="b", pid=1)
         assert successor.tidy()
-        assert RunLog.read_all(store).alarms == []
-        assert read(store).lineage == RunLog.read_all(store).lineage == successor.lineage
+        assert RunLog.read_all(memory).alarms == []
+        assert read(memory).lineage == RunLog.read_all(memory).lineage == successor.lineage
 
     def test_the_newest_two_are_kept(self, memory: MemoryStore) -> None:
         write(memory, 44)
