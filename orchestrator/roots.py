@@ -19,7 +19,13 @@ ENV_TOKEN: Final = "KEEPSTEP_TOKEN"
 
 
 def storage_options(section: StorageSection) -> StorageOptions:
-    return StorageOptions(endpoint_url=section.endpoint_url, region=section.region, ca_file=section.ca, deadline_s=section.timeout_s)
+    return StorageOptions(
+        endpoint_url=section.endpoint_url,
+        region=section.region,
+        ca_file=section.ca,
+        deadline_s=section.timeout_s,
+        max_connections=section.connections,
+    )
 
 
 def open_root(config: RunConfig) -> Store:

@@ -59,6 +59,8 @@ class StorageSection(Section):
     """File with the certificates to trust, for a server with a private one."""
     timeout_s: float = Field(60, gt=0)
     """Deadline of one call to the store, its retries included."""
+    connections: int = Field(16, ge=8, le=1024)
+    """Requests to the store that one process may have under way; fewer while the store says that it is too much."""
     outage_s: float = Field(4 * 3600, gt=0)
     """Training goes on for so long while the run log cannot be read."""
     slow_s: float = Field(120, gt=0)

@@ -17,6 +17,7 @@ from typing import Final
 
 from .errors import NotFound
 
+_NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})  # exFAT, some FUSE and SMB mounts
 TEMPORARY: Final = re.compile(r"^\.new-[0-9a-f]{32}$")
 
 
@@ -45,10 +46,12 @@ def put_new_posix(path: Path, body: bytes) -> bool:
 def _link(temporary: Path, path: Path, body: bytes) -> bool:
     try:
         os.link(temporary, path)
-    except OSError:  # taken, or an ambiguous answer (NFS repeats requests): the bytes tell
-        if not path.exists():
-            raise
-        return path.read_bytes() == body
+    except OSError as error:  # taken, or an ambiguous answer (NFS repeats requests): the bytes tell
+        if path.exists():
+            return path.read_bytes() == body
+        if error.errno in _NO_LINKS:
+            raise OSError(errno.ENOTSUP, f"{path.parent} has no hard links, which an atomic create-if-absent needs") from error
+        raise
     return True
 
 

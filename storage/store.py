@@ -3,7 +3,8 @@
     store = Store.open("runs/x")                      # or file:///, s3://bucket/prefix, memory://name
     store.put_new("log/0000000000.json", body)        # atomic create-if-absent, see put_new.py
 
-Keys are relative, with "/" between parts. Every call has a deadline; every error is one of errors.py. Thread-safe.
+Keys are relative, with "/" between parts. Every error is one of errors.py. A call on S3 has a deadline; one on a hung mount has none.
+Thread-safe.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class StorageOptions:
     """How to reach a root. What is empty here is left to the library's own sources (AWS_* variables, profiles, instance roles)."""
 
     endpoint_url: str = ""
-    """Address of an S3-compatible server; empty: AWS, or AWS_ENDPOINT_URL."""
+    """Address of an S3-compatible server; empty: AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, a profile's, or AWS itself."""
     region: str = ""
-    """Region of the bucket; empty: AWS_REGION."""
+    """Region of the bucket; empty: AWS_REGION, AWS_DEFAULT_REGION, or a profile's."""
     key: str = ""
     """Access key id; empty: AWS_ACCESS_KEY_ID."""
     secret: str = field(default="", repr=False)
@@ -42,11 +43,11 @@ class StorageOptions:
     connect_timeout_s: float = 5.0
     """For a connection to the server."""
     read_timeout_s: float = 20.0
-    """For each answer; a conditional write that meets a lock may wait a second, so stay well above 5."""
+    """Between two pieces of an answer; a conditional write that meets a lock may wait a second, so stay well above 5."""
     deadline_s: float = 60.0
-    """No small call is tried again after it."""
+    """Of a whole call, all its tries included; half of it for each, so that a part of 16 MiB needs 0.6 MB/s. A large file is many calls."""
     max_connections: int = 16
-    """Parallel requests of one process."""
+    """Requests of one process at once; fewer while the store says that it is too much."""
 
     def to_json(self) -> str:
         """For ENV_OPTIONS of a child process. Holds the secret: for an environment, not for a command line."""
