@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import uuid
 
@@ -9,9 +10,10 @@ import pytest
 
 from keepstep.storage.errors import Fenced, NotFound, StoreError, StoreUnavailable
 from keepstep.storage.layout import checkpoint_directory, log_key
+from keepstep.storage.logreader import REREAD_PAUSE_S
 from keepstep.storage.records import Attempt, Commit, Failed, Opened, Pin, encode
 from keepstep.storage.remote import MemoryStore
-from keepstep.storage.runlog import REREAD_PAUSE_S, RunLog
+from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 
 
@@ -179,6 +181,50 @@ class TestLies:
         assert misled.tidy()
         assert store.list("snapshots") == [], "a snapshot would make the lie last"
         assert RunLog.open(store).lineage == log.lineage
+
+
+class TestNews:
+    def test_what_an_append_met_is_still_news(self) -> None:
+        store = MemoryStore(uuid.uuid4().hex)
+        log = RunLog.open(store)
+        open_term(log)
+        log.append(attempt(1, 1))
+        log.append(commit(1, 1, 20))
+        pin = RunLog.open(store).append(Pin(term=1, directory=commit(1, 1, 20).directory))
+        log.append(commit(1, 1, 40))
+        assert log.refresh() == (pin,)
+        assert log.refresh() == ()
+
+    def test_what_came_before_an_error_is_news_later(self) -> None:
+        store = FlakyStore(uuid.uuid4().hex, random.Random(0))
+        log, writer = RunLog.open(store), RunLog.open(store)
+        written = (open_term(writer), *(writer.append(attempt(1, number)) for number in range(1, 40)))
+        store.rate, news = 0.5, []
+        while len(news) < len(written):
+            with contextlib.suppress(StoreUnavailable):
+                news += log.refresh()
+        assert tuple(news) == written
+
+    def test_our_own_record_is_none_although_its_answer_was_lost(self) -> None:
+        class Losing(MemoryStore):
+            is_sick = False
+
+            def put_new(self, key: str, body: bytes) -> bool:
+                won = super().put_new(key, body)
+                if self.is_sick:
+                    raise StoreUnavailable("the answer was lost")
+                return won
+
+        store = Losing(uuid.uuid4().hex)
+        log = RunLog.open(store)
+        open_term(log)
+        store.is_sick = True
+        with pytest.raises(StoreUnavailable):
+            log.append(attempt(1, 1))
+        assert log.refresh() == ()
+        assert log.newest_attempt() == attempt(1, 1)
+        assert log.append(attempt(1, 1)) == attempt(1, 1)
+        assert log.count == 2
 
 
 class TestDamage:
