@@ -69,6 +69,7 @@ class Coordinator:
         self._events = EventFile(store, config.run.name)
         self._tell = tell
         self._told_step = -1
+        self._told_alarms = 0
         self._goodput = goodput_of_nothing()
         self._goodput_at = -math.inf
         self._counting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -134,6 +135,7 @@ class Coordinator:
             news = await self._in_log_thread(self.log.refresh)
         except StoreError:
             return  # cannot observe: the machine sees that no LogRead comes
+        self._tell_alarms()
         for record in news:
             if isinstance(record, Quarantine):  # by people: our own do not come as news
                 self._apply(ev.Damaged(time.monotonic(), record.directory, record.why))
@@ -141,6 +143,12 @@ class Coordinator:
             self._apply(ev.Fenced(time.monotonic(), newest.term, newest.host))
         else:
             self._apply(ev.LogRead(time.monotonic(), began))
+
+    def _tell_alarms(self) -> None:
+        """What is wrong with the log goes to people: its void records are void for everybody, but somebody must look at the storage."""
+        for why in self.log.alarms[self._told_alarms :]:
+            self._say(ev.Say(kind="alarm", why=f"run log: {why}"))
+        self._told_alarms = len(self.log.alarms)
 
     async def _see_agents_off(self) -> None:
         """Keeps answering until every node has heard that the run is over and has left."""

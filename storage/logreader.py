@@ -28,6 +28,7 @@ class LogReader:
 
     Attributes:
         entries: every record that was read here, in its place, corrupt ones included; those before a snapshot's end are not.
+        head: SHA-256 of the bytes of the newest record, "" for an empty log.
         lineage: the meaning of all records, those under the snapshot too.
         alarms: corrupt, missing and void records, damaged snapshots: one sentence each, for people.
         is_whole: every record could be read and continues the one before it. While it is false, a commit may have been lost.
@@ -44,7 +45,7 @@ class LogReader:
         self._expected = 0  # so many may exist
         self._hint: Hint | None = None  # not compared with the log yet
         self._base = 0  # records under the snapshot that we began with
-        self._head = ""  # SHA-256 of the bytes of the newest record
+        self.head = ""
         self._num_corrupt = 0
         self._is_chained = True
         self._log_alarms: list[str] = []  # those that every reader of these records raises
@@ -127,7 +128,7 @@ class LogReader:
         self._is_open = True
 
     def _adopt(self, snapshot: Snapshot) -> None:
-        self._base, self._head, self._num_corrupt = snapshot.count, snapshot.head, snapshot.num_corrupt
+        self._base, self.head, self._num_corrupt = snapshot.count, snapshot.head, snapshot.num_corrupt
         self._folding, self.lineage = Folding(snapshot.lineage), snapshot.lineage
         self._snapshot, self._written = snapshot, snapshot.count
         self._log_alarms = list(snapshot.alarms)
@@ -192,7 +193,7 @@ class LogReader:
         elif why := self._folding.add(entry.record):
             self._alarm(f"record {entry.sequence} is void: {why}")
         self.entries.append(entry)
-        self._head = entry.sha256
+        self.head = entry.sha256
         if self.count % self._period == 0:
             self._remember(entry)
 
@@ -200,7 +201,7 @@ class LogReader:
         """Each record confirms the bytes of the one before it. Of two corrupt ones in a row, nobody confirms the first."""
         if entry.record is None:
             self._is_chained = self._is_chained and not (self.entries and self.entries[-1].record is None)
-        elif entry.previous != self._head:
+        elif entry.previous != self.head:
             self._is_chained = False
             self._alarm(f"record {entry.sequence} does not continue the bytes of record {entry.sequence - 1}: the past was changed")
 
@@ -209,7 +210,7 @@ class LogReader:
         if self._is_chained and last.record is not None:
             alarms = tuple(self._log_alarms[-MAX_ALARMS:])
             lineage = self._folding.lineage()
-            self._snapshot = Snapshot(count=self.count, head=self._head, num_corrupt=self._num_corrupt, lineage=lineage, alarms=alarms)
+            self._snapshot = Snapshot(count=self.count, head=self.head, num_corrupt=self._num_corrupt, lineage=lineage, alarms=alarms)
 
     def _check_hint(self) -> None:
         hint, self._hint = self._hint, None

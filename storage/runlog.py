@@ -101,7 +101,7 @@ class RunLog(LogReader):
         if why := self._folding.refusal(record):
             raise ValueError(f"this record would be void: {why}")
         pending = self._pend(record)
-        body = encode(record, sequence=pending.sequence, uuid=pending.uuid, previous=self._head)
+        body = encode(record, sequence=pending.sequence, uuid=pending.uuid, previous=self.head)
         if not self.store.put_new(log_key(pending.sequence), body):
             return False
         self._take([decode(body, sequence=pending.sequence)])
@@ -139,5 +139,5 @@ class RunLog(LogReader):
 
     def _write_hint(self) -> None:
         if self.count > self._hinted:
-            write_hint(self.store, Hint(records=self.count, head=self._head, snapshot=self._written))
+            write_hint(self.store, Hint(records=self.count, head=self.head, snapshot=self._written))
             self._hinted = self.count

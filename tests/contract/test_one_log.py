@@ -268,7 +268,7 @@ class Unfenced(RunLog):
 
     def _append_next(self, record: Record) -> bool:
         pending = self._pend(record)
-        body = encode(record, sequence=pending.sequence, uuid=pending.uuid, previous=self._head)
+        body = encode(record, sequence=pending.sequence, uuid=pending.uuid, previous=self.head)
         if not self.store.put_new(log_key(pending.sequence), body):
             return False
         self._take([decode(body, sequence=pending.sequence)])

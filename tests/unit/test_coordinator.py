@@ -24,7 +24,8 @@ from keepstep.orchestrator.roots import claim, token_of
 from keepstep.orchestrator.sections import RunConfig
 from keepstep.orchestrator.server import application
 from keepstep.orchestrator.wire import AgentReport, Directive, RankReport, StoreAddress, digest
-from keepstep.storage.records import Attempt
+from keepstep.storage.layout import log_key
+from keepstep.storage.records import Attempt, Finished, encode
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 
@@ -173,6 +174,20 @@ def test_a_bug_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch, caps
         cli.main()
     assert left.value.code == 70
     assert "never meant to happen" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_the_log_is_told_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with reigning(tmp_path) as (coordinator, _, said):
+            number = coordinator.log.count
+            zombie = encode(Finished(term=7, step=1, outcome="stopped", why="x"), sequence=number, uuid="z", previous=coordinator.log.head)
+            coordinator.store.put_new(log_key(number), zombie)
+            for _ in range(2):
+                await coordinator._read_log_once()
+            told = [event["why"] for event in said if event["kind"] == "alarm"]
+            assert told == [f"run log: record {number} is void: finished of term 7 while term 1 is open"]
+
+    asyncio.run(story())
 
 
 def test_a_broken_loop_ends_the_reign_instead_of_standing_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
