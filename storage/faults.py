@@ -198,6 +198,9 @@ class FaultyStore(Store):
     def read_lines(self, key: str) -> Sequence[bytes]:
         return self._call("read_lines", key, lambda: self.inner.read_lines(key), lambda lines, what: () if what == SeesNothing() else lines)
 
+    def drop_cache(self, prefix: str) -> None:
+        self._call("drop_cache", prefix, lambda: self.inner.drop_cache(prefix))
+
     def local_path(self, key: str) -> Path | None:
         return self.inner.local_path(key)
 

@@ -198,8 +198,11 @@ class TestS3:
         with pytest.raises(StoreRefused, match="check address, network and time-outs"):
             store.probe()
 
-    def test_the_environment_alone_is_enough(self, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, value in s3_server.environment.items():
+    @pytest.mark.parametrize("source", ["variables", "variables of S3 alone", "a profile"])
+    def test_the_environment_alone_is_enough(
+        self, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
+    ) -> None:
+        for name, value in environment(s3_server, tmp_path, source).items():
             monkeypatch.setenv(name, value)
         store = Store.open(f"{s3_server.url}/{uuid.uuid4().hex}")
         store.put("x", b"1")
@@ -231,3 +234,21 @@ class TestS3:
         for number in range(10):
             assert writer.put_new(f"log/{number}", b"%d" % number)
             assert reader.get(f"log/{number}") == b"%d" % number
+
+
+def environment(server: S3Server, folder: Path, source: str) -> dict[str, str]:
+    """Where a user may have written down how to reach the server."""
+    known = server.environment
+    if source == "variables":
+        return known
+    keys = {name: known[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    if source == "variables of S3 alone":
+        return {**keys, "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_ENDPOINT_URL_S3": server.endpoint_url, "AWS_REGION": "us-east-1"}
+    lines = [
+        "[profile cluster]",
+        f"endpoint_url = {server.endpoint_url}",
+        "region = us-east-1",
+        *(f"{k.lower()} = {v}" for k, v in keys.items()),
+    ]
+    (folder / "config").write_text("\n".join(lines))
+    return {"AWS_CONFIG_FILE": str(folder / "config"), "AWS_PROFILE": "cluster"}
