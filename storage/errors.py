@@ -53,10 +53,11 @@ class StoreRefused(StoreError):
 
 
 class Fenced(StorageError):
-    """A coordinator of a newer term reigns; `opened` is its record."""
+    """A coordinator of a newer term reigns, or may reign; `opened` is its record, as far as we could read it."""
 
-    def __init__(self, opened: Opened) -> None:
-        super().__init__(f"fenced: term {opened.term} was opened by {opened.host} (pid {opened.pid}, {opened.url or 'no address'})")
+    def __init__(self, opened: Opened, why: str = "") -> None:
+        why = why or f"term {opened.term} was opened by {opened.host} (pid {opened.pid}, {opened.url or 'no address'})"
+        super().__init__(f"fenced: {why}")
         self.opened = opened
 
 

@@ -47,6 +47,7 @@ class LogReader:
         self._base = 0  # records under the snapshot that we began with
         self.head = ""
         self._num_corrupt = 0
+        self._num_unread = 0  # corrupt ones since the newest `opened`: each may have been a newer one
         self._is_chained = True
         self._log_alarms: list[str] = []  # those that every reader of these records raises
         self._snapshot: Snapshot | None = None  # the newest that we know; it may not be written yet
@@ -128,7 +129,8 @@ class LogReader:
         self._is_open = True
 
     def _adopt(self, snapshot: Snapshot) -> None:
-        self._base, self.head, self._num_corrupt = snapshot.count, snapshot.head, snapshot.num_corrupt
+        self._base, self.head = snapshot.count, snapshot.head
+        self._num_corrupt, self._num_unread = snapshot.num_corrupt, snapshot.num_unread
         self._folding, self.lineage = Folding(snapshot.lineage), snapshot.lineage
         self._snapshot, self._written = snapshot, snapshot.count
         self._log_alarms = list(snapshot.alarms)
@@ -188,10 +190,12 @@ class LogReader:
     def _add(self, entry: Entry) -> None:
         self._check_chain(entry)
         if entry.record is None:
-            self._num_corrupt += 1
+            self._num_corrupt, self._num_unread = self._num_corrupt + 1, self._num_unread + 1
             self._alarm(f"{entry.why}; it is void, its number stays taken")
         elif why := self._folding.add(entry.record):
             self._alarm(f"record {entry.sequence} is void: {why}")
+        elif isinstance(entry.record, Opened):
+            self._num_unread = 0
         self.entries.append(entry)
         self.head = entry.sha256
         if self.count % self._period == 0:
@@ -208,9 +212,14 @@ class LogReader:
     def _remember(self, last: Entry) -> None:
         """For the next snapshot. Only what the chain confirms: a snapshot must not make our own misreading last."""
         if self._is_chained and last.record is not None:
-            alarms = tuple(self._log_alarms[-MAX_ALARMS:])
-            lineage = self._folding.lineage()
-            self._snapshot = Snapshot(count=self.count, head=self.head, num_corrupt=self._num_corrupt, lineage=lineage, alarms=alarms)
+            self._snapshot = Snapshot(
+                count=self.count,
+                head=self.head,
+                num_corrupt=self._num_corrupt,
+                num_unread=self._num_unread,
+                lineage=self._folding.lineage(),
+                alarms=tuple(self._log_alarms[-MAX_ALARMS:]),
+            )
 
     def _check_hint(self) -> None:
         hint, self._hint = self._hint, None

@@ -45,7 +45,7 @@ class RunLog(LogReader):
         `pin`, `verified`, `retire` and `quarantine` may come from anybody who acts under the newest term, the command line for one.
 
         Raises:
-            Fenced: a newer term was opened; this coordinator's reign is over.
+            Fenced: a newer term was opened, or a record that cannot be read may have opened one; this coordinator's reign is over.
             ValueError: the record would be void (see `Folding.refusal`).
             StoreError: unknown whether it was written. Append the same record again: it will be there once.
         """
@@ -94,10 +94,22 @@ class RunLog(LogReader):
     def _next_term(self) -> int:
         return self.lineage.term + 1 if self.is_whole else max(self.lineage.term, self.count) + 1
 
+    def _unread_successor(self) -> tuple[Opened, str]:
+        """Nobody may act under a term that may be over: a commit could be lost, or a checkpoint deleted that somebody else counts on."""
+        last = self.lineage.opened
+        opened = Opened(term=self.count, run="", identity="", host="a record that cannot be read", pid=0)
+        term = last.term if last else 0
+        return (
+            opened,
+            f"records after term {term} cannot be read ({self._num_unread}), a newer term may be among them; open another",
+        )
+
     def _append_next(self, record: Record) -> bool:
         opened = self.lineage.opened
         if opened and (record.term < opened.term or (isinstance(record, Opened) and record.term == opened.term)):
             raise Fenced(opened)
+        if self._num_unread and not isinstance(record, Opened):
+            raise Fenced(*self._unread_successor())
         if why := self._folding.refusal(record):
             raise ValueError(f"this record would be void: {why}")
         pending = self._pend(record)

