@@ -43,11 +43,13 @@ RIGHT = "every byte is right"
 
 
 def _append(log: RunLog, record: R) -> R:
-    """Makes it a record under the newest term, whoever opens another one meanwhile. Raises InputError where it would be void."""
+    """Makes it a record under the newest term, whoever opens another one meanwhile. Raises InputError where it would be void, or may be."""
     while True:
         try:
             return log.append(replace(record, term=log.lineage.term))
-        except Fenced:
+        except Fenced as error:
+            if error.opened != log.lineage.opened:
+                raise InputError(f"{error} (a coordinator does when it starts)") from error
             continue  # the log was read up to the newer term
         except ValueError as error:
             raise InputError(str(error)) from error

@@ -18,7 +18,7 @@ from keepstep.orchestrator.errors import InputError
 from keepstep.orchestrator.lines import human_age
 from keepstep.orchestrator.roots import claim
 from keepstep.storage.disposal import GRACE_S
-from keepstep.storage.layout import shard_name
+from keepstep.storage.layout import log_key, shard_name
 from keepstep.storage.records import Pin, Quarantine, Verified
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
@@ -201,6 +201,10 @@ class TestPin:
         command(root, "pin", "--step", "10")
         assert root.log().lineage.pinned
         assert root.run.log.alarms == []
+
+    def test_not_under_a_term_that_a_record_nobody_can_read_may_have_ended(self, root: Root) -> None:
+        root.run.store.put(log_key(root.log().count), b"rubbish")
+        assert "a newer term may be among them" in refusal(root, "pin", "--step", "20")
 
     def test_a_step_that_was_never_committed(self, root: Root) -> None:
         assert "no committed checkpoint of step 15; there are: 10, 20, 30, 40" in refusal(root, "pin", "--step", "15")
