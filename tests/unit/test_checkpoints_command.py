@@ -206,6 +206,12 @@ class TestPin:
         root.run.store.put(log_key(root.log().count), b"rubbish")
         assert "a newer term may be among them" in refusal(root, "pin", "--step", "20")
 
+    def test_not_while_a_record_that_cannot_be_read_may_have_opened_a_term(self, root: Root) -> None:
+        newest = root.path / log_key(root.run.log.count - 1)
+        newest.write_bytes(newest.read_bytes()[:-9])
+        assert "cannot be read" in refusal(root, "pin", "--step", "10")
+        assert "(the run log does not know: fenced:" in command(root, "verify", "--step", "10")
+
     def test_a_step_that_was_never_committed(self, root: Root) -> None:
         assert "no committed checkpoint of step 15; there are: 10, 20, 30, 40" in refusal(root, "pin", "--step", "15")
 
