@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
+from .layout import parse_checkpoint_directory
 from .records import Attempt, Commit, Failed, Finished, Opened, Pin, Quarantine, Record, Retire, Verified
 
 
@@ -139,9 +140,14 @@ def refusal(lineage: Lineage, record: Record) -> str:
 
 
 class Folding:
-    """A lineage under construction. Each record costs the same, however many came before; `lineage()` costs what is alive."""
+    """A lineage under construction. Each record costs the same, however many came before; `lineage()` costs what is alive.
 
-    def __init__(self, lineage: Lineage) -> None:
+    Once a record is lost (`lose`), a later one may prove what it must have been: nobody writes a record that is void when it is written.
+    So a rotten `opened` or `attempt` does not take along everything that was done under it.
+    """
+
+    def __init__(self, lineage: Lineage, *, has_lost: bool = False) -> None:
+        self._has_lost = has_lost
         self._opened = lineage.opened
         self._attempt = lineage.attempt
         self._resumed = lineage.resumed
@@ -183,10 +189,59 @@ class Folding:
 
     def add(self, record: Record) -> str:
         """Takes one more record; why it is void, "" if it counts."""
+        if self._has_lost:
+            self._imply(record)
         why = self.refusal(record)
         if not why:
             self._apply(record)
         return why
+
+    def lose(self) -> None:
+        """A record could not be read."""
+        self._has_lost = True
+
+    def _imply(self, record: Record) -> None:
+        """What this record proves, and the lost one said."""
+        if not isinstance(record, Opened) and record.term > self._term:
+            last = self._opened
+            self._opened = Opened(
+                term=record.term, run=last.run if last else "", identity=last.identity if last else "", host="unknown", pid=0
+            )
+        if isinstance(record, Commit) and record.attempt > (self._attempt.attempt if self._attempt else 0):
+            self._begin_attempt(self._implied_attempt(record))
+        if isinstance(record, Attempt) and record.resume_directory and not self._is_live(record.resume_directory):
+            self._imply_commit(record)
+
+    def _implied_attempt(self, record: Commit) -> Attempt:
+        """It resumed from the newest checkpoint that could be resumed from, on the nodes of the one before, as far as we know."""
+        usable = (commit for commit in reversed(self._commits.values()) if commit.directory not in self._quarantined)
+        source = next((commit for commit in usable if commit.step < record.step), None)
+        return Attempt(
+            term=record.term,
+            attempt=record.attempt,
+            nodes=self._attempt.nodes if self._attempt else (),
+            world_size=record.world_size,
+            resume_step=source.step if source else -1,
+            resume_directory=source.directory if source else "",
+            nonce="",
+        )
+
+    def _imply_commit(self, record: Attempt) -> None:
+        """Whoever reads this checkpoint finds that it cannot be verified, and takes the one before it."""
+        newer = [commit for commit in self._commits.values() if commit.step >= record.resume_step]
+        made_by = parse_checkpoint_directory(record.resume_directory)
+        if newer or made_by is None:
+            return
+        self._apply(
+            Commit(
+                term=record.term,
+                attempt=made_by[0],
+                step=record.resume_step,
+                directory=record.resume_directory,
+                manifest_sha256="",
+                world_size=record.world_size,
+            )
+        )
 
     def _apply(self, record: Record) -> None:
         match record:
@@ -264,7 +319,7 @@ class Folding:
         opened = self._opened
         if record.term <= self._term:
             return f"term {record.term} was opened after term {self._term}"
-        if opened and record.identity != opened.identity:
+        if opened and opened.identity and record.identity != opened.identity:  # none: the first record of the log is lost
             return f"the root holds run {opened.run!r} with identity {opened.identity}, not {record.run!r} with {record.identity}"
         return ""
 

@@ -131,7 +131,7 @@ class LogReader:
     def _adopt(self, snapshot: Snapshot) -> None:
         self._base, self.head = snapshot.count, snapshot.head
         self._num_corrupt, self._num_unread = snapshot.num_corrupt, snapshot.num_unread
-        self._folding, self.lineage = Folding(snapshot.lineage), snapshot.lineage
+        self._folding, self.lineage = Folding(snapshot.lineage, has_lost=snapshot.num_corrupt > 0), snapshot.lineage
         self._snapshot, self._written = snapshot, snapshot.count
         self._log_alarms = list(snapshot.alarms)
         self.alarms.extend(snapshot.alarms)
@@ -191,6 +191,7 @@ class LogReader:
         self._check_chain(entry)
         if entry.record is None:
             self._num_corrupt, self._num_unread = self._num_corrupt + 1, self._num_unread + 1
+            self._folding.lose()
             self._alarm(f"{entry.why}; it is void, its number stays taken")
         elif why := self._folding.add(entry.record):
             self._alarm(f"record {entry.sequence} is void: {why}")

@@ -16,8 +16,8 @@ from typing import Any, Final, TypeVar
 
 import xxhash
 
-from .canonical import canonical_json, sha256_hex
-from .errors import IncompleteCheckpoint
+from .canonical import canonical_json, seal, sha256_hex, unseal
+from .errors import CorruptRecord, IncompleteCheckpoint
 
 FORMAT: Final = 1
 BLOCK_BYTES: Final = 4 << 20
@@ -66,12 +66,17 @@ class RankIndex:
         return sum(file.num_bytes for file in self.files)
 
     def body(self) -> bytes:
-        return canonical_json(_rank_fields(self)) + b"\n"
+        """Sealed: a successor that rolls the checkpoint forward knows no hash of it from elsewhere."""
+        return seal(_rank_fields(self))
 
     @staticmethod
     def parse(body: bytes) -> RankIndex:
         """Raises ValueError saying what is wrong."""
-        return _parse_rank(_loads(body, "rank index"))
+        try:
+            fields = unseal(body, "rank index")
+        except CorruptRecord as error:
+            raise ValueError(str(error)) from None
+        return _parse_rank(_of_format(fields, "rank index"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +325,10 @@ def _loads(body: bytes, what: str) -> dict[str, Any]:
         fields = json.loads(body)
     except ValueError as error:
         raise ValueError(f"{what} is no JSON: {error}") from None
+    return _of_format(fields, what)
+
+
+def _of_format(fields: Any, what: str) -> dict[str, Any]:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise ValueError(f"{what} is not of format {FORMAT}")
     return fields

@@ -22,10 +22,10 @@ from keepstep.storage.verify import verify_checkpoint
 from keepstep.trainer.config import CheckpointSection
 
 SHARD_BYTES = 900
-METADATA = b"what torch.distributed.checkpoint keeps beside the tensors"
 INTERVAL = 10
 KEEP = 2
 
+OnDamage = Callable[[str, str], None]  # (directory, why), when a scrub finds damage
 Tell = Callable[[str, int], None]  # (what is known now, of which step)
 
 
@@ -34,23 +34,36 @@ def shard_bytes(attempt: int, step: int, rank: int) -> bytes:
     return random.Random(f"{attempt} {step} {rank}").randbytes(SHARD_BYTES)
 
 
+def metadata_bytes(attempt: int, step: int) -> bytes:
+    return f"what torch.distributed.checkpoint keeps beside the tensors of attempt {attempt}, step {step:06d}".encode()
+
+
 class TinyRun:
     """One reign: a coordinator and the persisters of its ranks in one thread.
 
     Args:
         tell: hears ("attempt", number), ("saving", step) before, ("whole", step) when every part is durable and ("committed", step)
             when the commit record is acknowledged.
+        on_damage: by default damage is an AssertionError.
     """
 
-    def __init__(self, store: Store, *, world_size: int = 2, tell: Tell = lambda what, step: None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        world_size: int = 2,
+        keep: int = KEEP,
+        tell: Tell = lambda what, step: None,
+        on_damage: OnDamage | None = None,
+    ) -> None:
         self.store = store
         self.world_size = world_size
         self.tell = tell
         self.log = RunLog.open(store)
         self.term = self.log.open_term(run="tiny", identity="tiny", host="tiny", pid=1).term
         self.logbook = Logbook(self.log, self.term)
-        hooks = Hooks(damaged=quarantines_nothing, say=lambda kind, why: None, broke=raise_again)
-        self.janitor = Janitor(store, self.log, CheckpointSection(keep=KEEP), hooks)
+        hooks = Hooks(damaged=on_damage or quarantines_nothing, say=lambda kind, why: None, broke=raise_again)
+        self.janitor = Janitor(store, self.log, CheckpointSection(keep=keep), hooks)
 
     def launch(self) -> Attempt:
         """Rolls forward what a predecessor left whole, then begins an attempt at the newest committed checkpoint."""
@@ -89,10 +102,11 @@ class TinyRun:
 
     def submission(self, step: int, rank: int, directory: str) -> Submission:
         """A shard, and from rank 0 a second file."""
-        data = shard_bytes(self.attempt.attempt, step, rank) + (METADATA if rank == 0 else b"")
+        metadata = metadata_bytes(self.attempt.attempt, step)
+        data = shard_bytes(self.attempt.attempt, step, rank) + metadata
         files = [StagedFile(name=shard_name(rank), offset=0, num_bytes=SHARD_BYTES)]
         if rank == 0:
-            files.append(StagedFile(name=METADATA_NAME, offset=SHARD_BYTES, num_bytes=len(METADATA)))
+            files.append(StagedFile(name=METADATA_NAME, offset=SHARD_BYTES, num_bytes=len(metadata)))
         return Submission(
             attempt=self.attempt.attempt,
             rank=rank,
@@ -151,5 +165,5 @@ def load(store: Store, commit: Commit) -> Manifest:
         body = store.get(f"{commit.directory}/{shard_name(index.rank)}")
         assert body == shard_bytes(commit.attempt, commit.step, index.rank)
         assert index.state == {"rng": f"{commit.attempt} {commit.step} {index.rank}"}
-    assert store.get(f"{commit.directory}/{METADATA_NAME}") == METADATA
+    assert store.get(f"{commit.directory}/{METADATA_NAME}") == metadata_bytes(commit.attempt, commit.step)
     return manifest
