@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keepstep.storage.canonical import seal, unseal
 from keepstep.storage.errors import IncompleteCheckpoint
 from keepstep.storage.manifest import FileEntry, Manifest, RankIndex, TensorEntry, coverage_gap, hash_block, hash_blocks, merge
 
@@ -132,9 +133,14 @@ class TestParsing:
         ],
     )
     def test_a_wrong_field_is_named(self, change: dict[str, object], why: str) -> None:
-        body = json.dumps(json.loads(rank_index(0).body()) | change).encode()
+        fields = unseal(rank_index(0).body(), "rank index")
         with pytest.raises(ValueError, match=why):
-            RankIndex.parse(body)
+            RankIndex.parse(seal(fields | change))
+
+    def test_a_flipped_bit_of_a_rank_index_is_found(self) -> None:
+        body = rank_index(0, state={"rng": 5}).body()
+        with pytest.raises(ValueError, match="its check does not fit"):
+            RankIndex.parse(body.replace(b'"rng":5', b'"rng":4'))
 
     def test_what_is_no_json_is_said_so(self) -> None:
         with pytest.raises(ValueError, match="manifest is no JSON"):
