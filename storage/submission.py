@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .arena import StagedFile
-from .errors import StorageError
+from .errors import StorageError, StoreError, StoreFull
 from .faults import fault_point
 from .layout import rank_index_name
 from .manifest import BLOCK_BYTES, FileEntry, RankIndex, TensorEntry, hash_block, split_blocks
@@ -38,7 +39,7 @@ def persist(store: Store, submission: Submission, flush_steps: Callable[[], None
     """
     facts = {"rank": submission.rank, "step": submission.step, "attempt": submission.attempt}
     fault_point("persister.shards.before", **facts)
-    files = tuple(_write_file(store, submission, file, is_first=index == 0) for index, file in enumerate(submission.files))
+    files = _write_files(store, submission)
     fault_point("persister.shards.after", **facts)
     flush_steps()
     index = _index(submission, files)
@@ -47,6 +48,17 @@ def persist(store: Store, submission: Submission, flush_steps: Callable[[], None
         raise StorageError(f"{key} exists with other content: step {submission.step} of attempt {submission.attempt} was saved twice")
     fault_point("persister.index.after", **facts)
     return index
+
+
+def _write_files(store: Store, submission: Submission) -> tuple[FileEntry, ...]:
+    """A full disk needs the space of half a save for the next one. Without its rank index, nobody can have committed it."""
+    try:
+        return tuple(_write_file(store, submission, file, is_first=index == 0) for index, file in enumerate(submission.files))
+    except StoreFull:
+        for file in submission.files:
+            with contextlib.suppress(StoreError):  # what stays is swept as garbage one day
+                store.delete(f"{submission.directory}/{file.name}")
+        raise
 
 
 def _index(submission: Submission, files: tuple[FileEntry, ...]) -> RankIndex:
