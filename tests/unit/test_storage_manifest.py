@@ -53,7 +53,7 @@ class TestMerge:
 
     def test_the_index_is_what_the_format_says(self) -> None:
         fields = json.loads(rank_index(1).body())
-        assert sorted(fields) == ["attempt", "directory", "files", "format", "rank", "state", "step", "tensors", "world_size"]
+        assert sorted(fields) == ["attempt", "check", "directory", "files", "format", "rank", "state", "step", "tensors", "world_size"]
         assert fields["files"][0] == {"name": "__1_0.distcp", "bytes": 60, "block_bytes": 40, "hashes": ["a" * 16, "b" * 16]}
         assert sorted(fields["tensors"][0]) == ["bytes", "dtype", "file", "global_shape", "name", "offset", "shape", "starts"]
 
