@@ -191,7 +191,7 @@ def table(runs: Sequence[Run]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "s3_clients.json")
     options = parser.parse_args()
     runs = measure(options.rounds)
