@@ -89,13 +89,16 @@ def server_binary(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def running_s3_server(certificate: Certificate | None = None) -> Iterator[S3Server]:
-    """An empty SeaweedFS with one bucket on free ports, over TLS with a certificate; killed by its pid at the end."""
+def running_s3_server(certificate: Certificate | None = None, *, memory: str = "300MiB") -> Iterator[S3Server]:
+    """An empty SeaweedFS with one bucket on free ports, over TLS with a certificate; killed by its pid at the end.
+
+    With large objects a server short of memory collects garbage instead of serving: give it more to measure it.
+    """
     binary, port = server_binary("weed"), _free_port()
     with tempfile.TemporaryDirectory(prefix="keepstep-s3-") as folder:
         (Path(folder) / "data").mkdir()
         command = [str(binary), *_weed_arguments(Path(folder) / "data", port, certificate)]
-        environment = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "GOMEMLIMIT": "300MiB"}
+        environment = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "GOMEMLIMIT": memory}
         url = f"https://127.0.0.1:{port + 1}" if certificate else f"http://127.0.0.1:{port}"
         with _running(command, environment, Path(folder), url, certificate) as server:
             yield server
