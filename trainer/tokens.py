@@ -8,7 +8,6 @@ tokens/index.json                        written last, with put_new: what exists
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,8 +18,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from keepstep.storage.canonical import canonical_json, sha256_hex
-from keepstep.storage.errors import NotFound
+from keepstep.storage.canonical import canonical_json, seal, sha256_hex, unseal
+from keepstep.storage.errors import CorruptRecord, NotFound
 from keepstep.storage.store import Store
 
 from .config import DataSection
@@ -62,12 +61,15 @@ class TokenIndex:
     held_out: Part
 
     def body(self) -> bytes:
-        return canonical_json({"format": FORMAT, **asdict(self)}) + b"\n"
+        return seal({"format": FORMAT, **asdict(self)})
 
     @staticmethod
     def parse(body: bytes) -> TokenIndex:
-        """Raises ValueError when another version of keepstep wrote it."""
-        fields = json.loads(body)
+        """Raises ValueError when another version of keepstep wrote it, or its bytes are not those that were written."""
+        try:
+            fields = unseal(body, INDEX)
+        except CorruptRecord as error:
+            raise ValueError(f"{error}; delete the folder {FOLDER}/ and run `keepstep prepare` again") from None
         if fields.pop("format", None) != FORMAT:
             raise ValueError(f"{INDEX} is not of format {FORMAT}: it was written by another version of keepstep")
         return TokenIndex(**fields | {name: Part(**fields[name]) for name in PARTS})

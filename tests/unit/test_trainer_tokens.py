@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,19 @@ def test_damaged_tokens_are_not_opened(text: Path, tmp_path: Path) -> None:
     for scratch in (None, tmp_path / "scratch"):
         with pytest.raises(ValueError, match=r"tokens/train.bin is not what tokens/index.json says; delete the folder tokens/"):
             open_tokens(store, scratch)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_flipped_bit_of_any_file_is_trained_on(text: Path, tmp_path: Path, name: str) -> None:
+    store, chance = Store.open(tmp_path / "root"), random.Random(name)
+    prepare(section(text, tokenizer="bytes"), store)
+    whole = store.get(name)
+    for _ in range(25):
+        body = bytearray(whole)
+        body[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
+        store.put(name, bytes(body))
+        with pytest.raises(ValueError, match="prepare"):
+            open_tokens(store)
 
 
 def test_a_remote_root_is_copied_to_the_node_once(text: Path, tmp_path: Path) -> None:
