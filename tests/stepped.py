@@ -93,6 +93,7 @@ class SteppedStore(MemoryStore):
     def __init__(self, root: Root, actor: Actor | None = None) -> None:
         super().__init__("stepped")
         self.root = root
+        self.garbled: set[str] = set()  # keys that this actor alone, and always, reads wrongly
         self._actor = actor
 
     def put_new(self, key: str, body: bytes) -> bool:
@@ -115,7 +116,8 @@ class SteppedStore(MemoryStore):
         self._lose_answer(self._call_root())
         if key not in self.root.objects:
             raise NotFound(key)
-        return self.root.objects[key]
+        body = self.root.objects[key]
+        return body[:-9] if key in self.garbled else body
 
     def list(self, prefix: str = "") -> Sequence[str]:
         self._lose_answer(self._call_root())

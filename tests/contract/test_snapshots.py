@@ -233,6 +233,7 @@ DAMAGES: dict[str, Callable[[bytes, int], bytes]] = {
 DAMAGE = st.none() | st.just("gone") | st.sampled_from(sorted(DAMAGES))
 
 
+@pytest.mark.slow
 @given(st.lists(DAMAGE, min_size=3, max_size=3), st.integers(0, 10**6))
 def test_whatever_happens_to_them_the_log_says_the_same(damages: list[str | None], position: int) -> None:
     objects, lineage = untouched()
