@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 SEEDS ?= 1000
-# Debian packages that the tests need, installed as root or through sudo: none so far.
-SYSTEM_PACKAGES :=
+# Debian packages that the tests need, installed as root or through sudo: a wall clock that is a year off.
+SYSTEM_PACKAGES := faketime
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
