@@ -308,7 +308,7 @@ def machine() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--places", nargs="+", choices=list(PLACES), default=list(PLACES))
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "storage.json")
@@ -317,18 +317,17 @@ def main() -> None:
     torch.set_num_threads(1)
     join(Attached(None))
     report: dict[str, Any] = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "rounds": arguments.rounds}
-    report["load_before"], report["results"] = os.getloadavg()[0], {}
+    report["results"] = {}
+    arguments.out.parent.mkdir(exist_ok=True)
     for name in arguments.places:
         with PLACES[name]() as place:
             for shape in arguments.shapes:
                 number, each = SHAPES[shape]
                 times = measure(place, shape, arguments.rounds)
                 rows = summary(times, 4 * number * each)
-                report["results"][f"{name}, {shape}"] = {"summary": rows, "seconds": times}
+                report["results"][f"{name}, {shape}"] = {"load": os.getloadavg()[0], "summary": rows, "seconds": times}
+                arguments.out.write_text(json.dumps(report, indent=1) + "\n")
                 show(f"{name}, {shape} ({4 * number * each / 1e6:.0f} MB), {arguments.rounds} rounds", rows)
-    report["load_after"] = os.getloadavg()[0]
-    arguments.out.parent.mkdir(exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     dist.destroy_process_group()
 
 
