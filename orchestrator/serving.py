@@ -12,17 +12,18 @@ from typing import Any
 from aiohttp import web
 
 from keepstep.storage.errors import Fenced, StoreError
+from keepstep.storage.layout import RUN_CONFIG_KEY
 from keepstep.storage.records import Finished, Opened
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 from keepstep.trainer.contract import EXIT_OK, EXIT_REQUEUE
 
 from .archive import utc_now, write_result
-from .config import identity
+from .config import identity, to_toml
 from .coordinator import Coordinator, End
 from .errors import InputError
 from .logbook import opened_event
-from .roots import token_of
+from .roots import REMEDY, token_of
 from .sections import RunConfig
 from .server import application
 
@@ -59,7 +60,15 @@ async def _serve(config: RunConfig, store: Store, listener: socket.socket, tell:
 
 
 def _open_term(log: RunLog, config: RunConfig, url: str) -> Opened:
-    return log.open_term(run=config.run.name, identity=identity(config), host=socket.gethostname(), pid=os.getpid(), url=url, at=utc_now())
+    """Of two runs that found the root empty at the same time, the one whose term is in the log has it, and its config stands there."""
+    host, pid = socket.gethostname(), os.getpid()
+    try:
+        opened = log.open_term(run=config.run.name, identity=identity(config), host=host, pid=pid, url=url, at=utc_now())
+    except ValueError as error:
+        raise InputError(f"run.root = {config.run.root!r}: {error}", REMEDY) from error
+    if len(log.records) == 1:
+        log.store.put(RUN_CONFIG_KEY, to_toml(config).encode())
+    return opened
 
 
 def _stop_on_signals(coordinator: Coordinator) -> None:

@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from keepstep.orchestrator import cli
+from keepstep.orchestrator import cli, serving
 from keepstep.orchestrator import config as configs
 from keepstep.orchestrator.archive import read_events
 from keepstep.orchestrator.client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
 from keepstep.orchestrator.coordinator import Coordinator
+from keepstep.orchestrator.errors import InputError
 from keepstep.orchestrator.lines import event_line, human_bytes
 from keepstep.orchestrator.logbook import opened_event
 from keepstep.orchestrator.roots import claim, token_of
 from keepstep.orchestrator.sections import RunConfig
 from keepstep.orchestrator.server import application
 from keepstep.orchestrator.wire import AgentReport, Directive, RankReport, StoreAddress, digest
-from keepstep.storage.layout import log_key
+from keepstep.storage.layout import RUN_CONFIG_KEY, log_key
 from keepstep.storage.records import Attempt, Finished, encode
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
@@ -208,3 +209,17 @@ def test_a_broken_loop_ends_the_reign_instead_of_standing_still(tmp_path: Path, 
             await asyncio.wait_for(coordinator.reign(opened_event(log)), 10)
 
     asyncio.run(story())
+
+
+def test_of_two_runs_that_found_the_root_empty_one_has_it(tmp_path: Path) -> None:
+    """Both claimed it before either had a term in the log; the slower claim overwrote the config of the other."""
+    first = two_nodes(tmp_path / "root")
+    second = first.model_copy(update={"run": first.run.model_copy(update={"seed": 9})})
+    store = Store.open(tmp_path / "root")
+    store.put(RUN_CONFIG_KEY, configs.to_toml(second).encode())
+    serving._open_term(RunLog.open(store), first, "http://first")
+    with pytest.raises(InputError, match="the root holds run"):
+        serving._open_term(RunLog.open(store), second, "http://second")
+    claim(store, first)
+    with pytest.raises(InputError, match="holds another run"):
+        claim(store, second)
