@@ -207,6 +207,13 @@ def poll_until(holds: Callable[[], bool], what: str) -> None:
         POLL.wait(0.02)
 
 
+def is_stopped(pid: int) -> bool:
+    """By SIGSTOP."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
+
+
 def no_process_left(run: LiveRun) -> bool:
     deadline = time.monotonic() + 10
     while run.marked() and time.monotonic() < deadline:

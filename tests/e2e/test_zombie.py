@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from e2e.live import LiveRun, Outcome, poll_until
+from e2e.live import LiveRun, Outcome, is_stopped, poll_until
 from keepstep.storage.records import Attempt, Commit
 from keepstep.storage.runlog import RunLog
 
@@ -41,12 +41,6 @@ def send(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-
-
-def is_stopped(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    return False
 
 
 def node_of_rank(status: dict[str, Any], rank: int) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""Several coordinators on one root: one history, the losers leave with a reason, and the run ends with the bits of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.live import LiveRun, Outcome, is_stopped, poll_until
+from e2e.parts import Part, PartedRun
+from keepstep.storage.records import Opened
+from keepstep.storage.runlog import RunLog
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+EXIT_REQUEUE = 75
+
+
+@pytest.fixture
+def run(config_file: Path, tmp_path: Path, short_folder: Path) -> Iterator[PartedRun]:
+    run = PartedRun(config_file, str(tmp_path / "root"), scratch=short_folder)
+    yield run
+    run.end()
+
+
+def lost(part: Part) -> bool:
+    return part.process.poll() == EXIT_REQUEUE
+
+
+def stopped(run: LiveRun) -> list[int]:
+    return [pid for pid in run.marked() if is_stopped(pid)]
+
+
+def assert_one_history(run: LiveRun, coordinators: int) -> None:
+    """Terms only grow, no record of a fenced term counts, and every coordinator opened a term of its own at most once."""
+    log = RunLog.read_all(run.store)
+    assert log.alarms == []
+    terms = [record.term for record in log.records]
+    assert terms == sorted(terms), "somebody wrote after a newer term was opened"
+    opened = [record for record in log.records if isinstance(record, Opened)]
+    assert len({record.pid for record in opened}) == len(opened) <= coordinators
+
+
+def test_three_coordinators_at_once_and_a_fourth_later(run: PartedRun, undisturbed: Outcome, tmp_path: Path) -> None:
+    run.prepare()
+    rivals = [run.coordinator(f"coordinator{number}") for number in range(3)]
+    for name in ("node0", "node1"):
+        run.agent(name, {"KEEPSTEP_FAULTS": f"rank.step:rank=1:step=8:signal=STOP:once={tmp_path / 'stopped'}"})
+    poll_until(lambda: sum(map(lost, rivals)) == 2, "two of three have left")
+    (winner,) = (part for part in rivals if not lost(part))
+    poll_until(lambda: bool(stopped(run)), "a rank stands still, so that the run waits for the fourth")
+    last = run.coordinator("coordinator3")
+    assert winner.wait() == EXIT_REQUEUE, run.said()
+    os.kill(*stopped(run), signal.SIGCONT)
+    assert last.wait() == 0, run.said()
+    for loser in rivals:
+        assert any(line.startswith("keepstep: ") and "was opened by" in line for line in loser.output), loser.output
+    run.check_what_always_holds()
+    assert_one_history(run, coordinators=4)
+    assert run.outcome() == undisturbed
+    assert (run.result()["attempts"], run.result()["lost_steps"]) == (1, 0), "the ranks trained on"
+
+
+def test_two_coordinators_of_different_runs_on_an_empty_root(run: PartedRun) -> None:
+    """Whoever comes second is told in one sentence, and the root stays the first one's."""
+    first = run.coordinator("first")
+    poll_until(lambda: bool(run.store.list("log")), "a term is open")
+    run.overrides = ("run.seed=9",)
+    second = run.coordinator("second")
+    assert second.wait() == 2
+    assert "holds another run" in "\n".join(second.output)
+    assert first.process.poll() is None
