@@ -207,6 +207,8 @@ class Folding:
             self._opened = Opened(
                 term=record.term, run=last.run if last else "", identity=last.identity if last else "", host="unknown", pid=0
             )
+        if record.term != self._term:
+            return  # void: it proves nothing
         if isinstance(record, Commit) and record.attempt > (self._attempt.attempt if self._attempt else 0):
             self._begin_attempt(self._implied_attempt(record))
         if isinstance(record, Attempt) and record.resume_directory and not self._is_live(record.resume_directory):

@@ -47,7 +47,7 @@ class LogReader:
         self._base = 0  # records under the snapshot that we began with
         self.head = ""
         self._num_corrupt = 0
-        self._num_unread = 0  # corrupt ones since the newest `opened`: each may have been a newer one
+        self._num_unread = 0  # corrupt ones since the newest record that counts: each may be an `opened`
         self._is_chained = True
         self._log_alarms: list[str] = []  # those that every reader of these records raises
         self._snapshot: Snapshot | None = None  # the newest that we know; it may not be written yet
@@ -195,8 +195,8 @@ class LogReader:
             self._alarm(f"{entry.why}; it is void, its number stays taken")
         elif why := self._folding.add(entry.record):
             self._alarm(f"record {entry.sequence} is void: {why}")
-        elif isinstance(entry.record, Opened):
-            self._num_unread = 0
+        else:
+            self._num_unread = 0  # its writer could read them, and still reigned
         self.entries.append(entry)
         self.head = entry.sha256
         if self.count % self._period == 0:

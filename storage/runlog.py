@@ -101,7 +101,7 @@ class RunLog(LogReader):
         term = last.term if last else 0
         return (
             opened,
-            f"records after term {term} cannot be read ({self._num_unread}), a newer term may be among them; open another",
+            f"the newest records after term {term} cannot be read ({self._num_unread}), a newer term may be among them; open another",
         )
 
     def _append_next(self, record: Record) -> bool:

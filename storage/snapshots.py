@@ -38,7 +38,7 @@ class Snapshot:
     count: int
     head: str  # SHA-256 of the bytes of record count - 1: of this log, and no other
     num_corrupt: int  # so many of them could not be read
-    num_unread: int  # so many since the newest `opened`
+    num_unread: int  # so many since the newest record that counts
     lineage: Lineage
     alarms: tuple[str, ...] = ()  # the newest that these records raise
 

@@ -130,6 +130,17 @@ class TestTermsUnderCorruption:
         log.append(attempt(term, 1))
         assert read(store).append(attempt(term, 2)) == attempt(term, 2)
 
+    def test_a_later_record_shows_that_the_term_still_stood(self, store: MemoryStore) -> None:
+        log = read(store)
+        open_term(log)
+        log.append(attempt(1, 1))
+        log.append(commit(1, 1, 20))
+        log.append(commit(1, 1, 40))
+        store.put(log_key(2), b"rubbish")
+        pin = Pin(term=1, directory=commit(1, 1, 40).directory)
+        assert read(store).append(pin) == pin
+        assert log.refresh() == (pin,)
+
     def test_terms_go_on_from_there(self, store: MemoryStore) -> None:
         open_term(RunLog.open(store))
         store.put(log_key(1), b"rubbish")

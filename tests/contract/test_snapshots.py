@@ -159,7 +159,7 @@ class TestAlarms:
     def test_what_was_void_stays_known_under_a_snapshot(self, memory: MemoryStore) -> None:
         log = write(memory, 9)
         memory.put(log_key(9), b"rubbish")
-        with pytest.raises(Fenced, match="records after term 1 cannot be read"):
+        with pytest.raises(Fenced, match="newest records after term 1 cannot be read"):
             fill(log, 20)
         log.open_term(run="x", identity="i", host="b", pid=1)
         fill(log, 20)
