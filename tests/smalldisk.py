@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -20,14 +21,26 @@ class SmallDisk:
     path: Path
 
     def fill(self, *, leave_pages: int = 0) -> None:
-        """Takes what is free, but for so many pages of 4 KiB. Again after something was freed: takes that, too."""
-        free = os.statvfs(self.path).f_bfree - leave_pages
+        """Takes what is free, but for so many pages of 4 KiB; others may be writing. Called again: what was freed since, too."""
         descriptor = os.open(self.path / BALLAST, os.O_WRONLY | os.O_CREAT)
+        pages = 1024
         try:
-            if free > 0:
-                os.posix_fallocate(descriptor, os.fstat(descriptor).st_size, free * PAGE)
+            while pages:
+                if not self._take(descriptor, pages, leave_pages):
+                    pages //= 2
         finally:
             os.close(descriptor)
+
+    def _take(self, descriptor: int, pages: int, leave_pages: int) -> bool:
+        if os.statvfs(self.path).f_bfree - leave_pages < pages:
+            return False
+        try:
+            os.posix_fallocate(descriptor, os.fstat(descriptor).st_size, pages * PAGE)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return False
+        return True
 
     def free(self) -> None:
         (self.path / BALLAST).unlink()
