@@ -204,6 +204,40 @@ class TestVoidRecords:
         assert lineage_of(opened(), Failed(term=1, why="x", requeue=False)).outcome == Failed(term=1, why="x", requeue=False)
 
 
+class TestLostRecords:
+    """What a later record proves about one that cannot be read."""
+
+    HISTORY = (opened(), attempt(1), commit(1, 10), opened(2), attempt(2, (1, 10), term=2), commit(2, 20, term=2))
+
+    def without(self, lost: int) -> Lineage:
+        folding = Folding(Lineage())
+        for number, record in enumerate(self.HISTORY):
+            if number == lost:
+                folding.lose()
+            else:
+                assert folding.add(record) == ""
+        return folding.lineage()
+
+    @pytest.mark.parametrize("lost", range(len(HISTORY) - 1))
+    def test_whatever_is_lost_the_newest_checkpoint_is_there(self, lost: int) -> None:
+        lineage = self.without(lost)
+        assert lineage.newest_committed() == commit(2, 20, term=2)
+        assert lineage.term == 2
+        assert lineage.newest_attempt() is not None
+
+    def test_a_lost_commit_from_which_an_attempt_began_cannot_be_verified(self) -> None:
+        source = self.without(2).commit_of(directory(1, 10))
+        assert source
+        assert (source.step, source.manifest_sha256) == (10, "")
+
+    def test_after_a_lost_first_record_any_identity_may_open_the_next_term(self) -> None:
+        assert refusal(self.without(0), opened(3)) == ""
+
+    def test_in_a_whole_log_nothing_is_implied(self) -> None:
+        assert refusal(lineage_of(opened(), attempt(1)), commit(2, 10)) == "commit of attempt 2 while attempt 1 runs"
+        assert refusal(lineage_of(opened(), attempt(1)), commit(1, 10, term=2)) == "commit of term 2 while term 1 is open"
+
+
 def random_record(chance: random.Random, lineage: Lineage) -> Record:
     """Anything, sensible or not."""
     number, step, term = chance.randint(1, 6), chance.randint(0, 9), max(1, lineage.term + chance.choice([0, 0, 0, 0, -1]))
