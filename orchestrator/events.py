@@ -85,6 +85,7 @@ class Opened:
     last_unconfirmed: tuple[str, ...] = ()  # of its AttemptRecord
     newest_commit: Checkpoint | None = None  # quarantined ones left out
     ever_committed: bool = False  # also True when all that was committed is quarantined: never a silent start from scratch
+    attempts_below: int = 0  # records were lost, one of them may have been an attempt: all that can be are below this number
     ended: bool = False  # an end record follows the last attempt: nothing to adopt
 
 

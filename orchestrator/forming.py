@@ -110,7 +110,7 @@ def _ask_for_attempt(run: Run, phase: phases.Choosing, resume: Checkpoint | None
         return wait(_note_shortage(run, len(ready)), f"only {len(ready)} of {run.policy.nodes} nodes are still ready")
     gang = membership.seat(run.members, run.policy, ready, size)
     wanted = LogAttempt(
-        attempt=run.attempt + 1,
+        attempt=max(run.attempt, run.taken) + 1,
         gang=gang,
         world_size=sum(_num_ranks(run, node) for node in gang),
         resume=resume,

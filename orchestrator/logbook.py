@@ -165,8 +165,9 @@ def opened_event(log: RunLog) -> ev.Opened:
     newest = log.newest_attempt()
     last = attempt_record(newest, log) if newest else None
     lineage, at = log.lineage, time.monotonic()
+    attempts_below = 0 if log.is_whole else log.count  # each attempt took a record
     if last is None:
-        return ev.Opened(at=at, term=lineage.term)
+        return ev.Opened(at=at, term=lineage.term, attempts_below=attempts_below)
     return ev.Opened(
         at=at,
         term=lineage.term,
@@ -178,5 +179,6 @@ def opened_event(log: RunLog) -> ev.Opened:
         last_unconfirmed=last.unconfirmed,
         newest_commit=newest_checkpoint(log),
         ever_committed=lineage.ever_committed,
+        attempts_below=attempts_below,
         ended=lineage.outcome is not None,
     )

@@ -136,6 +136,7 @@ def _take_opened(run: Run, event: Opened) -> Run:
         term=event.term,
         opened_at=event.at,
         attempt=event.last_attempt,
+        taken=max(event.last_attempt, event.attempts_below - 1),
         reached=event.last_resume.step if event.last_resume else 0,
         saves=saves.Saves(commits=commits, ever_committed=bool(commits) or event.ever_committed, attempt=event.last_attempt),
         members=replace(run.members, seats=tuple(membership.host_of(node) for node in event.last_gang)),
@@ -174,6 +175,7 @@ def _take_report(run: Run, report: AgentReport) -> Run:
     if report.term > run.term:
         return _give_way(run, report.term, f"{report.node} obeys term {report.term}, ours is {run.term}")
     known = run.members.nodes.get(report.node)
+    run = replace(run, taken=max(run.taken, report.attempt))
     if known is None:
         run = say(run, "node-joined", f"{report.node} at {report.address} joined", node=report.node)
     run = _clear_suspicion(replace(run, members=membership.hear(run.members, report, run.now)), report)

@@ -43,6 +43,7 @@ class Run:
     revision: int = 0  # counts decisions; directives carry it
 
     attempt: int = 0  # number of the newest attempt in the log
+    taken: int = 0  # attempt numbers up to here may have been used, whether or not the log still shows it
     reached: int = 0  # newest step that any of its ranks finished
     members: membership.Members = field(default_factory=membership.Members)
     saves: saves.Saves = field(default_factory=saves.Saves)

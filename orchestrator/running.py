@@ -132,6 +132,9 @@ def _trouble_in(run: Run, record: AttemptRecord, report: AgentReport) -> Evidenc
     if report.attempt == record.attempt:
         failed = verdict.of_report(report, run.now, keeps_promises=run.policy.needs_final_commit)
         return failed or _stalled(run, record, report)
+    if report.attempt > record.attempt:
+        why = f"{report.node} ran attempt {report.attempt}, the log knows of {record.attempt} only: a record was lost"
+        return Evidence(kind="move", why=why, node=report.node, seen_at=run.now)
     if report.problem:
         return Evidence(kind="problem", why=f"{report.node} cannot run ranks: {report.problem}", node=report.node, seen_at=run.now)
     return None

@@ -8,11 +8,11 @@ import pytest
 
 from keepstep.orchestrator import events as ev
 from keepstep.orchestrator.commits import InvalidCheckpoint, write_manifest
-from keepstep.orchestrator.logbook import Logbook
+from keepstep.orchestrator.logbook import Logbook, opened_event
 from keepstep.orchestrator.wire import Persisted
 from keepstep.storage.arena import StagedFile
 from keepstep.storage.canonical import sha256_hex
-from keepstep.storage.layout import checkpoint_directory, rank_index_name, shard_name
+from keepstep.storage.layout import checkpoint_directory, log_key, rank_index_name, shard_name
 from keepstep.storage.manifest import RankIndex, TensorEntry
 from keepstep.storage.records import Attempt, Commit, Quarantine
 from keepstep.storage.runlog import RunLog
@@ -210,3 +210,14 @@ def test_a_commit_that_is_there_already_is_answered(begun: tuple[RunLog, Logbook
     assert isinstance(logbook.commit(request, sha), ev.Committed)
     assert isinstance(logbook.commit(request, write_manifest(log.store, request)), ev.Committed)
     assert [type(record) for record in log.records].count(Commit) == 1
+
+
+def test_after_a_record_was_lost_no_attempt_number_can_be_one_that_was_used(tmp_path: Path, begun: tuple[RunLog, Logbook]) -> None:
+    """The record of attempt 1 rots; its ranks may live."""
+    store = begun[0].store
+    key = log_key(begun[0].count - 1)
+    store.put(key, store.get(key).replace(b"nonce", b"bacon"))
+    log, _ = open_term(tmp_path)
+    opened = opened_event(log)
+    assert (opened.last_attempt, opened.attempts_below) == (0, log.count)
+    assert opened.attempts_below > 1
