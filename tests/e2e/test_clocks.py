@@ -1,0 +1,66 @@
+"""The wall clock of one machine is a year off: nothing compares clocks, so nothing changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.live import Outcome
+from e2e.parts import PartedRun
+from keepstep.storage.records import Quarantine, Retire
+from keepstep.storage.runlog import RunLog
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+LIBRARIES = ("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1", "/usr/lib/aarch64-linux-gnu/faketime/libfaketimeMT.so.1")
+KEEP = 2
+
+
+@pytest.fixture
+def library() -> str:
+    """libfaketime (Debian: faketime). Skips where it is not installed; fails on CI, where it must be."""
+    found = next((path for path in LIBRARIES if Path(path).exists()), "")
+    if not found and os.environ.get("CI"):
+        pytest.fail("libfaketime is missing: `make install` installs it")
+    if not found:
+        pytest.skip("libfaketime is missing: apt-get install faketime")
+    return found
+
+
+def clock(library: str, offset: str) -> dict[str, str]:
+    """An environment whose wall clock is off. Times of files stay true, as on a file server."""
+    return {"LD_PRELOAD": library, "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
+
+
+@pytest.fixture
+def run(config_file: Path, tmp_path: Path, short_folder: Path) -> Iterator[PartedRun]:
+    run = PartedRun(config_file, str(tmp_path / "root"), overrides=(f"checkpoint.keep={KEEP}",), scratch=short_folder).prepare()
+    yield run
+    run.end()
+
+
+@pytest.mark.parametrize(
+    "offsets", [{"coordinator": "+365d", "node1": "-365d"}, {"coordinator": "-365d", "node1": "+365d"}], ids=["ahead", "behind"]
+)
+def test_clocks_that_are_a_year_off(run: PartedRun, undisturbed: Outcome, library: str, offsets: dict[str, str]) -> None:
+    """One node is right, its coordinator a year ahead or behind, and the other node the other way."""
+    off = {who: clock(library, offset) for who, offset in offsets.items()}
+    coordinator = run.coordinator("coordinator", off.get("coordinator"))
+    for name in ("node0", "node1"):
+        run.agent(name, off.get(name))
+    killed = run.wait_for_step(8)["nodes"][0]["ranks"][0]["pid"]
+    run.kill(killed)
+    assert coordinator.wait() == 0, run.said()
+    run.check_what_always_holds()
+    assert run.outcome() == undisturbed
+    log = RunLog.read_all(run.store)
+    assert [record for record in log.records if isinstance(record, Quarantine)] == []
+    assert len(log.lineage.live) >= KEEP
+    assert not any(set(record.directories) & {commit.directory for commit in log.lineage.live} for record in retired(log))
+
+
+def retired(log: RunLog) -> list[Retire]:
+    return [record for record in log.records if isinstance(record, Retire)]
