@@ -28,8 +28,8 @@ class InvalidCheckpoint(Exception):
     """The parts do not make a checkpoint, and never will."""
 
 
-def write_manifest(store: Store, request: ev.Commit) -> str:
-    """Checks the ranks' indexes and writes the manifest beside them; its SHA-256. Two coordinators write the same bytes.
+def write_manifest(store: Store, request: ev.Commit) -> Manifest:
+    """Checks the ranks' indexes and writes the manifest beside them. Two coordinators write the same bytes.
 
     Raises:
         InvalidCheckpoint: an index is not what its rank reported, or the indexes do not cover the tensors.
@@ -42,7 +42,7 @@ def write_manifest(store: Store, request: ev.Commit) -> str:
             raise InvalidCheckpoint(f"{request.directory}/{rank_index_name(part.rank)} is not what rank {part.rank} reported")
     manifest = _put_manifest(store, indexes)
     fault_point("coordinator.manifest.after", step=request.step)
-    return manifest.sha256()
+    return manifest
 
 
 def complete_newest(store: Store, lineage: Lineage) -> Manifest | None:

@@ -200,8 +200,8 @@ class Coordinator:
         return answer
 
     async def _commit(self, request: ev.Commit) -> ev.Event:
-        manifest_sha256 = await asyncio.to_thread(write_manifest, self.store, request)
-        answer = await self._in_log_thread(self._logbook.commit, request, manifest_sha256)
+        manifest = await asyncio.to_thread(write_manifest, self.store, request)
+        answer = await self._in_log_thread(self._logbook.commit, manifest)
         self._janitor.nudge()
         asyncio.get_running_loop().run_in_executor(self._log_thread, self.log.tidy)
         return answer

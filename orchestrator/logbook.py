@@ -10,6 +10,7 @@ import time
 from typing import assert_never
 
 from keepstep.storage.faults import fault_point
+from keepstep.storage.manifest import Manifest
 from keepstep.storage.records import Attempt, Commit, Failed, Finished, Quarantine
 from keepstep.storage.runlog import RunLog
 
@@ -38,30 +39,26 @@ class Logbook:
             case _:
                 assert_never(request)
 
-    def commit(self, request: ev.Commit, manifest_sha256: str) -> ev.Event:
+    def commit(self, manifest: Manifest) -> ev.Committed:
         """Makes the checkpoint exist."""
         self._log.refresh()
-        if self._log.lineage.commit_of(request.directory) is None:
-            self._append_commit(
-                Commit(
-                    term=self._term,
-                    attempt=request.attempt,
-                    step=request.step,
-                    directory=request.directory,
-                    manifest_sha256=manifest_sha256,
-                    world_size=len(request.indexes),
-                    at=utc_now(),
-                )
-            )
+        sha256 = manifest.sha256()
+        if self._log.lineage.commit_of(manifest.directory) is None:
+            self._append_commit(manifest, sha256)
         return ev.Committed(
-            at=time.monotonic(),
-            attempt=request.attempt,
-            step=request.step,
-            directory=request.directory,
-            manifest_sha256=manifest_sha256,
+            at=time.monotonic(), attempt=manifest.attempt, step=manifest.step, directory=manifest.directory, manifest_sha256=sha256
         )
 
-    def _append_commit(self, record: Commit) -> None:
+    def _append_commit(self, manifest: Manifest, sha256: str) -> None:
+        record = Commit(
+            term=self._term,
+            attempt=manifest.attempt,
+            step=manifest.step,
+            directory=manifest.directory,
+            manifest_sha256=sha256,
+            world_size=manifest.world_size,
+            at=utc_now(),
+        )
         fault_point("coordinator.commit.before", step=record.step)
         try:
             self._log.append(record)
@@ -72,19 +69,8 @@ class Logbook:
     def _find(self) -> ev.Found:
         """A predecessor may have died between the last part of a save and its commit record: that checkpoint counts."""
         self._log.refresh()
-        whole = complete_newest(self._log.store, self._log.lineage)
-        if whole:
-            self._append_commit(
-                Commit(
-                    term=self._term,
-                    attempt=whole.attempt,
-                    step=whole.step,
-                    directory=whole.directory,
-                    manifest_sha256=whole.sha256(),
-                    world_size=whole.world_size,
-                    at=utc_now(),
-                )
-            )
+        if whole := complete_newest(self._log.store, self._log.lineage):
+            self._append_commit(whole, whole.sha256())
         return ev.Found(
             time.monotonic(), newest_checkpoint(self._log), rolled_forward=whole is not None, quarantined=self._log.lineage.quarantined
         )

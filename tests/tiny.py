@@ -120,7 +120,7 @@ class TinyRun:
         )
 
     def commit(self, request: ev.Commit) -> None:
-        self.logbook.commit(request, write_manifest(self.store, request))
+        self.logbook.commit(write_manifest(self.store, request))
         self.tell("committed", request.step)
 
     def tidy(self) -> None:

@@ -178,7 +178,7 @@ class CommitsFirst(TinyRun):
 
     def commit(self, request: ev.Commit) -> None:
         bodies = [self.store.get(f"{request.directory}/{rank_index_name(part.rank)}") for part in request.indexes]
-        self.logbook.commit(request, merge([RankIndex.parse(body) for body in bodies]).sha256())
+        self.logbook.commit(merge([RankIndex.parse(body) for body in bodies]))
         self.tell("committed", request.step)
         write_manifest(self.store, request)
 

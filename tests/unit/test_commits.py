@@ -126,7 +126,7 @@ def test_what_is_not_newer_than_the_newest_commit_stays_as_it_is(begun: tuple[Ru
     older = [part(log.store, 20, rank) for rank in range(WORLD)]
     newer = [part(log.store, 40, rank) for rank in range(WORLD)]
     request = commit_request(newer)
-    logbook.commit(request, write_manifest(log.store, request))
+    logbook.commit(write_manifest(log.store, request))
     assert older
     assert (find(logbook).rolled_forward, steps_of(log)) == (False, [40])
 
@@ -163,7 +163,7 @@ def test_an_index_that_is_not_what_was_reported_is_refused(begun: tuple[RunLog, 
 
 def committed(log: RunLog, logbook: Logbook, step: int) -> ev.Checkpoint:
     request = commit_request([part(log.store, step, rank) for rank in range(WORLD)])
-    logbook.commit(request, write_manifest(log.store, request))
+    logbook.commit(write_manifest(log.store, request))
     found = find(logbook).resume
     assert found
     return found
@@ -206,9 +206,9 @@ def test_a_checkpoint_that_was_retired_meanwhile_needs_no_quarantine(begun: tupl
 def test_a_commit_that_is_there_already_is_answered(begun: tuple[RunLog, Logbook]) -> None:
     log, logbook = begun
     request = commit_request([part(log.store, 20, rank) for rank in range(WORLD)])
-    sha = write_manifest(log.store, request)
-    assert isinstance(logbook.commit(request, sha), ev.Committed)
-    assert isinstance(logbook.commit(request, write_manifest(log.store, request)), ev.Committed)
+    manifest = write_manifest(log.store, request)
+    assert isinstance(logbook.commit(manifest), ev.Committed)
+    assert isinstance(logbook.commit(write_manifest(log.store, request)), ev.Committed)
     assert [type(record) for record in log.records].count(Commit) == 1
 
 
