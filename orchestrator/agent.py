@@ -27,7 +27,7 @@ from .client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachabl
 from .contact import Contact
 from .node import NodeRanks, NodeSettings, write_config
 from .persisting import PersisterProcess
-from .processes import ENV_SCRATCH, adopt_orphans, bury, die_with_parent_if_told, kill, strays
+from .processes import ENV_SCRATCH, adopt_orphans, bury, die_with_parent_if_told, kill, print_or_lose, strays
 from .scratch import Scratch
 from .sections import RunConfig
 from .wire import AgentReport, Directive, Launch, digest
@@ -343,6 +343,7 @@ def bury_own(scratch: Path) -> None:
 def serve(name: str, contact: Contact, scratch_path: Path) -> int:
     """The agent process. Raises InputError where the person who started it must do something."""
     die_with_parent_if_told()
+    print_or_lose()
     adopt_orphans()
     scratch = Scratch(scratch_path)
     os.environ[ENV_SCRATCH] = str(scratch.path)

@@ -7,6 +7,7 @@ their loader workers included, so `strays()` finds them without any bookkeeping 
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import select
 import signal
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 ENV_SCRATCH = "KEEPSTEP_SCRATCH"
 ENV_PARENT = "KEEPSTEP_PARENT_PID"
@@ -148,3 +150,21 @@ def signal_name(exit_code: int) -> str:
 
 def python_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
+
+
+class _LossyFile(io.FileIO):
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def print_or_lose() -> None:
+    """Logs often lie on the disk that is full: what this process prints is lost then, and the process lives on."""
+    sys.stdout, sys.stderr = _lossy(1), _lossy(2)
+
+
+def _lossy(descriptor: int) -> io.TextIOWrapper:
+    raw = _LossyFile(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True)

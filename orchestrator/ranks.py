@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import io
 import json
 import logging
 import multiprocessing
@@ -27,7 +26,7 @@ from typing import Any, Final
 from keepstep.storage.store import ENV_OPTIONS
 from keepstep.trainer.contract import DAMAGED_KIND, ENV_NODE, ENV_SPEC, RankSpec
 
-from .processes import ENV_PARENT, die_with_parent, kill_session, signal_name
+from .processes import ENV_PARENT, die_with_parent, kill_session, print_or_lose, signal_name
 
 FIRST_PRELOAD: Final = ("keepstep.orchestrator.lifeline", "keepstep.orchestrator.ranks")
 TRAINER_PRELOAD: Final = "keepstep.trainer.preload"
@@ -242,22 +241,7 @@ def _redirect_output(path: str) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    sys.stdout, sys.stderr = _lossy(1), _lossy(2)
-
-
-class _LossyFile(io.FileIO):
-    """Where the disk is full, what a rank prints is lost, and the rank lives on."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data) or 0
-        except OSError:
-            return memoryview(data).nbytes
-
-
-def _lossy(descriptor: int) -> io.TextIOWrapper:
-    raw = _LossyFile(descriptor, "w", closefd=False)
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    print_or_lose()
 
 
 def _run_guarded(group: GroupSpec, error_path: Path) -> int:

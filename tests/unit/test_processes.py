@@ -108,3 +108,11 @@ def test_the_default_scratch_leaves_room_for_a_socket() -> None:
     path = default_scratch("s3://a-bucket-with-a-long-name/" + "x" * 300, "node17")
     assert len(str(path / "persister.sock")) < 107
     assert path != default_scratch("s3://other", "node17")
+
+
+def test_what_does_not_fit_on_the_disk_is_lost_and_the_process_lives_on() -> None:
+    program = (
+        "from keepstep.orchestrator.processes import print_or_lose; import sys; print_or_lose(); print('x' * 99, flush=True); sys.exit(7)"
+    )
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run([sys.executable, "-c", program], stdout=full, stderr=full, check=False).returncode == 7
