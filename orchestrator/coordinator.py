@@ -89,7 +89,7 @@ class Coordinator:
         self._janitor.start()
         periodic = [asyncio.create_task(self._tick()), asyncio.create_task(self._read_log())]
         for task in periodic:
-            task.add_done_callback(self._on_loop_end)
+            task.add_done_callback(self._on_task_end)
         try:
             end = await self._ended
             await self._see_agents_off()
@@ -103,8 +103,8 @@ class Coordinator:
             self._log_thread.shutdown()
             self._event_thread.shutdown()
 
-    def _on_loop_end(self, task: asyncio.Task[None]) -> None:
-        """A loop that breaks is our bug: the reign ends with it, instead of standing still."""
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        """A loop or an answer that breaks is our bug: the reign ends with it, instead of standing still."""
         if not task.cancelled() and (error := task.exception()):
             self._break(error)
 
@@ -177,6 +177,7 @@ class Coordinator:
             task = asyncio.create_task(self._answer(request))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(self._on_task_end)
 
     async def _answer(self, request: ev.Asking) -> None:
         try:

@@ -223,3 +223,15 @@ def test_of_two_runs_that_found_the_root_empty_one_has_it(tmp_path: Path) -> Non
     claim(store, first)
     with pytest.raises(InputError, match="holds another run"):
         claim(store, second)
+
+
+def test_a_bug_in_carrying_out_a_request_ends_the_reign(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with reigning(tmp_path) as (coordinator, client, _):
+            coordinator._logbook.carry_out = lambda _: 1 / 0  # type: ignore[assignment, method-assign]
+            for node in NODES:
+                await client.report(report(node, 1))
+            with pytest.raises(ZeroDivisionError):
+                await coordinator._ended
+
+    asyncio.run(story())
