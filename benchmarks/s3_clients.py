@@ -164,7 +164,7 @@ def timed(operation: str, name: str, work: Callable[[], object]) -> Run:
 
 def measure(rounds: int) -> list[Run]:
     data = memoryview(os.urandom(LARGE_BYTES))
-    with running_s3_server() as server:
+    with running_s3_server(memory="3GiB") as server:
         contenders = {"s3fs": S3fs(server), "obstore": Obstore(server)}
         runs: list[Run] = []
         for number in range(rounds + 1):

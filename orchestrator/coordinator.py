@@ -95,10 +95,10 @@ class Coordinator:
             await self._see_agents_off()
             return end
         finally:
+            self._janitor.stop()  # before anything is awaited: a cancelled reign must not leave it behind
             for task in (*periodic, *self._tasks):
                 task.cancel()
             await asyncio.gather(*periodic, *self._tasks, return_exceptions=True)
-            self._janitor.stop()
             self._event_thread.submit(self._events.flush)
             self._log_thread.shutdown()
             self._event_thread.shutdown()

@@ -199,6 +199,11 @@ class S3Store(ObjectStore):
         return body
 
     def _read_range(self, path: str, start: int, length: int, left_s: float) -> bytes:
+        until = time.monotonic() + left_s
+        body = self._quick.get_range(path, start, length, left_s)
+        return self._read_range_slowly(path, start, length, until - time.monotonic()) if body is None else body
+
+    def _read_range_slowly(self, path: str, start: int, length: int, left_s: float) -> bytes:
         try:
             answer = self._client.request("get_object", left_s, Key=path, Range=f"bytes={start}-{start + length - 1}")
         except Exception as error:

@@ -92,24 +92,3 @@ def test_the_demonstration_kills_a_rank_and_a_node_that_run_and_compares_the_bit
     first, second = run.result()["failures"]
     assert "SIGKILL" in first["why"]
     assert second["why"].startswith("lost node")
-
-
-def test_damage_leads_to_the_commit_before_and_is_said(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    run = start(root=str(root))
-    run.wait_for_step(14)
-    run.kill_everything()
-    newest = json.loads(keepstep("checkpoints", "list", str(root), "--json").stdout)[-1]
-    shard = root / newest["directory"] / "__1_0.distcp"
-    body = bytearray(shard.read_bytes())
-    body[len(body) // 2] ^= 0x10
-    shard.write_bytes(bytes(body))
-    damaged = keepstep("checkpoints", "verify", str(root))
-    assert damaged.returncode == 3
-    assert "__1_0.distcp" in damaged.stdout
-
-    again = start(root=str(root))
-    assert again.wait() == 0, "\n".join(again.output) + again.logs()
-    again.check_what_always_holds()
-    assert again.outcome() == undisturbed
-    assert any(event["kind"] == "quarantined" and newest["directory"] in event["why"] for event in again.events())

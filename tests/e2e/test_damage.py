@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,9 @@ def test_a_rotten_manifest_and_a_rotten_record_of_the_log(start: Start, undistur
     flip_a_bit(root / newest.directory / MANIFEST_NAME)
     rotten = record_of_the_attempt(log)
     flip_a_bit(root / f"log/{rotten:010d}.json")
+    command = [sys.executable, "-m", "keepstep.orchestrator.cli", "checkpoints", "verify", str(root)]
+    damaged = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (damaged.returncode, MANIFEST_NAME in damaged.stdout) == (3, True), damaged
 
     again = start(root=str(root))
     assert again.wait() == 0, "\n".join(again.output) + again.logs()
