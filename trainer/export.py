@@ -243,6 +243,7 @@ def _new_file(out: Path) -> Iterator[Path]:
     try:
         yield temporary
         with temporary.open("rb+") as written:
+            os.fchmod(written.fileno(), 0o644)  # safetensors makes files that only their owner may read
             os.fsync(written.fileno())
         os.link(temporary, out)
     finally:

@@ -57,6 +57,7 @@ def test_a_safetensors_file_holds_the_model_and_says_where_it_comes_from(root: P
     named = {"run": "test", "step": str(STEP), "attempt": "1", "directory": saved.directory}
     assert facts == {"format": "pt", **named, "manifest_sha256": saved.manifest_sha256}
     assert (made.step, made.directory, made.num_tensors) == (STEP, saved.directory, 5)
+    assert (tmp_path / "new" / "m.safetensors").stat().st_mode & 0o777 == 0o644
     assert seen[-1] == (made.num_bytes, made.num_bytes)
 
 
