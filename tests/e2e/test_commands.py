@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,8 +42,12 @@ def keepstep(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_stop_commits_at_one_step_and_the_same_command_goes_on(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
     root = str(tmp_path / "root")
     run = start(root=root)
-    run.wait_for_step(8)
-    assert keepstep("stop", root).returncode == 0
+    rank = run.wait_for_step(8)["nodes"][0]["ranks"][0]["pid"]
+    os.kill(rank, signal.SIGSTOP)  # nobody gets further while the command starts
+    try:
+        assert keepstep("stop", root).returncode == 0
+    finally:
+        os.kill(rank, signal.SIGCONT)
     assert run.wait() == 75, "\n".join(run.output)
     stopped = run.result()
     assert stopped["outcome"] == "stopped"
