@@ -175,7 +175,8 @@ def _take_report(run: Run, report: AgentReport) -> Run:
     if report.term > run.term:
         return _give_way(run, report.term, f"{report.node} obeys term {report.term}, ours is {run.term}")
     known = run.members.nodes.get(report.node)
-    run = replace(run, taken=max(run.taken, report.attempt))
+    if report.attempt > run.taken:
+        run = replace(run, taken=report.attempt)
     if known is None:
         run = say(run, "node-joined", f"{report.node} at {report.address} joined", node=report.node)
     run = _clear_suspicion(replace(run, members=membership.hear(run.members, report, run.now)), report)
@@ -284,6 +285,7 @@ def _take_damage(run: Run, directory: str, why: str) -> Run:
     was_newest = run.saves.newest is not None and run.saves.newest.directory == directory
     run = say(replace(run, saves=saves.quarantine(run.saves, directory)), "quarantined", f"{directory} is damaged: {why}")
     run = ask(run, LogQuarantine(directory, why))
+    run = replace(run, committed_at=None) if was_newest else run  # when the one before it was committed, only the log knows
     return _take_save_asked(run) if runs and was_newest else run
 
 

@@ -169,12 +169,12 @@ class TestProcess:
     def test_it_dies_with_its_agent(self, folder: Path) -> None:
         """The agent is killed, its end of the pipe is still open elsewhere: the kernel must do it."""
         script = (
-            "import subprocess, sys, time\n"
+            "import subprocess, sys\n"
             "child = subprocess.Popen([sys.executable, '-m', 'keepstep.storage.persister', '--socket', sys.argv[1], '--root', sys.argv[2]],"
             " stdout=subprocess.PIPE)\n"
             "child.stdout.readline()\n"
             "print(child.pid, flush=True)\n"
-            "time.sleep(100)\n"
+            "sys.stdin.read()\n"
         )
         command = [sys.executable, "-c", script, str(folder / "socket"), str(folder / "root")]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as agent:
