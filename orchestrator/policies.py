@@ -22,6 +22,7 @@ def policy_of(config: RunConfig) -> Policy:
         wait_for_nodes_s=cluster.wait_for_nodes_s,
         start_timeout_s=cluster.start_timeout_s,
         stall_s=cluster.stall_s,
+        waits_when_preempted=cluster.when_preempted == "wait",
         stop_grace_s=cluster.stop_grace_s,
         max_failures=cluster.max_failures,
         strikes=cluster.strikes,

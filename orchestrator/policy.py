@@ -35,7 +35,11 @@ class Policy:
     start_timeout_s: float = 300.0
     """From the launch to the first step of every rank."""
     stall_s: float = 300.0
-    """A rank that makes no progress for so long hangs; also the time that the final commit may take."""
+    """A rank that makes no progress for so long hangs, unless its agent has learnt better; also the time that the final commit may take."""
+    autopsy_s: float = 3.0
+    """How long the stacks of ranks that hang may take to be collected."""
+    waits_when_preempted: bool = False
+    """Too few nodes after a notice of preemption: wait for others instead of ending with "requeue me"."""
     commit_wait_s: float = 2.0
     """How long a drained attempt may still finish a save that some ranks have finished already."""
     stop_grace_s: float = 60.0
@@ -50,7 +54,7 @@ class Policy:
     stop_at_same_error: bool = True
     """The same error at the same step twice in a row ends the run: it would happen again."""
     strikes: int = 3
-    """Failures that a host may cause before others are preferred to it."""
+    """Failures that a host may cause before it is quarantined: no ranks on it while `min_nodes` others are fit."""
 
     retry_s: float = 0.5
     """Pause after the first refusal by the storage."""

@@ -96,6 +96,14 @@ RULES = (
         "<cluster.min_nodes> must not exceed <cluster.nodes>; 0 means as many as nodes",
     ),
     Rule(
+        lambda c: c.cluster.hang_s <= c.cluster.stall_s,
+        "<cluster.hang_s> must not exceed <cluster.stall_s>: what is learnt about a phase may only shorten the patience with it",
+    ),
+    Rule(
+        lambda c: all(notice in ("aws", "gcp", "azure") or notice.startswith("file:/") for notice in c.cluster.notices),
+        '<cluster.notices> must name "aws", "gcp", "azure" or "file:" and an absolute path',
+    ),
+    Rule(
         lambda c: c.cluster.backoff_s <= c.cluster.max_backoff_s,
         "<cluster.backoff_s> must not exceed <cluster.max_backoff_s>",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -33,17 +33,24 @@ class ClusterSection(Section):
     max_failures: int = Field(10, ge=0)
     """Failures that are forgiven; committed progress refills the budget."""
     strikes: int = Field(3, ge=1)
-    """Failures that a host may cause before other hosts are preferred to it."""
+    """Failures that a host may cause before it is quarantined: it gets no ranks while `min_nodes` others are there."""
     backoff_s: float = Field(1, ge=0)
     """Pause after the second failure without progress in between; doubles with each further one. The first restart never waits."""
     max_backoff_s: float = Field(60, ge=0)
     """The longest such pause."""
+    hang_s: float = Field(4, gt=0)
+    """A rank that is silent for so long, and for four times the 99th percentile of its phase's usual silences, hangs."""
     stall_s: float = Field(300, gt=0)
-    """A rank that makes no progress for so long hangs, and is restarted."""
+    """The same while too little is known about its phase: a rank that makes no progress for so long hangs."""
     start_timeout_s: float = Field(600, gt=0)
     """From the launch of an attempt to the first finished step on all ranks, the reading of the checkpoint included."""
     stop_grace_s: float = Field(30, gt=0)
-    """Time for the last checkpoint when a node must leave or the run is stopped; then the ranks are killed."""
+    """Time for the last checkpoint when the run is stopped or a node must leave (unless the notice names another); then the ranks are
+    killed."""
+    notices: tuple[str, ...] = ()
+    """Where an agent looks for the notice that its node will be taken away: "aws", "gcp", "azure" (metadata service), "file:PATH"."""
+    when_preempted: Literal["exit", "wait"] = "exit"
+    """When too few nodes are left after such a notice: end with exit code 75, to be queued again, or wait for other nodes."""
     listen: str = "127.0.0.1:0"
     """HOST:PORT where the coordinator serves agents, people and metrics; port 0: any free one."""
 

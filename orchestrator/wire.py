@@ -22,13 +22,20 @@ class RankReport(Message):
     phase: int = 0  # contract.Phase
     step: int = 0  # optimizer steps finished
     beats: int = 0  # grows while the rank makes progress
-    quiet_s: float = 0.0  # since the last beat, by the node's own monotonic clock
+    quiet_s: float = 0.0  # since the last beat, by the node's own monotonic clock; time in which the agent itself did not run left out
+    limit_s: float = 0.0  # longer silence is a hang: announced by the rank, or learnt from its phase; 0: nothing is known yet
+    collective: int = -1  # sequence number of the newest collective that it has begun; -1: unknown
+    pulse_s: float = -1.0  # since its interpreter last ran another thread; -1: unknown
+    process: str = ""  # the kernel's letter for its state when that is remarkable: "T" stopped, "D" uninterruptible
+    where: str = ""  # innermost lines of its main thread's stack, outermost first, once its stacks were dumped: "loop.py:57 backward"
+    waits: bool = False  # that stack waits for other ranks
     exit_code: int | None = None  # negative: signal number, as subprocess does
     exit_order: int | None = None  # 0 for the rank that ended first on this node
     stopped_by_agent: bool = False  # we ended it: never a culprit
-    kind: str = ""  # of a failure: "signal", "exit", "exception", "peer-lost", "damaged-checkpoint", "persister"
+    kind: str = ""  # of a failure: "signal", "oom", "exit", "exception", "peer-lost", "damaged-checkpoint", "persister"
     why: str = ""  # one line: exception type and message, or signal name
     damaged: str = ""  # directory of the checkpoint that did not verify
+    tail: tuple[str, ...] = ()  # after a failure: the last lines that it printed, its traceback among them
 
 
 class Persisted(Message):
@@ -67,7 +74,10 @@ class AgentReport(Message):
     ranks: tuple[RankReport, ...] = ()
     store: StoreAddress | None = None
     persisted: tuple[Persisted, ...] = ()  # of every attempt, until the coordinator's directive says that they are settled
+    autopsied: int = 0  # newest attempt whose ranks' stacks were dumped
     leaving: str = ""  # the node is about to go: the reason (SIGTERM, spot notice)
+    leaves_in_s: float | None = None  # how long it will still be there, as far as the notice says
+    save_s: float = 0.0  # how long the newest saves of this node's ranks took until they were durable; 0: none did yet
     problem: str = ""  # why it cannot run ranks now, e.g. a full scratch disk
     storage: str = ""  # why its checkpoints do not reach storage, as a sentence; training goes on
 
@@ -101,6 +111,7 @@ class Directive(Message):
     term: int
     revision: int = 0  # grows with every decision of the term; an agent never goes back to an older one
     launch: Launch | None  # None: run no ranks, stop what runs
+    autopsy: int = 0  # the ranks of this attempt hang: dump their stacks before you stop them
     committed_step: int = -1  # newest committed; persisted reports up to here are settled
     settled_attempt: int = 0  # persisted reports of older attempts are settled too
     unproven: bool = False  # we could not read the log for a lease, somebody may have succeeded us: read it yourself, if you can

@@ -83,6 +83,8 @@ class TrainSection(Section):
     """Tokens per optimizer update over all ranks, constant whatever the world size; a multiple of model.context."""
     micro_batch_samples: int = Field(0, ge=0)
     """At most so many samples per forward pass on a rank (gradients accumulate); 0: all of the rank's share at once."""
+    loader_workers: int = Field(0, ge=0)
+    """Processes of every rank that read batches ahead of time; 0: the rank reads them itself, which suffices for a local disk."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward and backward pass; master weights stay fp32."""
     reshard: bool = False

@@ -172,6 +172,11 @@ BREAKING: Mapping[str, tuple[str, str]] = {
         "cluster.min_nodes = 3\ncluster.nodes = 2",
         "cluster.min_nodes = 3 must not exceed cluster.nodes = 2",
     ),
+    "cluster.hang_s <= cluster.stall_s": (
+        "cluster.hang_s = 400",
+        "cluster.hang_s = 400 must not exceed cluster.stall_s = 300",
+    ),
+    "cluster.notices": ('cluster.notices = ["file:here"]', 'cluster.notices = ["file:here"] must name "aws", "gcp", "azure" or "file:"'),
     "cluster.backoff_s <= cluster.max_backoff_s": (
         "cluster.max_backoff_s = 0.5",
         "cluster.backoff_s = 1 must not exceed cluster.max_backoff_s = 0.5",
@@ -262,7 +267,7 @@ class TestEverythingAtOnce:
         assert len(found) == len(starts)
 
     def test_a_rule_is_not_asked_about_a_value_that_is_wrong_by_itself(self) -> None:
-        assert problem("cluster.lease_s = -1\ncluster.stall_s = 0.5").startswith("run.toml: cluster.lease_s = -1 must be greater")
+        assert problem("cluster.lease_s = -1\ncluster.stall_s = 4.5").startswith("run.toml: cluster.lease_s = -1 must be greater")
 
     def test_the_error_is_a_value_error_of_one_line_per_problem(self) -> None:
         with pytest.raises(ValueError, match=r"^run\.toml: cluster\.a.*\nrun\.toml: cluster\.b"):
