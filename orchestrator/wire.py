@@ -24,6 +24,7 @@ class RankReport(Message):
     beats: int = 0  # grows while the rank makes progress
     quiet_s: float = 0.0  # since the last beat, by the node's own monotonic clock; time in which the agent itself did not run left out
     limit_s: float = 0.0  # longer silence is a hang: announced by the rank, or learnt from its phase; 0: nothing is known yet
+    step_s: float = 0.0  # how long its steps usually take; 0: unknown
     collective: int = -1  # sequence number of the newest collective that it has begun; -1: unknown
     pulse_s: float = -1.0  # since its interpreter last ran another thread; -1: unknown
     process: str = ""  # the kernel's letter for its state when that is remarkable: "T" stopped, "D" uninterruptible
