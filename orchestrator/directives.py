@@ -31,6 +31,7 @@ def directive(run: Run, node: str) -> Directive:
         term=run.term,
         revision=run.revision,
         launch=_launch(run, node),
+        autopsy=phase.record.attempt if isinstance(phase, phases.Draining) and phase.stood else 0,
         committed_step=run.saves.committed_step,
         settled_attempt=run.attempt,
         unproven=run.read_at is None or run.now - run.read_at > run.policy.lease_s,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from keepstep.trainer.contract import DAMAGED_KIND
 
-from . import asking, membership, phases, saves, verdict
+from . import asking, hangs, membership, phases, saves, verdict
 from .events import Commit, Event, LogQuarantine, Reported
 from .policy import restart_pause_s
-from .run import Failure, Run, ask, end, progress_sentence, say, stop_now, wait
+from .run import Failure, Run, ask, end, heard, progress_sentence, say, stop_now, wait
 from .running import lost_evidence
 from .verdict import Evidence
 
@@ -31,6 +31,8 @@ def _weigh(run: Run, phase: phases.Draining, event: Reported) -> phases.Draining
         phase = replace(phase, unseen=phase.unseen - seen_again)
     if report.node not in phase.record.gang or report.attempt != phase.record.attempt:
         return phase
+    if phase.stood:
+        phase = replace(phase, stood=hangs.with_stacks(phase.stood, report))
     return _with(phase, verdict.of_report(report, run.now, keeps_promises=run.policy.needs_final_commit))
 
 
@@ -84,7 +86,9 @@ def _may_come(run: Run, phase: phases.Draining, rank: int) -> bool:
 
 
 def _conclude(run: Run, phase: phases.Draining) -> Run:
-    culprit = phase.culprit
+    culprit = hangs.culprit_of(phase.stood, run.now) if phase.culprit.kind == "stall" else phase.culprit
+    others = verdict.alike(culprit, _all_evidence(run, phase))
+    culprit = verdict.with_others(culprit, others)
     kind = "moved" if culprit.kind == "move" else "failure"
     run = say(run, kind, culprit.why, node=culprit.node, rank=culprit.rank, step=culprit.step, cause=culprit.kind)
     if culprit.kind == DAMAGED_KIND:
@@ -92,8 +96,13 @@ def _conclude(run: Run, phase: phases.Draining) -> Run:
     if culprit.kind != "move":
         run = replace(run, failed=(*run.failed, Failure(attempt=phase.record.attempt, culprit=culprit)))
     if not culprit.blameless:
-        return _charge(run, culprit)
+        return _charge(run, culprit, {culprit.node, *(other.node for other in others)})
     return stop_now(run) if run.stop else wait(run, f"after attempt {run.attempt}: {culprit.why}")
+
+
+def _all_evidence(run: Run, phase: phases.Draining) -> Iterator[Evidence]:
+    for report, _ in heard(run, phase.record):
+        yield from verdict.all_of_report(report, run.now, keeps_promises=run.policy.needs_final_commit)
 
 
 def _quarantine(run: Run, phase: phases.Draining) -> Run:
@@ -106,10 +115,10 @@ def _quarantine(run: Run, phase: phases.Draining) -> Run:
     return ask(run, LogQuarantine(resume.directory, phase.culprit.why))
 
 
-def _charge(run: Run, culprit: Evidence) -> Run:
-    """A failure costs one of the budget, and its node a strike."""
+def _charge(run: Run, culprit: Evidence, nodes: set[str]) -> Run:
+    """A failure costs one of the budget, and its node a strike; what fails on several `nodes` alike is no node's fault."""
     again = run.policy.stop_at_same_error and culprit.sameness() is not None and culprit.sameness() == run.last_error
-    members = membership.strike(run.members, culprit.node) if culprit.node else run.members
+    members = membership.strike(run.members, culprit.node) if culprit.node and len(nodes) == 1 else run.members
     run = replace(run, failures=run.failures + 1, last_error=culprit.sameness(), members=members)
     if run.stop:
         return stop_now(run)

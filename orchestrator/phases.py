@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 from .events import AttemptRecord, EndRecord, LogAttempt, LogEnd
+from .hangs import Stood
 from .verdict import Evidence
 
 
@@ -111,6 +112,7 @@ class Draining(_Phase):
     record: AttemptRecord
     seats: Mapping[str, Seat]  # empty when they were never known
     culprit: Evidence  # the best evidence so far
+    stood: tuple[Stood, ...] = ()  # of a hang: every rank as it stood; their stacks are taken before they are stopped
     unseen: frozenset[str] = frozenset()  # nodes that cannot be observed: waiting for their word is no use, the fence will deal with them
 
 

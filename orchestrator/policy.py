@@ -36,8 +36,6 @@ class Policy:
     """From the launch to the first step of every rank."""
     stall_s: float = 300.0
     """A rank that makes no progress for so long hangs, unless its agent has learnt better; also the time that the final commit may take."""
-    autopsy_s: float = 3.0
-    """How long the stacks of ranks that hang may take to be collected."""
     waits_when_preempted: bool = False
     """Too few nodes after a notice of preemption: wait for others instead of ending with "requeue me"."""
     commit_wait_s: float = 2.0

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from . import asking, membership, phases, saves
+from . import asking, hangs, membership, phases, saves
 from .events import Asking, AttemptRecord, LogEnd, Outcome, Request, Say
 from .policy import Policy
 from .verdict import Evidence
+from .wire import AgentReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +102,17 @@ def start(run: Run, attempt: phases.Attempt) -> Run:
 
 def drain(run: Run, record: AttemptRecord, culprit: Evidence, seats: Mapping[str, phases.Seat]) -> Run:
     """Ends the attempt: from here on its nodes are told to run nothing, and are suspects until they prove that they do not."""
-    run = enter(run, phases.Draining(since=run.now, why=culprit.why, record=record, culprit=culprit, seats=seats))
+    stood = hangs.stood_still(heard(run, record), run.now) if culprit.kind == "stall" else ()
+    run = enter(run, phases.Draining(since=run.now, why=culprit.why, record=record, culprit=culprit, seats=seats, stood=stood))
     found = {node: _suspect(run, node, record.attempt) for node in record.gang}
     unclean = {node: suspect for node, suspect in found.items() if not is_clean(run, node, suspect)}
     return replace(run, members=membership.suspect(run.members, unclean))
+
+
+def heard(run: Run, record: AttemptRecord) -> tuple[tuple[AgentReport, float], ...]:
+    """What the nodes of a gang last said about its attempt, and when."""
+    nodes = (run.members.nodes[node] for node in record.gang if node in run.members.nodes)
+    return tuple((node.report, node.heard_at) for node in nodes if node.report.attempt == record.attempt)
 
 
 def _suspect(run: Run, node: str, attempt: int) -> membership.Suspect:

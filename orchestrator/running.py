@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from keepstep.trainer.contract import Phase as RankPhase
 
-from . import asking, membership, phases, saves, verdict
+from . import asking, hangs, membership, phases, saves, verdict
 from .events import AttemptRecord, Commit, Committed, Event, Reported
 from .forming import seats
-from .run import Run, drain, end, enter, launch_sentence, say, start
+from .run import Run, drain, end, enter, heard, launch_sentence, say, start
 from .verdict import Evidence
 from .wire import AgentReport, RankReport
 
@@ -131,7 +131,7 @@ def _trouble_in(run: Run, record: AttemptRecord, report: AgentReport) -> Evidenc
         return None
     if report.attempt == record.attempt:
         failed = verdict.of_report(report, run.now, keeps_promises=run.policy.needs_final_commit)
-        return failed or _stalled(run, record, report)
+        return failed or _hanging(run, record, report)
     if report.attempt > record.attempt:
         why = f"{report.node} ran attempt {report.attempt}, the log knows of {record.attempt} only: a record was lost"
         return Evidence(kind="move", why=why, node=report.node, seen_at=run.now)
@@ -150,12 +150,14 @@ def lost_evidence(run: Run, node: str) -> Evidence | None:
     return Evidence(kind="lost", why=f"lost {node}: {why}", node=node, step=run.reached, detail=why, seen_at=run.now) if why else None
 
 
-def _stalled(run: Run, record: AttemptRecord, report: AgentReport) -> Evidence | None:
-    limit_s = run.policy.stall_s
-    if not any(rank.state == "running" and rank.beats and rank.quiet_s > limit_s for rank in report.ranks):
+def _hanging(run: Run, record: AttemptRecord, report: AgentReport) -> Evidence | None:
+    """A rank that is silent for too long; but while a node cannot be heard, that node may be why: its lease decides."""
+    if not any(hangs.is_overdue(rank, run.policy.stall_s) for rank in report.ranks):
         return None
-    nodes = (run.members.nodes[node] for node in record.gang if node in run.members.nodes)
-    return verdict.stalled(tuple((node.report, node.heard_at) for node in nodes if node.report.attempt == record.attempt), limit_s, run.now)
+    reports = heard(run, record)
+    if len(reports) < len(record.gang) or any(run.now - heard_at > hangs.SILENT_NODE_S for _, heard_at in reports):
+        return None
+    return hangs.culprit_of(hangs.stood_still(reports, run.now), run.now)
 
 
 def _late(run: Run) -> Evidence | None:

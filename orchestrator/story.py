@@ -165,7 +165,7 @@ def tell_directive(found: wire.Directive) -> str:
     if found.forget:
         return "start anew"
     if found.launch is None:
-        return "run nothing"
+        return f"run nothing, after an autopsy of attempt {found.autopsy}" if found.autopsy else "run nothing"
     return _tell_launch(found.launch)
 
 

@@ -8,7 +8,8 @@ and arrival only decides between equals.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Final
 
 from keepstep.trainer.contract import DAMAGED_KIND, Phase
@@ -20,6 +21,7 @@ from .wire import AgentReport, RankReport
 _WEIGHT: Final = {
     DAMAGED_KIND: 0,
     "signal": 1,
+    "oom": 1,
     "exception": 2,
     "persister": 2,
     "abort": 2,
@@ -42,6 +44,7 @@ _UNKNOWN_WEIGHT: Final = 2  # a kind that this version does not know: a rank's o
 _BLAMELESS: Final = frozenset({DAMAGED_KIND, "move", "stopped", "fenced"})
 # A program does these by itself; anybody may send SIGKILL, SIGTERM and SIGINT, so they prove nothing when they come twice.
 _OWN_DOING: Final = frozenset({"exception", "exit", "signal", "abort"})
+_OWN_FAILURE: Final = frozenset({"exception", "exit", "signal", "abort", "oom"})  # of single ranks, so that they can be counted
 _FROM_OUTSIDE: Final = frozenset({"SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"})
 
 
@@ -84,11 +87,34 @@ def of_report(report: AgentReport, now: float, *, keeps_promises: bool) -> Evide
     Args:
         keeps_promises: the trainer reports its phases, so that leaving with 0 before the end is a failure too.
     """
-    best: Evidence | None = None
+    return min(all_of_report(report, now, keeps_promises=keeps_promises), key=_explains, default=None)
+
+
+def all_of_report(report: AgentReport, now: float, *, keeps_promises: bool) -> Iterator[Evidence]:
     for rank in report.ranks:
         if rank.state == "exited" and (found := _of_exit(report.node, rank, now, keeps_promises)):
-            best = better(best, found) if best else found
-    return best
+            yield found
+
+
+def alike(culprit: Evidence, found: Iterable[Evidence]) -> tuple[Evidence, ...]:
+    """The others that failed in the same way at the same step: one error, seen several times."""
+    kind, detail, step = culprit.kind, _normalised(culprit.detail), culprit.step
+    if kind not in _OWN_FAILURE:
+        return ()
+    return tuple(
+        each
+        for each in found
+        if (each.kind, _normalised(each.detail), each.step) == (kind, detail, step) and each.rank != culprit.rank >= 0
+    )
+
+
+def with_others(culprit: Evidence, others: tuple[Evidence, ...]) -> Evidence:
+    """The verdict's sentence for a whole group."""
+    if not others:
+        return culprit
+    ranks = sorted(other.rank for other in others)
+    named = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+    return replace(culprit, why=f"{culprit.why}; {named} failed alike")
 
 
 def _of_exit(node: str, rank: RankReport, now: float, keeps_promises: bool) -> Evidence | None:
@@ -96,7 +122,7 @@ def _of_exit(node: str, rank: RankReport, now: float, keeps_promises: bool) -> E
         return _exit_evidence(node, rank, now, "stopped", "was stopped by its own agent")
     if rank.exit_code == 0:
         left_early = keeps_promises and rank.phase not in (Phase.DONE, Phase.STOPPED)
-        how = f"left in phase {_phase_name(rank.phase)} with exit code 0, before it had finished"
+        how = f"left in phase {phase_name(rank.phase)} with exit code 0, before it had finished"
         return _exit_evidence(node, rank, now, "exit", how) if left_early else None
     kind = _kind_of(rank)
     return _exit_evidence(node, rank, now, kind, _how(kind, rank))
@@ -124,6 +150,8 @@ def _how(kind: str, rank: RankReport) -> str:
     match kind:
         case "signal" | "abort":
             return f"was killed by {rank.why or f'signal {-(rank.exit_code or 0)}'}"
+        case "oom":
+            return f"was killed for want of memory ({rank.why})"
         case "exit":
             return f"ended with {rank.why or f'exit code {rank.exit_code}'}"
         case "peer-lost":
@@ -136,37 +164,10 @@ def _how(kind: str, rank: RankReport) -> str:
             return f"raised {rank.why}"
 
 
-def _phase_name(phase: int) -> str:
+def phase_name(phase: int) -> str:
     return Phase(phase).name if phase in Phase._value2member_map_ else str(phase)
 
 
 def _normalised(detail: str) -> str:
     """Without what differs from one occurrence to the next: addresses, pids, ports."""
     return re.sub(r"0x[0-9a-f]+|\d+", "#", detail.lower())
-
-
-def stalled(reports: tuple[tuple[AgentReport, float], ...], stall_s: float, now: float) -> Evidence | None:
-    """The rank that has been quiet longest, once any has been for over `stall_s`; its peers only wait for it.
-
-    Args:
-        reports: each with the instant at which it was heard.
-    """
-    quiet = [
-        (rank.quiet_s + now - heard_at, -rank.step, -rank.rank, rank, report.node)
-        for report, heard_at in reports
-        for rank in report.ranks
-        if rank.state == "running" and rank.beats
-    ]
-    longest = max(quiet, default=None, key=lambda found: found[:3])
-    if longest is None or longest[0] <= stall_s:
-        return None
-    quiet_s, _, _, rank, node = longest
-    return Evidence(
-        kind="stall",
-        why=f"rank {rank.rank} on {node} made no progress for {quiet_s:.0f} s in phase {_phase_name(rank.phase)} at step {rank.step}",
-        node=node,
-        rank=rank.rank,
-        step=rank.step,
-        detail=f"no progress for over {stall_s:g} s",
-        seen_at=now,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from machine_parts import rank, report
 
-from keepstep.orchestrator.verdict import Evidence, better, of_report, stalled
+from keepstep.orchestrator.verdict import Evidence, alike, better, of_report, with_others
 
 
 def evidence(kind: str, seen_at: float = 0.0, **fields: object) -> Evidence:
@@ -76,13 +76,14 @@ def test_sigkill_proves_nothing_sigsegv_does() -> None:
     assert evidence("signal", detail="SIGSEGV").sameness() is not None
 
 
-def test_the_rank_that_has_been_quiet_longest_is_named_reports_age_included() -> None:
-    waiting = report("node0#a", attempt=1, ranks=(rank(0, quiet_s=61.0),))
-    hanging = report("node1#b", attempt=1, ranks=(rank(1, quiet_s=60.5),))
-    found = stalled(((waiting, 100.0), (hanging, 99.0)), 60.0, now=100.0)
-    assert found is not None
-    assert found.rank == 1
+@pytest.mark.parametrize("others", [1, 3])
+def test_equal_errors_are_one_error_seen_several_times(others: int) -> None:
+    found = [evidence("exception", rank=i, step=8, detail=f"ValueError: bad batch {i}", node=f"node{i}") for i in range(others + 1)]
+    elsewhere = evidence("exception", rank=7, step=8, detail="KeyError: x")
+    group = alike(found[0], [*found, elsewhere])
+    assert [each.rank for each in group] == list(range(1, others + 1))
+    assert with_others(found[0], group).why.endswith("; rank 1 failed alike" if others == 1 else "; ranks 1, 2 and 3 failed alike")
 
 
-def test_a_rank_that_never_reported_progress_cannot_stall() -> None:
-    assert stalled(((report("node0#a", attempt=1, ranks=(rank(0, beats=0, quiet_s=900.0),)), 0.0),), 60.0, now=0.0) is None
+def test_what_a_node_did_to_its_ranks_is_not_counted_by_ranks() -> None:
+    assert alike(evidence("stopped", rank=0, step=8), [evidence("stopped", rank=1, step=8)]) == ()
