@@ -1,8 +1,13 @@
-"""Faults on purpose, for tests: named places where a process is killed, and stores that fail.
+"""Faults on purpose, for tests and chaos: named places where a process comes to harm, and stores that fail.
 
-Kill points cost one dictionary look-up when no plan is set. KEEPSTEP_FAULTS = "POINT[:key=value...];POINT[...]": the process ends itself
-when it passes POINT with all the given facts, e.g. "persister.shards.middle:rank=1:step=20:once=/tmp/x/fired". `once=PATH`: fires once
-for all processes that share PATH (created with O_EXCL). `signal=STOP` sends that signal instead of KILL.
+Fault points cost one dictionary look-up when no plan is set. KEEPSTEP_FAULTS = "POINT[:key=value...];POINT[...]": the process ends itself
+when it passes POINT with all the given facts, e.g. "persister.shards.middle:rank=1:step=20:once=/tmp/x/fired". Words beside the facts:
+
+    once=PATH      fires once for all processes that share PATH (created with O_EXCL)
+    when=PATH      fires when somebody has made the file PATH, whose "{fact}"s are filled in, and removes it: a trigger from outside
+    signal=STOP    sends that signal instead of KILL
+    action=NAME    does this instead: raise, exit (code 3), leave (os._exit(0)), hang (sleeps for ever), spin (for ever, and no other thread
+                   runs Python meanwhile), eat (memory, until somebody objects), pause (goes on after `seconds`)
 
     store = FaultyStore(inner, [StoreFault(FailsAfter(), "put_new", "log/*", times=1)])    # written, but the answer is lost, once
 """
@@ -12,12 +17,15 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -34,7 +42,8 @@ class Fault:
     point: str
     facts: tuple[tuple[str, str], ...]
     once: str
-    signal: int
+    when: str
+    act: Callable[[], object]
 
 
 @lru_cache(maxsize=4)
@@ -44,13 +53,14 @@ def parse_plan(text: str) -> tuple[Fault, ...]:
 
 
 def fault_point(point: str, **facts: object) -> None:
-    """Called by a process at a named place; ends it when the plan says so, otherwise does nothing."""
+    """Called by a process at a named place; ends or delays it when the plan says so, otherwise does nothing."""
     text = os.environ.get(ENV_FAULTS)
     if not text:
         return
     for fault in parse_plan(text):
-        if fault.point == point and all(str(facts.get(key)) == value for key, value in fault.facts) and _claim(fault.once):
-            os.kill(os.getpid(), fault.signal)
+        fits = fault.point == point and all(str(facts.get(key)) == value for key, value in fault.facts)
+        if fits and _is_triggered(fault.when.format_map(facts)) and _claim(fault.once):
+            fault.act()
 
 
 def _parse_fault(entry: str) -> Fault:
@@ -58,8 +68,65 @@ def _parse_fault(entry: str) -> Fault:
     if not all("=" in pair for pair in pairs):
         raise ValueError(f"{ENV_FAULTS}: {entry!r} is not POINT:key=value:...")
     facts = dict(pair.split("=", 1) for pair in pairs)
-    once, name = facts.pop("once", ""), facts.pop("signal", "KILL")
-    return Fault(point=point, facts=tuple(sorted(facts.items())), once=once, signal=signal.Signals[f"SIG{name}"])
+    once, when, act = facts.pop("once", ""), facts.pop("when", ""), _parse_action(entry, facts)
+    return Fault(point=point, facts=tuple(sorted(facts.items())), once=once, when=when, act=act)
+
+
+def _parse_action(entry: str, facts: dict[str, str]) -> Callable[[], object]:
+    """Takes its words out of the facts."""
+    name, number, seconds = facts.pop("action", "signal"), facts.pop("signal", "KILL"), facts.pop("seconds", "1")
+    if name == "signal":
+        return partial(signal.raise_signal, signal.Signals[f"SIG{number}"])
+    if name == "pause":
+        return partial(time.sleep, float(seconds))
+    if name not in ACTIONS:
+        raise ValueError(f"{ENV_FAULTS}: {entry!r}: there is no action {name!r}; known are {', '.join(ACTIONS)}, pause")
+    return ACTIONS[name]
+
+
+class InjectedError(RuntimeError):
+    """What `action=raise` raises."""
+
+
+def _raise() -> None:
+    raise InjectedError("injected on purpose")
+
+
+def _hang() -> None:
+    threading.Event().wait()
+
+
+def _spin() -> None:
+    """One call into C that neither ends nor releases the interpreter's lock."""
+    deque(repeat(None), maxlen=0)
+
+
+def _eat() -> None:
+    """Touches each page, 16 MB at a time: the kernel's OOM killer is to find a process that grows."""
+    eaten = []
+    while True:
+        eaten.append(b"x" * (16 << 20))
+
+
+ACTIONS: Final[Mapping[str, Callable[[], object]]] = {
+    "raise": _raise,
+    "exit": partial(sys.exit, 3),
+    "leave": partial(os._exit, 0),
+    "hang": _hang,
+    "spin": _spin,
+    "eat": _eat,
+}
+
+
+def _is_triggered(when: str) -> bool:
+    """Of all processes that look for it, the one that removes the file was meant."""
+    if not when:
+        return True
+    try:
+        os.unlink(when)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _claim(once: str) -> bool:

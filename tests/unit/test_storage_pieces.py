@@ -13,7 +13,7 @@ import pytest
 
 from keepstep.storage import layout
 from keepstep.storage.errors import DamagedCheckpoint, NotFound, StoreUnavailable
-from keepstep.storage.faults import parse_plan
+from keepstep.storage.faults import InjectedError, fault_point, parse_plan
 from keepstep.storage.put_new import put_new_remote
 from keepstep.storage.retry import RetryPolicy
 from keepstep.storage.store import StorageOptions, Store
@@ -53,12 +53,22 @@ class TestNames:
 class TestFaults:
     def test_a_plan_is_points_with_facts(self) -> None:
         first, second = parse_plan("rank.step:step=7:rank=1;coordinator.commit.before:once=marker:signal=STOP")
-        assert (first.point, first.facts, first.once, first.signal) == ("rank.step", (("rank", "1"), ("step", "7")), "", signal.SIGKILL)
-        assert (second.point, second.facts, second.once, second.signal) == ("coordinator.commit.before", (), "marker", signal.SIGSTOP)
+        assert (first.point, first.facts, first.once) == ("rank.step", (("rank", "1"), ("step", "7")), "")
+        assert (second.point, second.facts, second.once) == ("coordinator.commit.before", (), "marker")
 
     def test_a_plan_that_is_not_understood_is_refused(self) -> None:
         with pytest.raises(ValueError, match="is not POINT:key=value"):
             parse_plan("rank.step:7")
+        with pytest.raises(ValueError, match="no action 'sleep'; known are raise, exit"):
+            parse_plan("rank.step:action=sleep")
+
+    def test_a_trigger_fires_for_the_process_that_was_meant_and_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("KEEPSTEP_FAULTS", f"rank.step:action=raise:when={tmp_path}/raise-{{rank}}")
+        (tmp_path / "raise-1").touch()
+        fault_point("rank.step", rank=0)
+        with pytest.raises(InjectedError):
+            fault_point("rank.step", rank=1)
+        fault_point("rank.step", rank=1)
 
     @pytest.mark.slow
     def test_a_fault_kills_once_per_marker_and_only_where_its_facts_fit(self, tmp_path: Path) -> None:
