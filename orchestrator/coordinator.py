@@ -75,6 +75,7 @@ class Coordinator:
         self._counting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._counting.set_result(None)
         self._working: set[ev.Asking] = set()
+        self._seen_off: set[str] = set()  # nodes that were told that the run is over
         self._news = asyncio.Event()
         self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._log_thread = ThreadPoolExecutor(1, thread_name_prefix="run-log")
@@ -121,7 +122,7 @@ class Coordinator:
     def _tell_progress(self) -> None:
         if (reached := slowest_step(self.run)) != self._told_step:
             self._told_step = reached
-            self._tell({"kind": "progress", "attempt": self.run.attempt, "step": reached})
+            self._tell({"kind": "progress", "attempt": self.run.attempt, "step": reached, "at_s": round(time.monotonic(), 4)})
 
     async def _read_log(self) -> None:
         """Learns of a successor even when it has nothing to write."""
@@ -151,14 +152,15 @@ class Coordinator:
         self._told_alarms = len(self.log.alarms)
 
     async def _see_agents_off(self) -> None:
-        """Keeps answering until every node has heard that the run is over and has left."""
+        """Keeps answering until every node has been told that the run is over. Whom this does not reach learns it from the log."""
         deadline = time.monotonic() + FAREWELL_S
         while time.monotonic() < deadline and self._anybody_there():
             await asyncio.sleep(TICK_S / 2)
 
     def _anybody_there(self) -> bool:
         now = time.monotonic()
-        return any(node.broken_at is None and now - node.heard_at < 2 * LONG_POLL_S for node in self.run.members.nodes.values())
+        untold = (node for name, node in self.run.members.nodes.items() if name not in self._seen_off)
+        return any(node.broken_at is None and now - node.heard_at < 2 * LONG_POLL_S for node in untold)
 
     # --- events in, requests out ------------------------------------------------------------------------------------
 
@@ -221,7 +223,7 @@ class Coordinator:
     def _say(self, event: ev.Say) -> None:
         if event.kind == "fenced" and not self._ended.done():
             self._ended.set_result(End(EXIT_REQUEUE, event.why))
-        told = {"term": self.term, **dataclasses.asdict(event)}
+        told = {"term": self.term, "at_s": round(time.monotonic(), 4), **dataclasses.asdict(event)}
         self._tell(told)
         self._event_thread.submit(self._events.append, told)
 
@@ -251,7 +253,12 @@ class Coordinator:
     def hear(self, report: AgentReport) -> Directive:
         """Raises NoAnswer while an answer could prolong a lease that a successor counts on."""
         self._apply(ev.Reported(time.monotonic(), report))
-        return self._directive(report.node)
+        return self._told(report.node, self._directive(report.node))
+
+    def _told(self, node: str, answer: Directive) -> Directive:
+        if answer.over:
+            self._seen_off.add(node)
+        return answer
 
     def _directive(self, node: str) -> Directive:
         if not may_answer(self.run, time.monotonic()):
@@ -271,7 +278,7 @@ class Coordinator:
                 await asyncio.wait_for(news.wait(), left)
             except TimeoutError:
                 break
-        return current
+        return self._told(node, current)
 
     def connection_broke(self, node: str) -> None:
         self._apply(ev.Disconnected(time.monotonic(), node))
