@@ -13,8 +13,7 @@ import hashlib
 import json
 import textwrap
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from .errors import InputError
-from .relations import Problem, broken, shown
+from .relations import Problem, broken, nearest, shown
 from .sections import ClusterSection, RunConfig, StorageSection, known_keys, section_types, value_of
 
 __all__ = ["ClusterSection", "RunConfig", "StorageSection", "explain_difference", "identity", "load", "parse", "to_toml"]
@@ -170,23 +169,17 @@ def _split(tables: Tables) -> tuple[Tables, list[Problem]]:
 def _unknown_section(section: str, table: object) -> Problem:
     if isinstance(table, dict):
         keys = frozenset(f"{section}.{key}" for key in table)
-        return Problem(keys, f"[{section}] is not a section; {_nearest(f'[{section}]', (f'[{name}]' for name in section_types()))}")
+        return Problem(keys, f"[{section}] is not a section; {nearest(f'[{section}]', (f'[{name}]' for name in section_types()))}")
     homes = [key for key in known_keys() if key.endswith(f".{section}")]
-    remedy = f"did you mean {homes[0]}? Write it below [{homes[0].partition('.')[0]}]" if homes else _nearest(section, known_keys())
+    remedy = f"did you mean {homes[0]}? Write it below [{homes[0].partition('.')[0]}]" if homes else nearest(section, known_keys())
     return Problem(frozenset({section}), f"{shown(section, table)} stands outside every section; {remedy}")
 
 
 def _unknown_key(section: str, key: str) -> Problem:
     """Names the key that was meant: the like-named one of another section, else the nearest of this one."""
     homes = [known for known in known_keys() if known.endswith(f".{key}")]
-    remedy = f"did you mean {homes[0]}?" if homes else _nearest(key, section_types()[section].model_fields, f"{section}.")
+    remedy = f"did you mean {homes[0]}?" if homes else nearest(key, section_types()[section].model_fields, f"{section}.")
     return Problem(frozenset({f"{section}.{key}"}), f"{section}.{key} is not a key; {remedy}")
-
-
-def _nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    names = list(known)
-    close = get_close_matches(word, names, n=1)
-    return f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(names)}"
 
 
 def _validated(known: Tables) -> tuple[RunConfig, list[Problem]]:

@@ -13,10 +13,10 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any, Protocol, TypeAlias
 
 from keepstep.trainer.contract import EXIT_OK
 
@@ -24,14 +24,27 @@ from .processes import ENV_PARENT, bury, python_command
 from .scratch import default_scratch
 from .sections import RunConfig
 
-if TYPE_CHECKING:
-    from .screen import Screen
-
 RESTART_PAUSE_S = 0.05  # a platform that restarts at once; doubled for a process that keeps dying young
 MAX_RESTART_PAUSE_S = 5.0
 YOUNG_S = 2.0
 LEAVE_S = 10.0
 CLI = "keepstep.orchestrator.cli"
+
+
+Place: TypeAlias = Callable[[str, Sequence[str]], list[str]]
+"""(role's name, its command) -> what to start on this machine so that the command runs where that role lives, and dies with it."""
+
+
+def on_this_machine(_: str, command: Sequence[str]) -> list[str]:
+    return list(command)
+
+
+class Audience(Protocol):
+    """Whoever hears what happens: the screen, or somebody between it and us."""
+
+    def say(self, text: str) -> None: ...
+
+    def event(self, event: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -48,10 +61,11 @@ class Role:
 class LocalPlatform:
     """Main thread only. `run()` returns the coordinator's exit code."""
 
-    def __init__(self, config: RunConfig, config_path: Path, screen: Screen) -> None:
+    def __init__(self, config: RunConfig, config_path: Path, audience: Audience, place: Place = on_this_machine) -> None:
         self._config = config
-        self._screen = screen
-        self._say = screen.say
+        self._audience = audience
+        self._say = audience.say
+        self._place = place
         root = config.run.root
         logs = Path(root) / "logs" if "://" not in root else default_scratch(root, "logs")
         logs.mkdir(parents=True, exist_ok=True)
@@ -117,9 +131,9 @@ class LocalPlatform:
 
     async def _spawn(self, role: Role) -> asyncio.subprocess.Process:
         environment = {**os.environ, ENV_PARENT: str(os.getpid())}
-        with open(role.log or os.devnull, "ab") as log:
+        with _opened(role.log) as log:
             return await asyncio.create_subprocess_exec(
-                *role.command,
+                *self._place(role.name, role.command),
                 stdin=subprocess.DEVNULL,
                 stdout=log if role.log else subprocess.PIPE,
                 stderr=log if role.log else None,
@@ -129,7 +143,7 @@ class LocalPlatform:
 
     async def _show_events(self, lines: asyncio.StreamReader) -> None:
         while line := await lines.readline():
-            self._screen.event(json.loads(line))
+            self._audience.event(json.loads(line))
 
     def _pause(self, role: Role) -> float:
         return min(MAX_RESTART_PAUSE_S, RESTART_PAUSE_S * 2.0**role.young_deaths)
@@ -156,3 +170,11 @@ class LocalPlatform:
             # Once all are dead nothing there is of use to the next start. (After a crash it stays, and the next start cleans up.)
             if not await asyncio.to_thread(bury, scratch):
                 shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _opened(log: Path | None) -> IO[bytes]:
+    """What a role prints while the root is away is lost; the role is not."""
+    try:
+        return open(log or os.devnull, "ab")
+    except OSError:
+        return open(os.devnull, "ab")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
@@ -44,6 +45,13 @@ class Rule:
 def shown(key: str, value: Any) -> str:
     """`cluster.lease_s = 400`: a key and its value as a person would have written them."""
     return f"{key} = {json.dumps(value, ensure_ascii=False, default=str).removesuffix('.0')}"
+
+
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """The remedy for a name that is not known: the one that was probably meant, else all of them."""
+    names = list(known)
+    close = get_close_matches(word, names, n=1)
+    return f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(names)}"
 
 
 def broken(config: RunConfig) -> Iterator[Problem]:
