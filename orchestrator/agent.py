@@ -27,7 +27,7 @@ from .client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachabl
 from .contact import Contact
 from .node import NodeRanks, NodeSettings, write_config
 from .persisting import PersisterProcess
-from .processes import ENV_SCRATCH, adopt_orphans, bury, die_with_parent_if_told, kill, print_or_lose, strays
+from .processes import ENV_SCRATCH, adopt_orphans, bury, die_with_parent_if_told, kill, print_or_lose, strays, wait_ended
 from .scratch import Scratch
 from .sections import RunConfig
 from .wire import AgentReport, Directive, Launch, digest
@@ -161,14 +161,17 @@ class Agent:
             self._exit.set_result(code)
 
     async def _warm_up(self) -> None:
-        """Torch is imported in this process (for the launcher and the attempts' stores) and, meanwhile, in the forkserver."""
-        from .ranks import count_gpus, import_launcher, wait_until_warm
+        """Torch is imported in the forkserver, never in this process. A forkserver that died took its ranks along: another succeeds it."""
+        from .ranks import count_gpus, forkserver_pid, start_forkserver, wait_until_warm
 
-        await asyncio.to_thread(import_launcher)
-        self._slots = self.config.cluster.ranks_per_node or await asyncio.to_thread(count_gpus) or 1
-        await asyncio.to_thread(wait_until_warm)
-        self._warm.set()
-        self._changed()
+        while True:
+            start_forkserver()
+            await asyncio.to_thread(wait_until_warm)
+            self._slots = self.config.cluster.ranks_per_node or await asyncio.to_thread(count_gpus) or 1
+            self._warm.set()
+            self._changed()
+            await wait_ended(forkserver_pid())
+            self._warm.clear()
 
     # --- talking to the coordinator ---------------------------------------------------------------------------------
 
@@ -254,6 +257,9 @@ class Agent:
             return
         self._obeyed_at = max(self._obeyed_at, asked_at)
         opened = self._log.newest_opened()
+        if opened and (outcome := self._log.lineage.outcome) and outcome.term == opened.term <= self._term:
+            self._finish(EXIT_OK)  # its coordinator has left, or was killed before it could tell us
+            return
         if opened and opened.term > self._term and opened.url and opened.url.rstrip("/") != self._client.url:
             old, self._client = self._client, CoordinatorClient(opened.url, self._token)
             await old.close()

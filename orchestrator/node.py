@@ -22,7 +22,7 @@ from .progress import Progress, ProgressPage
 from .wire import Launch, RankReport, StoreAddress
 
 if TYPE_CHECKING:
-    from .ranks import Exit, RankGroup
+    from .ranks import Exit, HostedStore, RankGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class NodeRanks:
         self.logs = RankLogs(store, settings.scratch)
         self._on_change = on_change
         self._attempt: _Attempt | None = None
-        self._hosted: dict[int, object] = {}
+        self._hosted: dict[int, HostedStore] = {}
         self.store_address: StoreAddress | None = None
         self._newest = 0  # newest attempt launched or refused by this incarnation
 
@@ -125,7 +125,9 @@ class NodeRanks:
         from .ranks import HostedStore
 
         store = await asyncio.to_thread(HostedStore, self._settings.address)
-        self._hosted = {launch.attempt: store}  # the store of an older attempt goes: its ranks are dead
+        for older in self._hosted.values():
+            older.close()  # its ranks are dead
+        self._hosted = {launch.attempt: store}
         self.store_address = StoreAddress(attempt=launch.attempt, host=store.host, port=store.port)
         self._on_change()
 

@@ -6,6 +6,7 @@ their loader workers included, so `strays()` finds them without any bookkeeping 
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import io
 import os
@@ -116,6 +117,21 @@ def _ended(pidfd: int, timeout_s: float) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(max(0.0, timeout_s) * 1000))
+
+
+async def wait_ended(pid: int) -> None:
+    """Returns when this process has ended, whoever's child it is."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
 
 
 def bury(scratch: str | os.PathLike[str], *, deadline_s: float = 10.0) -> list[int]:

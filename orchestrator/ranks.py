@@ -1,7 +1,8 @@
-"""The ranks of one attempt on one node, launched by torchrun's own library from a warm forkserver. The only torch in this folder.
+"""The ranks of one attempt on one node, forked from a warm forkserver with torchrun's environment. The only torch in this folder, and it is
+imported in the forkserver's children alone: the agent itself stays small, starts at once, and nothing of torch can hang or crash it.
 
-torch.distributed.elastic starts the processes and gives them torchrun's environment; its restart logic is not used: one `RankGroup` is
-one attempt, and a group that lost a rank is killed whole. `warm()` must be called from the agent's main thread (see lifeline.py).
+One `RankGroup` is one attempt, and a group that lost a rank is killed whole. `start_forkserver()` must be called from the agent's main
+thread (see lifeline.py).
 """
 
 from __future__ import annotations
@@ -9,28 +10,31 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import json
-import logging
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
 import signal
+import socket
 import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from keepstep.storage.store import ENV_OPTIONS
 from keepstep.trainer.contract import DAMAGED_KIND, ENV_NODE, ENV_SPEC, RankSpec
 
-from .processes import ENV_PARENT, die_with_parent, kill_session, print_or_lose, signal_name
+from .processes import ENV_PARENT, die_with_parent, is_alive, kill_session, print_or_lose, signal_name
 
 FIRST_PRELOAD: Final = ("keepstep.orchestrator.lifeline", "keepstep.orchestrator.ranks")
 TRAINER_PRELOAD: Final = "keepstep.trainer.preload"
 ROLE: Final = "default"  # torchrun's default role name
+UNKNOWN_CODE: Final = 255  # multiprocessing's, where the forkserver died and nobody can say how its child ended
 
 GLOO_ADVICE: Final = " This is typically caused by"  # what follows in its messages is for people who have no verdict
 # What a rank says whose peer died: a victim, never the culprit. Texts of gloo, NCCL and c10d of torch 2.13.
@@ -87,56 +91,71 @@ def forget_main_module() -> None:
         del main.__file__
 
 
+_CONTEXT: Final = multiprocessing.get_context("forkserver")
+
+
 def start_forkserver() -> None:
     """Main thread only: the forkserver dies with the thread that started it. Returns at once; the imports go on in the forkserver."""
     assert threading.current_thread() is threading.main_thread()
-    multiprocessing.get_context("forkserver").set_forkserver_preload([*FIRST_PRELOAD, TRAINER_PRELOAD])
-    os.environ[ENV_PARENT] = str(os.getpid())
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        del os.environ[ENV_PARENT]
+    _CONTEXT.set_forkserver_preload([*FIRST_PRELOAD, TRAINER_PRELOAD])
+    os.environ[ENV_PARENT] = str(os.getpid())  # stays: multiprocessing starts a lost forkserver again by itself
+    multiprocessing.forkserver.ensure_running()
 
 
 def wait_until_warm() -> None:
     """Blocks until the forkserver has finished its imports and forked once."""
-    process = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+    process = _CONTEXT.Process(target=os.getpid)
     process.start()
     process.join()
 
 
-def import_launcher() -> None:
-    """The imports that hosting a store and launching ranks need; half a second to two of processor time."""
-    import torch.distributed
-    import torch.distributed.elastic.multiprocessing  # noqa: F401
-
-    # It warns that it cannot handle signals outside the main thread; the agent handles them.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
-
-
 def count_gpus() -> int:
-    """CUDA devices of this node. Makes no CUDA context, so it is safe beside a forkserver."""
+    """CUDA devices of this node, counted by a child: the agent does without torch."""
+    answer, telling = _CONTEXT.Pipe(duplex=False)
+    _CONTEXT.Process(target=_tell_gpus, args=(telling,)).start()
+    telling.close()
+    return int(answer.recv())
+
+
+def _tell_gpus(telling: Connection) -> None:
     import torch
 
-    return int(torch.cuda.device_count())
+    telling.send(torch.cuda.device_count())
 
 
 def forkserver_pid() -> int:
+    """Of the living one."""
+    multiprocessing.forkserver.ensure_running()
     return int(multiprocessing.forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
 
 
 class HostedStore:
-    """A TCPStore of one attempt, served by this process on a port of its own; it listens on `address` only."""
+    """A TCPStore of one attempt, in a process and on a port of its own; it listens on `address` only."""
 
     def __init__(self, address: str) -> None:
-        import socket
+        answer, telling = _CONTEXT.Pipe(duplex=False)
+        self.process = _CONTEXT.Process(target=host_store, args=(address, forkserver_pid(), telling), daemon=True)
+        self.process.start()
+        telling.close()
+        self.host, self.port = address, int(answer.recv())
+        answer.close()
 
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    def close(self) -> None:
+        self.process.kill()
 
-        listener = socket.create_server((address, 0))
-        self.host, self.port = address, listener.getsockname()[1]
-        # The store owns the descriptor from here on.
-        self._store = TCPStore(address, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+def host_store(address: str, parent: int, telling: Connection) -> None:
+    """The store's process: tells its port, serves until it is killed."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    die_with_parent(parent)
+    listener = socket.create_server((address, 0))
+    port = listener.getsockname()[1]
+    # The store owns the descriptor from here on.
+    store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    telling.send(store.port)
+    while True:
+        signal.pause()
 
 
 class RankGroup:
@@ -144,18 +163,21 @@ class RankGroup:
 
     def __init__(self, group: GroupSpec) -> None:
         self.group = group
-        self._context = _start(group)
-        self.pids: tuple[int, ...] = tuple(pid for _, pid in sorted(self._context.pids().items()))
+        self._forkserver = forkserver_pid()
+        self._processes = _start(group, self._forkserver)
+        self.pids: tuple[int, ...] = tuple(process.pid or 0 for process in self._processes)
         self._stopped: set[int] = set()
 
     @property
     def sentinels(self) -> dict[int, int]:
         """File descriptor that becomes readable when a rank has ended -> its local rank."""
-        return dict(self._context._pc.sentinels)
+        return {process.sentinel: local_rank for local_rank, process in enumerate(self._processes)}
 
     def ended(self, local_rank: int) -> Exit | None:
         """How this rank ended, None while it runs."""
-        code = self._context._pc.processes[local_rank].exitcode
+        code = self._processes[local_rank].exitcode
+        if code == UNKNOWN_CODE and not is_alive(self._forkserver):
+            return Exit(code, "signal", "died with the forkserver that it was forked from", "")
         return None if code is None else _explain(code, self.group.specs[local_rank].error_path)
 
     def kill(self) -> None:
@@ -170,16 +192,13 @@ class RankGroup:
         return local_rank in self._stopped
 
 
-def _start(group: GroupSpec) -> Any:
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
-
-    envs = {local_rank: torchrun_environment(group, local_rank) for local_rank in range(len(group.specs))}
-    parent = forkserver_pid()
-    args = {i: (group, i, parent) for i in range(len(group.specs))}
+def _start(group: GroupSpec, parent: int) -> tuple[ForkServerProcess, ...]:
     for spec in group.specs:
         Path(spec.error_path).unlink(missing_ok=True)
-    logs = DefaultLogsSpecs(log_dir=str(Path(group.specs[0].scratch) / "elastic"))
-    return start_processes(name=ROLE, entrypoint=rank_main, args=args, envs=envs, logs_specs=logs, start_method="forkserver")
+    processes = tuple(_CONTEXT.Process(target=rank_main, args=(group, i, parent)) for i in range(len(group.specs)))
+    for process in processes:
+        process.start()
+    return processes
 
 
 def torchrun_environment(group: GroupSpec, local_rank: int) -> dict[str, str]:
@@ -202,6 +221,7 @@ def torchrun_environment(group: GroupSpec, local_rank: int) -> dict[str, str]:
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_RUN_ID": f"{group.specs[local_rank].run}-{group.specs[local_rank].attempt}",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_ERROR_FILE": str(Path(group.specs[local_rank].scratch) / f"error-torchelastic-{local_rank}.json"),
         "TORCHELASTIC_SIGNALS_TO_HANDLE": os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"),
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         **({"OMP_NUM_THREADS": threads} if threads else {}),
@@ -217,7 +237,9 @@ def rank_main(group: GroupSpec, local_rank: int, parent: int) -> None:
     die_with_parent(parent)
     _redirect_output(group.log_paths[local_rank])
     _restore_signals()
-    _forget_variables_of_preloaded_modules(torchrun_environment(group, local_rank))
+    environment = torchrun_environment(group, local_rank)
+    os.environ.update(environment)
+    _forget_variables_of_preloaded_modules(environment)
     faulthandler.enable()
     code = _run_guarded(group, Path(group.specs[local_rank].error_path))
     _leave(code)
@@ -286,7 +308,7 @@ def _exit_code(error: SystemExit) -> int:
 
 
 def _leave(code: int) -> None:
-    """What interpreter shutdown does for a script, without torch.elastic's hand-shake for return values that nobody reads."""
+    """What interpreter shutdown does for a script; multiprocessing's children leave by os._exit without it."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -48,7 +47,6 @@ class Scratch:
         earlier = self._incarnations()
         for leftover in (*self.path.glob("progress-*"), *self.path.glob("error-*.json")):
             leftover.unlink(missing_ok=True)
-        shutil.rmtree(self.path / "elastic", ignore_errors=True)
         self._remember((*earlier, incarnation)[-MAX_REMEMBERED:])
         return earlier
 
