@@ -73,6 +73,11 @@ class Cgroup:
         (self.path / "memory.max").write_text(str(num_bytes))
         (self.path / "memory.swap.max").write_text("0")
 
+    def memory_bytes(self) -> int:
+        """What its processes use now, cached files included."""
+        file = self._legacy / "memory.usage_in_bytes" if self._legacy else self.path / "memory.current"
+        return int(file.read_text())
+
     def kill(self) -> None:
         """SIGKILL to all, frozen ones and groups below included; returns when none is left."""
         (self.path / "cgroup.kill").write_text("1")
