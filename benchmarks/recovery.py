@@ -59,7 +59,7 @@ def pages(folder: Path) -> dict[Path, Page]:
         with contextlib.suppress(FileNotFoundError):  # a dead rank's page was cleared away between the listing and the reading
             content = path.read_bytes()
             if len(content) >= PROGRESS.size:
-                phase, _, step, _, at = PROGRESS.unpack_from(content)
+                phase, _, step, _, at, *_ = PROGRESS.unpack_from(content)
                 found[path] = Page(phase, step, at)
     return found
 

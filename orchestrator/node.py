@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING
 from keepstep.storage.errors import StoreError
 from keepstep.storage.layout import rank_log_key
 from keepstep.storage.store import Store
-from keepstep.trainer.contract import RankSpec, Request, Resume
+from keepstep.trainer.contract import Phase, RankSpec, Request, Resume
 
-from .progress import Progress, ProgressPage
+from .patience import Patience, Watch
+from .progress import ProgressPage
 from .wire import Launch, RankReport, StoreAddress
 
 if TYPE_CHECKING:
@@ -39,11 +41,21 @@ class NodeSettings:
     staging_socket: Path
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What makes a report worth sending."""
+
+    phase: Phase
+    step: int
+    is_overdue: bool  # silent for longer than its agent expects
+
+
 @dataclass(slots=True)
 class _Rank:
     number: int
     pid: int
     page: ProgressPage
+    watch: Watch
     exit: Exit | None = None
     order: int | None = None
     stopped: bool = False
@@ -61,9 +73,10 @@ class _Attempt:
 class NodeRanks:
     """At most one attempt's ranks at a time. `on_change` is called on the loop whenever the report would differ."""
 
-    def __init__(self, node: str, settings: NodeSettings, store: Store, on_change: Callable[[], None]) -> None:
+    def __init__(self, node: str, settings: NodeSettings, store: Store, patience: Patience, on_change: Callable[[], None]) -> None:
         self.node = node
         self._settings = settings
+        self._patience = patience
         self.logs = RankLogs(store, settings.scratch)
         self._on_change = on_change
         self._attempt: _Attempt | None = None
@@ -110,14 +123,12 @@ class NodeRanks:
     def reports(self) -> tuple[RankReport, ...]:
         if self._attempt is None:
             return ()
-        return tuple(_report(rank, i) for i, rank in enumerate(self._attempt.ranks))
+        return tuple(_report(rank, i, self._patience.step_s) for i, rank in enumerate(self._attempt.ranks))
 
-    def pace(self) -> tuple[tuple[int, int], ...]:
-        """Phase and step of every rank: what the agent polls to see whether a report would say something new."""
-        if self._attempt is None:
-            return ()
-        readings = (rank.page.read() for rank in self._attempt.ranks)
-        return tuple((reading.phase, reading.step) for reading in readings)
+    def look(self) -> tuple[Pace, ...]:
+        """Looks at every rank: what the agent does every PERIOD_S, to see whether a report would say something new."""
+        now = time.monotonic()
+        return tuple(_look(rank, now) for rank in self._attempt.ranks) if self._attempt else ()
 
     async def _host_store(self, launch: Launch) -> None:
         if launch.store_node != self.node or launch.attempt in self._hosted or launch.attempt <= self._newest:
@@ -153,7 +164,8 @@ class NodeRanks:
         old, self._attempt = self._attempt, _Attempt(launch, group)
         if old is not None:
             _close_pages(old)
-        self._attempt.ranks = [_Rank(launch.first_rank + i, pid, pages[i]) for i, pid in enumerate(group.pids)]
+        self._patience.begin(launch.world_size)
+        self._attempt.ranks = [_Rank(launch.first_rank + i, pid, pages[i], self._watch(pages[i])) for i, pid in enumerate(group.pids)]
         for sentinel, local_rank in group.sentinels.items():
             asyncio.get_running_loop().add_reader(sentinel, self._on_exit, self._attempt, sentinel, local_rank)
         self._on_change()
@@ -190,6 +202,9 @@ class NodeRanks:
             error_path=str(settings.scratch / f"error-{local_rank}.json"),
             resume=None if resume is None else Resume(step=resume.step, directory=resume.directory, manifest_sha256=resume.manifest_sha256),
         )
+
+    def _watch(self, page: ProgressPage) -> Watch:
+        return Watch(self._patience, page.read(), time.monotonic())
 
     def _page_path(self, launch: Launch, local_rank: int) -> Path:
         return self._settings.scratch / f"progress-{launch.attempt:06d}-{local_rank}"
@@ -243,10 +258,25 @@ def _close_pages(attempt: _Attempt) -> None:
         rank.page.close()
 
 
-def _report(rank: _Rank, local_rank: int) -> RankReport:
-    progress: Progress = rank.page.read()
+def _look(rank: _Rank, now: float) -> Pace:
+    seen = rank.page.read()
+    is_overdue = rank.exit is None and rank.watch.look(seen, now).is_too_long
+    return Pace(seen.phase, seen.step, is_overdue)
+
+
+def _report(rank: _Rank, local_rank: int, step_s: float) -> RankReport:
+    seen, silence = rank.page.read(), rank.watch.silence
     common = {"rank": rank.number, "local_rank": local_rank, "pid": rank.pid}
-    pace = {"phase": int(progress.phase), "step": progress.step, "beats": progress.beats, "quiet_s": round(progress.quiet_s, 3)}
+    pace = {
+        "phase": int(seen.phase),
+        "step": seen.step,
+        "beats": seen.beats,
+        "quiet_s": silence.quiet_s,
+        "limit_s": silence.limit_s,
+        "step_s": round(step_s, 4),
+        "collective": seen.collective,
+        "pulse_s": round(max(0.0, time.monotonic() - seen.pulse_at), 3) if seen.pulse_at else -1.0,
+    }
     if rank.exit is None:
         return RankReport(**common, **pace, state="running")
     kind, why = rank.blame or (rank.exit.kind, rank.exit.why)

@@ -6,20 +6,11 @@ import mmap
 import os
 import struct
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from keepstep.trainer.contract import PROGRESS, PROGRESS_BYTES, REQUEST_OFFSET, Phase, Request
+from keepstep.trainer.contract import PROGRESS_BYTES, REQUEST_OFFSET, Phase, Progress, Request
 
 _REQUEST = struct.Struct("<I")
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    phase: Phase
-    step: int
-    beats: int
-    quiet_s: float  # since the rank's last beat
 
 
 class ProgressPage:
@@ -33,12 +24,11 @@ class ProgressPage:
             self._page = mmap.mmap(descriptor, PROGRESS_BYTES)
         finally:
             os.close(descriptor)
-        PROGRESS.pack_into(self._page, 0, Phase.INIT, Request.NONE, step, 0, time.monotonic())
+        first = Progress(Phase.INIT, Request.NONE, step, beats=0, at=time.monotonic()).to_bytes()
+        self._page[: len(first)] = first
 
     def read(self) -> Progress:
-        """A torn read of a page being written costs at most one wrong number for one period; nothing is decided on it alone."""
-        phase, _, step, beats, at = PROGRESS.unpack_from(self._page, 0)
-        return Progress(Phase(phase), step, beats, max(0.0, time.monotonic() - at))
+        return Progress.read(self._page)
 
     def ask(self, request: Request) -> None:
         _REQUEST.pack_into(self._page, REQUEST_OFFSET, request)

@@ -151,12 +151,23 @@ class CheckpointReader:
 
     For one thread; the threads that it reads with are its own, `store.parallel_reads` of them, and end with the call.
 
+    Args:
+        alive: called in the caller's thread after each block.
+
     Attributes:
         alarms: what did not verify at once and was read again from the store, one sentence each.
         bytes_from_memory, bytes_from_store: how much of what was asked for came from which tier.
     """
 
-    def __init__(self, store: Store, directory: str, manifest: Manifest, resident: Resident | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        directory: str,
+        manifest: Manifest,
+        resident: Resident | None = None,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._alive = alive
         self.manifest = manifest
         self.directory = directory
         self.alarms: list[str] = []
@@ -192,6 +203,7 @@ class CheckpointReader:
             self._find_resident(name)
         for read in self._read(blocks):
             self._take_note(read)
+            self._alive()
 
     def verify_blocks(self) -> Generator[int]:
         """Reads every block from the store and gives it to nobody; yields the bytes of each. Raises as `read_pieces` does."""

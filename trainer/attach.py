@@ -27,7 +27,7 @@ attaches. Complete, and the same under plain torchrun, where nothing is saved:
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        me.report(Phase.STEP, step)  # a few hundred nanoseconds; silence counts as a hang
+        me.report(Phase.STEP, step)  # a microsecond; much longer silence than usual counts as a hang
         votes = [None] * me.world_size  # requests and busy persisters show at different moments: all ranks must decide alike
         dist.all_gather_object(votes, (me.request(), saver.busy))
         if any(request is Request.STOP for request, _ in votes):
@@ -36,6 +36,8 @@ attaches. Complete, and the same under plain torchrun, where nothing is saved:
             saver.save(step, tensors, {"step": step})  # a copy into shared memory; it is written while training goes on
     if saver.can_save:
         saver.save_and_wait(step, tensors, {"step": step}, alive=lambda: me.report(Phase.SAVE, step))
+    me.report(Phase.EVALUATE, step, within_s=60)  # what comes now may take so long without a word
+    model(torch.ones(4, 8))
     me.report(Phase.DONE if step == STEPS else Phase.STOPPED, step)
     dist.destroy_process_group()
 """
@@ -51,14 +53,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from .contract import ENV_SPEC, PROGRESS_BYTES, REQUEST_OFFSET, Phase, RankSpec, Request, Resume
+from .pulse import Pulse
 
 if TYPE_CHECKING:
     from keepstep.storage.arena import Staging
 
-# The page's fields around `request`, which belongs to the agent: see contract.PROGRESS.
+# The page's fields around `request`, which belongs to the agent, and before the pulse's: see contract.PROGRESS.
 _PHASE: Final = struct.Struct("<I")
 _REQUEST: Final = struct.Struct("<I")
-_STEP_BEATS_AT: Final = struct.Struct("<qQd")
+_STEP_BEATS_AT_LIMIT: Final = struct.Struct("<qQdd")
 _STEP_OFFSET: Final = 8
 
 
@@ -68,7 +71,9 @@ def attach() -> Attached:
     Raises TypeError or ValueError when `KEEPSTEP_RANK_SPEC` was written by another version of keepstep.
     """
     text = os.environ.get(ENV_SPEC)
-    return Attached(RankSpec.from_json(text) if text else None)
+    me = Attached(RankSpec.from_json(text) if text else None)
+    me.start_pulse()
+    return me
 
 
 class Attached:
@@ -97,13 +102,24 @@ class Attached:
 
         return Staging.connect(self.spec.staging_socket, attempt=self.spec.attempt, rank=self.rank, world_size=self.world_size)
 
-    def report(self, phase: Phase, step: int) -> None:
-        """Says that this rank is alive, in `phase`, with `step` optimizer updates finished. Cheap enough for every step."""
+    def start_pulse(self) -> None:
+        """Once: shows the agent that this interpreter runs, even while the rank itself is silent."""
+        if self._page is not None:
+            Pulse(self._page).start()
+
+    def report(self, phase: Phase, step: int, *, within_s: float = 0.0) -> None:
+        """Says that this rank is alive, in `phase`, with `step` optimizer updates finished. Cheap enough for every step.
+
+        A rank that is silent for much longer than it usually is in this phase hangs, and is killed.
+
+        Args:
+            within_s: the next report may take so long, whatever was usual; the next report takes that back. 0: as usual.
+        """
         if self._page is None:
             return
         self._beats += 1
         _PHASE.pack_into(self._page, 0, phase)
-        _STEP_BEATS_AT.pack_into(self._page, _STEP_OFFSET, step, self._beats, time.monotonic())
+        _STEP_BEATS_AT_LIMIT.pack_into(self._page, _STEP_OFFSET, step, self._beats, time.monotonic(), within_s)
 
     def request(self) -> Request:
         """What this rank's agent asks for at this moment; ranks must agree on it before they act (see `Request`)."""

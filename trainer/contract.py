@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from enum import IntEnum
+from mmap import mmap
 from typing import Final
 
 ENV_SPEC: Final = "KEEPSTEP_RANK_SPEC"  # JSON of RankSpec
 ENV_NODE: Final = "KEEPSTEP_NODE"
+# To the agent, from whoever starts it:
+ENV_GRACE: Final = "KEEPSTEP_GRACE_S"  # how long the platform waits after its signal; without it cluster.stop_grace_s
+ENV_AZURE_METADATA: Final = "KEEPSTEP_AZURE_METADATA_ENDPOINT"  # where Azure's metadata service is looked for, "http://HOST:PORT"
 
 EXIT_OK: Final = 0
 EXIT_BAD_INPUT: Final = 2
@@ -85,7 +89,30 @@ class RankSpec:
 
 
 # The progress page: one small memory-mapped file per rank, written by the rank, read by its agent; `request` goes the other way.
-# phase, request: uint32; step: finished optimizer steps, int64; beats: grows with every report, uint64; at: time.monotonic() of this host.
-PROGRESS: Final = struct.Struct("<IIqQd")
+# phase, request: uint32; step, beats: 64 bit; at, limit_s, pulse_at: float64; collective: int64. See `Progress`.
+PROGRESS: Final = struct.Struct("<IIqQdddq")
 PROGRESS_BYTES: Final = 4096
 REQUEST_OFFSET: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a progress page says. Instants are time.monotonic() of the rank's host."""
+
+    phase: Phase
+    request: Request
+    step: int  # finished optimizer steps
+    beats: int  # grows with every report
+    at: float  # of the last report, or of the page's making
+    limit_s: float = 0.0  # the rank may be silent for so long now, as it announced; 0: it announced nothing
+    pulse_at: float = 0.0  # when its interpreter last ran the pulse's thread; 0: it has none
+    collective: int = -1  # sequence number of the newest collective of the default group that it has begun; -1: unknown
+
+    @staticmethod
+    def read(page: bytes | bytearray | mmap) -> Progress:
+        """A torn read of a page being written costs at most one wrong number for one look; nothing is decided on it alone."""
+        phase, request, *rest = PROGRESS.unpack_from(page, 0)
+        return Progress(Phase(phase), Request(request), *rest)
+
+    def to_bytes(self) -> bytes:
+        return PROGRESS.pack(*astuple(self))

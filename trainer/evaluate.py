@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,9 +14,30 @@ from torch import Tensor, nn
 
 from .tokens import TokenArray
 
-Gather = Callable[[list[float]], Tensor]  # World.gather: one row per rank
 _IGNORED = -100  # cross_entropy's mark for targets that do not count
 _BATCH_SAMPLES = 32
+
+
+class Company(Protocol):
+    """The ranks that evaluate together: `parallel.World`, or one process alone."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def gather(self, row: Sequence[float], /) -> Tensor:
+        """Collective. Every rank's row, (size, len(row)) float64."""
+
+
+class Alone:
+    """A single process without a process group."""
+
+    rank, size, device = 0, 1, torch.device("cpu")
+
+    def gather(self, row: Sequence[float]) -> Tensor:
+        return torch.tensor([row], dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,29 +61,31 @@ def evaluate(
     *,
     context: int,
     max_tokens: int,
-    rank: int,
-    world_size: int,
-    gather: Gather,
-    device: torch.device,
+    company: Company,
+    alive: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Collective. Windows of `context` tokens, one after the other; the first token of the text is given, not predicted.
 
     Draws no random number and leaves the model in the mode it was in.
+
+    Args:
+        alive: called before each batch.
     """
     count = min(max_tokens, len(held_out) - 1)
     windows = -(-count // context)
-    share = range(windows * rank // world_size, windows * (rank + 1) // world_size)
-    largest = -(-windows // world_size)
+    share = range(windows * company.rank // company.size, windows * (company.rank + 1) // company.size)
+    largest = -(-windows // company.size)
     total, tokens = 0.0, 0
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for start in range(0, largest, _BATCH_SAMPLES):  # equally many on every rank: a forward pass communicates
+            alive()
             inputs_BT, targets_BT = _windows(held_out, share[start : start + _BATCH_SAMPLES], context, count)
-            total += float(nll_sum(model(inputs_BT.to(device)), targets_BT.to(device)))
+            total += float(nll_sum(model(inputs_BT.to(company.device)), targets_BT.to(company.device)))
             tokens += int((targets_BT != _IGNORED).sum())
     model.train(was_training)
-    sums = gather([total, float(tokens)]).sum(0).tolist()  # in rank order
+    sums = company.gather([total, float(tokens)]).sum(0).tolist()  # in rank order
     return Evaluation(nats_per_token=sums[0] / sums[1], tokens=int(sums[1]))
 
 
@@ -75,11 +98,6 @@ def _windows(held_out: TokenArray, windows: range, context: int, count: int) -> 
         inputs_BT[row, : last - first] = held_out[first:last]
         targets_BT[row, : last - first] = held_out[first + 1 : last + 1]
     return torch.from_numpy(inputs_BT), torch.from_numpy(targets_BT)
-
-
-def _alone(row: list[float]) -> Tensor:
-    """`Gather` of a single process without a process group."""
-    return torch.tensor([row], dtype=torch.float64)
 
 
 def evaluate_root(root: str, *, step: int | None = None, partial: Sequence[str] = ()) -> dict[str, Any]:
@@ -101,10 +119,7 @@ def evaluate_root(root: str, *, step: int | None = None, partial: Sequence[str] 
         held_out,
         context=trained.config.model.context,
         max_tokens=len(held_out),
-        rank=0,
-        world_size=1,
-        gather=_alone,
-        device=torch.device("cpu"),
+        company=Alone(),
     )
     return {
         "step": trained.step,

@@ -19,16 +19,13 @@ log = logging.getLogger("keepstep.trainer")
 
 def evaluate_run(run: Run) -> Evaluation:
     """Collective. Perplexity of the current model on the held-out text."""
-    run.me.report(Phase.EVALUATE, run.step)
     result = evaluate(
         run.model,
         run.tokens.held_out,
         context=run.config.model.context,
         max_tokens=run.config.evaluate.max_tokens,
-        rank=run.world.rank,
-        world_size=run.world.size,
-        gather=run.world.gather,
-        device=run.world.device,
+        company=run.world,
+        alive=lambda: run.me.report(Phase.EVALUATE, run.step),
     )
     if run.world.rank == 0:
         log.info("step %d: held-out loss %.4f nats per token, perplexity %.2f", run.step, result.nats_per_token, result.perplexity)
@@ -52,7 +49,7 @@ def finish(run: Run) -> None:
 
 def make_result(run: Run, final: RankState, evaluation: Evaluation | None) -> dict[str, Any]:
     """Collective. The trainer's part of result.json."""
-    digests = state.digest(run.tensors)
+    digests = state.digest(run.tensors, alive=lambda: run.me.report(Phase.FINISH, run.step))
     streams: list[str] = [""] * run.world.size
     dist.all_gather_object(streams, rng.digest(final.rng))
     result: dict[str, Any] = {

@@ -25,6 +25,7 @@ log = logging.getLogger("keepstep.trainer")
 def train(run: Run) -> None:
     """Collective. From the step that `run` stands at to the last one, or to the step at which all ranks agree to stop."""
     config, steps = run.config, run.config.run.steps
+    run.me.report(Phase.STEP, run.step)
     while run.step < steps:
         started_at = time.monotonic()
         step = run.step + 1
@@ -47,6 +48,7 @@ def train(run: Run) -> None:
             save(run)
         if config.evaluate.interval and step % config.evaluate.interval == 0:
             evaluate_run(run)
+            run.me.report(Phase.STEP, step)
     finish(run)
 
 

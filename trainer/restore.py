@@ -31,7 +31,7 @@ from keepstep.storage.store import Store
 from keepstep.storage.verify import CheckpointReader, Piece, read_manifest
 
 from .attach import Attached
-from .contract import DAMAGED_KIND
+from .contract import DAMAGED_KIND, Phase
 from .matching import skipped
 from .optim import local
 from .parallel import chunks_of
@@ -89,7 +89,8 @@ def resume(me: Attached, tensors: NestedTensors) -> Resumed:
     store, directory = Store.open(me.spec.root), me.resume.directory
     try:
         manifest = read_manifest(store, directory, me.resume.manifest_sha256)
-        reader = CheckpointReader(store, directory, manifest, resident=me.staging.resident if me.staging else None)
+        resident = me.staging.resident if me.staging else None
+        reader = CheckpointReader(store, directory, manifest, resident, alive=lambda: me.report(Phase.LOAD, manifest.step))
         restored = restore(manifest, reader, tensors)
     except DamagedCheckpoint as error:
         raise ResumeDamaged(error) from error

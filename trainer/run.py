@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
@@ -27,6 +28,8 @@ from .state import NestedTensors, RankState, tensors_of
 from .tokens import Tokens, open_tokens, prepare, read_index
 
 log = logging.getLogger("keepstep.trainer")
+
+_TOKENS_S: Final = 3600.0  # a large text becomes tokens, in one call of the library; cluster.start_timeout_s bounds it
 
 
 class SaveRequests:
@@ -116,10 +119,12 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
 def _tokens(config: TrainerConfig, me: Attached, world: World, store: Store) -> Tokens:
     """Collective at a fresh start: if the root holds no tokens yet, rank 0 makes them. A checkpoint was trained on some."""
     if me.resume is None and world.gather([read_index(store) is None]).any():  # asked together: rank 0 may be done before others look
+        me.report(Phase.INIT, 0, within_s=_TOKENS_S)
         if world.rank == 0:
-            prepare(config.data, store, lambda what, share: me.report(Phase.INIT, 0))
+            prepare(config.data, store, lambda what, share: me.report(Phase.INIT, 0, within_s=_TOKENS_S))
         dist.barrier()
-    return open_tokens(store, Path(me.spec.scratch) if me.spec else None)
+    step = me.resume.step if me.resume else 0
+    return open_tokens(store, Path(me.spec.scratch) if me.spec else None, alive=lambda: me.report(Phase.INIT, step))
 
 
 def _begin(run: Run) -> None:

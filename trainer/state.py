@@ -11,7 +11,7 @@ The data position is the step (data.py), so nothing else is state.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -78,17 +78,18 @@ class _Hash(Protocol):
     def update(self, data: bytes | memoryview, /) -> None: ...
 
 
-def digest(tensors: NestedTensors) -> dict[str, str]:
+def digest(tensors: NestedTensors, alive: Callable[[], None] = lambda: None) -> dict[str, str]:
     """Collective. {"model": SHA-256, "optimizer": SHA-256} over the unsharded tensors in name order: name, dtype, shape, bytes.
 
-    One tensor at a time is whole in memory. Equal at any world size when the values are.
+    One tensor at a time is whole in memory. Equal at any world size when the values are. `alive` is called before each.
     """
-    return {part: _digest_part(flatten(values)) for part, values in tensors.items()}
+    return {part: _digest_part(flatten(values), alive) for part, values in tensors.items()}
 
 
-def _digest_part(flat: Mapping[str, Tensor]) -> str:
+def _digest_part(flat: Mapping[str, Tensor], alive: Callable[[], None]) -> str:
     sha = hashlib.sha256()
     for name in sorted(flat):
+        alive()
         hash_tensor(sha, name, whole(flat[name]))
     return sha.hexdigest()
 

@@ -211,10 +211,11 @@ def unigram_nats(counts: npt.NDArray[np.int64], tokens: TokenArray, *, smoothing
     return float(-np.log(frequencies[tokens]).mean())
 
 
-def open_tokens(store: Store, scratch: Path | None = None) -> Tokens:
+def open_tokens(store: Store, scratch: Path | None = None, alive: Callable[[], None] = lambda: None) -> Tokens:
     """The root's tokens, memory-mapped: in place on a file system, otherwise from a verified copy in this node's `scratch`.
 
-    Several ranks of a node may call it at once: each would write the same bytes, and renames them into place.
+    Several ranks of a node may call it at once: each would write the same bytes, and renames them into place. `alive` is called for each
+    block that is read to be verified.
 
     Raises:
         ValueError: nothing was prepared, or the bytes are not those that were.
@@ -222,7 +223,7 @@ def open_tokens(store: Store, scratch: Path | None = None) -> Tokens:
     index = read_index(store)
     if index is None:
         raise ValueError(f"{store.name} holds no tokens yet: run `keepstep prepare` first")
-    arrays = {name: _map(_local(store, name, index.part(name), scratch), index, name) for name in PARTS}
+    arrays = {name: _map(_local(store, name, index.part(name), scratch, alive), index, name) for name in PARTS}
     tokenizer_json = store.get(TOKENIZER)
     if sha256_hex(tokenizer_json) != index.tokenizer_sha256:
         raise _damaged(store, TOKENIZER)
@@ -233,24 +234,24 @@ def _damaged(store: Store, key: str) -> ValueError:
     return ValueError(f"{store.name}: {key} is not what {INDEX} says; delete the folder {FOLDER}/ and run `keepstep prepare` again")
 
 
-def _local(store: Store, name: str, part: Part, scratch: Path | None) -> Path:
+def _local(store: Store, name: str, part: Part, scratch: Path | None, alive: Callable[[], None]) -> Path:
     """A local file with the part's bytes, verified once per node: the copy or the marker is named after its hash."""
     key = f"{FOLDER}/{name}.bin"
     in_place = store.local_path(key)
     if scratch is None:
         if in_place is None:
             raise ValueError(f"{store.name} is remote: its tokens need a local folder for a copy")
-        return _verified(store, key, in_place, part)
+        return _verified(store, key, in_place, part, alive)
     copy = scratch / FOLDER / f"{name}-{part.sha256[:16]}.bin"
     if copy.exists():
         return copy.resolve()
     copy.parent.mkdir(parents=True, exist_ok=True)
     temporary = copy.with_suffix(f".{_unique()}")
     if in_place is not None:
-        temporary.symlink_to(_verified(store, key, in_place, part).absolute())
+        temporary.symlink_to(_verified(store, key, in_place, part, alive).absolute())
     else:
         temporary.write_bytes(store.get(key))
-        _verified(store, key, temporary, part)
+        _verified(store, key, temporary, part, alive)
     temporary.replace(copy)
     return copy.resolve()
 
@@ -261,10 +262,13 @@ def _unique() -> str:
     return uuid.uuid4().hex
 
 
-def _verified(store: Store, key: str, path: Path, part: Part) -> Path:
+def _verified(store: Store, key: str, path: Path, part: Part, alive: Callable[[], None]) -> Path:
+    sha = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != part.sha256:
+        while block := file.read(_BLOCK_BYTES):
+            sha.update(block)
+            alive()
+    if sha.hexdigest() != part.sha256:
         raise _damaged(store, key)
     return path
 

@@ -12,7 +12,7 @@ from trainer_ranks import FolderStaging, commit, run_ranks, spec_of
 
 from keepstep.trainer import attach as attach_module
 from keepstep.trainer.attach import Attached, attach
-from keepstep.trainer.contract import ENV_SPEC, PROGRESS, REQUEST_OFFSET, Phase, RankSpec, Request, Resume
+from keepstep.trainer.contract import ENV_SPEC, REQUEST_OFFSET, Phase, Progress, RankSpec, Request, Resume
 
 RESUME = Resume(step=7, directory="data/a000001/s000000007-01234567", manifest_sha256="ab")
 
@@ -47,10 +47,18 @@ def test_reports_reach_the_page_and_leave_the_request_alone(spec: RankSpec) -> N
         file.write(body)
     me.report(Phase.STEP, 41)
     me.report(Phase.STEP, 42)
-    phase, request, step, beats, at = PROGRESS.unpack_from(page.read_bytes())
-    assert (phase, request, step, beats) == (Phase.STEP, Request.STOP, 42, 2)
-    assert at > 0
+    seen = Progress.read(page.read_bytes())
+    assert (seen.phase, seen.request, seen.step, seen.beats, seen.limit_s) == (Phase.STEP, Request.STOP, 42, 2, 0)
+    assert seen.at > 0
     assert me.request() is Request.STOP
+
+
+def test_an_announced_silence_is_on_the_page_until_the_next_report(spec: RankSpec) -> None:
+    me = Attached(spec)
+    me.report(Phase.EVALUATE, 41, within_s=600)
+    assert Progress.read(Path(spec.progress_path).read_bytes()).limit_s == 600
+    me.report(Phase.STEP, 41)
+    assert Progress.read(Path(spec.progress_path).read_bytes()).limit_s == 0
 
 
 EXAMPLE = textwrap.dedent(attach_module.__doc__.partition("nothing is saved:\n\n")[2])  # type: ignore[union-attr]
@@ -76,8 +84,9 @@ def test_the_example_trains_saves_resumes_and_also_runs_alone(tmp_path: Path) ->
     sums = {path.read_text() for path in tmp_path.glob("sums-*")}
     assert len(list(tmp_path.glob("sums-*"))) == 6
     assert len(sums) == 1
-    page = PROGRESS.unpack_from((tmp_path / "scratch/progress-2-0").read_bytes())
-    assert (page[0], page[2]) == (Phase.DONE, 20)
+    seen = Progress.read((tmp_path / "scratch/progress-2-0").read_bytes())
+    assert (seen.phase, seen.step) == (Phase.DONE, 20)
+    assert seen.pulse_at > 0
 
 
 def test_without_keepstep_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -26,18 +28,23 @@ def model() -> nn.Module:
     return made
 
 
+@dataclass
+class OneByOne:
+    rank: int
+    size: int
+    rows: list[Sequence[float]]
+    device = torch.device("cpu")
+
+    def gather(self, row: Sequence[float]) -> Tensor:
+        self.rows.append(row)
+        return torch.tensor(self.rows if len(self.rows) == self.size else [[0.0, 1.0]], dtype=torch.float64)
+
+
 def measured(model: nn.Module, world_size: int, max_tokens: int = 10**6) -> Evaluation:
     """All ranks one after the other; the last one sees the rows of all."""
-    rows: list[list[float]] = []
-
-    def gather(row: list[float]) -> Tensor:
-        rows.append(row)
-        return torch.tensor(rows if len(rows) == world_size else [[0.0, 1.0]], dtype=torch.float64)
-
+    rows: list[Sequence[float]] = []
     for rank in range(world_size):
-        result = evaluate(
-            model, TEXT, context=8, max_tokens=max_tokens, rank=rank, world_size=world_size, gather=gather, device=torch.device("cpu")
-        )
+        result = evaluate(model, TEXT, context=8, max_tokens=max_tokens, company=OneByOne(rank, world_size, rows))
     return result
 
 
@@ -73,3 +80,10 @@ def test_it_draws_no_random_number_and_leaves_the_mode(model: nn.Module) -> None
     measured(model, 1)
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_gives_a_sign_of_life_before_each_batch(model: nn.Module) -> None:
+    signs: list[None] = []
+    long = np.tile(TEXT, 4)
+    evaluate(model, long, context=8, max_tokens=10**6, company=OneByOne(0, 1, []), alive=lambda: signs.append(None))
+    assert len(signs) == math.ceil((len(long) - 1) / 8 / 32)
