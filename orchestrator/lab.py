@@ -154,7 +154,7 @@ class Lab:
     def __init__(self, num_hosts: int, *, shared: Iterable[Path] = ()) -> None:
         assert 1 <= num_hosts <= MAX_HOSTS
         sweep()
-        self.name = f"{PREFIX}{os.getpid()}-{_started_at(os.getpid())}-{os.urandom(2).hex()}"
+        self.name = own_name()
         self._network = _free_network()
         self.gateway = self.address(GATEWAY)
         self.shared = _below_tmp((*shared, Path(sys.prefix), Path(sys.base_prefix), Path(__file__).parents[1], Path.cwd()))
@@ -219,6 +219,11 @@ class Lab:
 def into(group: Cgroup) -> list[str]:
     """Prefix of a command that is to run in this cgroup."""
     return ["sh", "-c", ENTER, "enter", *map(str, group.folders), "--"]
+
+
+def own_name() -> str:
+    """Of a cgroup that is ours as long as we live, and anybody's to sweep afterwards."""
+    return f"{PREFIX}{os.getpid()}-{_started_at(os.getpid())}-{os.urandom(2).hex()}"
 
 
 def sweep() -> None:

@@ -64,19 +64,23 @@ def is_alive(pid: int) -> bool:
 
 def strays(scratch: str | os.PathLike[str]) -> list[int]:
     """Living processes that carry this scratch directory in their environment, ourselves and our ancestors excepted."""
-    mark = f"{ENV_SCRATCH}={os.fspath(scratch)}".encode()
+    return marked(f"{ENV_SCRATCH}={os.fspath(scratch)}")
+
+
+def marked(entry: str) -> list[int]:
+    """Living processes with this entry ("NAME=value") in their initial environment, ourselves and our ancestors excepted."""
     spared = _ancestors()
     found = []
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit() or int(entry.name) in spared:
+    for process in os.scandir("/proc"):
+        if not process.name.isdigit() or int(process.name) in spared:
             continue
         try:
-            with open(f"/proc/{entry.name}/environ", "rb") as file:
+            with open(f"/proc/{process.name}/environ", "rb") as file:
                 environ = file.read()
         except OSError:  # gone in the meantime, or another user's
             continue
-        if mark in environ.split(b"\0") and is_alive(int(entry.name)) and not _is_resource_tracker(entry.name):
-            found.append(int(entry.name))
+        if entry.encode() in environ.split(b"\0") and is_alive(int(process.name)) and not _is_resource_tracker(process.name):
+            found.append(int(process.name))
     return found
 
 
