@@ -29,23 +29,34 @@ SAMPLE_PROMPT = "Return a new "
 
 def run_locally(config: RunConfig, *, demo: bool) -> int:
     """The whole of `keepstep run`; its exit code."""
-    from .demo import break_things
+    from .conducting import Witness
+    from .demo import demonstration
     from .launchers import LocalPlatform
     from .screen import Screen
 
     began = time.monotonic()
-    store = open_root(config)
-    claim(store, config)
+    store, config_path = ready(config)
     screen = Screen(config, store)
     screen.say(f"run {config.run.name!r} in {config.run.root}")
-    if not config.train.script:
-        prepare_tokens(config, store)  # a user's script brings its own data
-    platform = LocalPlatform(config, _write_resolved(config), screen)
-    code = asyncio.run(platform.run(break_things(store, config.run.steps, screen.say) if demo else None))
+    if demo:
+        witness = Witness(screen)
+        conduct = demonstration(config, store, witness).conduct()
+        code = asyncio.run(LocalPlatform(config, config_path, witness).run(conduct))
+    else:
+        code = asyncio.run(LocalPlatform(config, config_path, screen).run())
     screen.finish(code, time.monotonic() - began)
     if demo and code == EXIT_OK:
         _show_off(config, store, screen.say)
     return code
+
+
+def ready(config: RunConfig) -> tuple[Store, Path]:
+    """The root claimed for this run, its tokens there; and the resolved config for the coordinator. Raises InputError."""
+    store = open_root(config)
+    claim(store, config)
+    if not config.train.script:
+        prepare_tokens(config, store)  # a user's script brings its own data
+    return store, _write_resolved(config)
 
 
 def _write_resolved(config: RunConfig) -> Path:

@@ -126,7 +126,7 @@ class Conductor:
             status = await self.status()
             struck = await strike(fault, status, self._scene)
         except CannotBreak as error:
-            self._witness.say(f"chaos: {fault} was not possible: {error}")
+            self._witness.say(f"{fault} was not possible: {error}")
             self.failed.append(f"{fault}: {error}")
             return None
         number = len(self.episodes)
@@ -137,12 +137,15 @@ class Conductor:
             if struck.heal:  # whatever happens: nobody is left stopped, cut or frozen
                 struck.heal()
                 self.episodes[number] = replace(self.episodes[number], until_s=time.monotonic())
-        await self._recover(self.episodes[number])
-        return self.episodes[number]
+        episode = self.episodes[number]
+        await self._recover(episode)
+        if stepped_at := faultverdict.stepped_at(episode, self._witness.since(episode.at_s)):
+            self._witness.say(f"all ranks step again, {stepped_at - episode.at_s:.2f} s after {fault} (now at step {self._witness.step})")
+        return episode
 
     def _episode(self, fault: Fault, struck: Struck, status: Mapping[str, Any]) -> Episode:
         who = f" (pid {', '.join(map(str, struck.pids))})" if struck.pids else ""
-        self._witness.say(f"chaos: {fault}{who} at step {status['step']}")
+        self._witness.say(f"on purpose: {fault}{who} at step {status['step']}")
         return Episode(
             fault=fault,
             expected=expected(fault, lease_s=self._config.cluster.lease_s),
@@ -166,7 +169,7 @@ class Conductor:
             return faultverdict.is_over(episode, self._witness.since(episode.at_s), time.monotonic())
 
         if not await self._witness.until(over, PATIENCE_S):
-            self._witness.say(f"chaos: after {episode.fault} the run did not train again within {PATIENCE_S:g} s")
+            self._witness.say(f"after {episode.fault} the run did not train again within {PATIENCE_S:g} s")
 
     async def status(self) -> Mapping[str, Any]:
         """Of a run that trains and has a coordinator that says so; waits for one."""

@@ -82,8 +82,13 @@ def is_over(episode: Episode, events: Sequence[Event], now: float) -> bool:
 
 def judge(episodes: Sequence[Episode], events: Sequence[Event]) -> tuple[Judgement, ...]:
     """One judgement per episode; what happens between two faults belongs to the first."""
-    ends = [*(episode.at_s for episode in episodes[1:]), math.inf]
-    return tuple(_judge_one(episode, window(events, episode.at_s, end)) for episode, end in zip(episodes, ends, strict=True))
+    return tuple(_judge_one(episode, found) for episode, found in _episodes_events(episodes, events))
+
+
+def _episodes_events(episodes: Sequence[Episode], events: Sequence[Event]) -> Iterator[tuple[Episode, list[Event]]]:
+    for number, episode in enumerate(episodes, start=1):
+        end = episodes[number].at_s if number < len(episodes) else math.inf
+        yield episode, window(events, episode.at_s, end)
 
 
 def _judge_one(episode: Episode, events: Sequence[Event]) -> Judgement:
@@ -135,12 +140,21 @@ def false_alarms(judgements: Sequence[Judgement], events: Sequence[Event]) -> li
     """Sentences of all failures that nobody inflicted."""
     episodes = [judgement.episode for judgement in judgements]
     found = [str(event["why"]) for event in uninvited(episodes, events)]
-    ends = [*(episode.at_s for episode in episodes[1:]), math.inf]
-    for episode, end in zip(episodes, ends, strict=bool(episodes)):
-        failures = [event for event in window(events, episode.at_s, end) if event["kind"] == FAILURE]
+    for episode, mine in _episodes_events(episodes, events):
         known = episode.expected.causes | episode.expected.also
-        found += [str(event["why"]) for event in failures if event["cause"] not in known]
+        found += [str(event["why"]) for event in mine if event["kind"] == FAILURE and event["cause"] not in known]
     return found
+
+
+def redone(episodes: Sequence[Episode], lost: Mapping[int, int]) -> tuple[int, ...]:
+    """Steps that each fault cost.
+
+    Args:
+        lost: attempt -> steps that it computed and that were computed again.
+    """
+    begins = [episode.attempt for episode in episodes]
+    ends = [*begins[1:], max(lost, default=0) + 1]
+    return tuple(sum(lost.get(attempt, 0) for attempt in range(*span)) for span in zip(begins, ends, strict=False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,6 +72,7 @@ class LocalPlatform:
         self.coordinator = Role("coordinator", python_command(CLI, "coordinator", str(config_path), "--managed"), None)
         self.nodes = [self._node(f"node{i}", logs) for i in range(config.cluster.nodes + config.cluster.spares)]
         self._leaving = False
+        self.told_to_stop = False
 
     def _node(self, name: str, logs: Path) -> Role:
         scratch = default_scratch(self._config.run.root, name)
@@ -152,7 +153,7 @@ class LocalPlatform:
         """First: checkpoint and leave. Again: at once, which loses what is not committed."""
         if self._leaving:
             os._exit(128 + signal.SIGINT)  # everything else dies with us
-        self._leaving = True
+        self._leaving = self.told_to_stop = True
         self._say("stopping at the next step boundary; once more to leave at once")
         if self.coordinator.process and self.coordinator.process.returncode is None:
             self.coordinator.process.terminate()

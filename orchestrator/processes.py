@@ -92,6 +92,14 @@ def _is_resource_tracker(pid: str) -> bool:
         return True  # gone
 
 
+def command_line(pid: int) -> str:
+    """For people; "" when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def _ancestors() -> set[int]:
     pids, pid = set(), os.getpid()
     while pid > 0:
