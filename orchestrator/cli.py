@@ -66,6 +66,22 @@ def run(
 
 
 @app.command()
+def chaos(
+    path: Annotated[Path, typer.Argument(metavar="PLAN.toml", help="What to break, when, and in which run.")],
+    root: Annotated[str, typer.Option(metavar="DIR", help="Folder of both runs; default: chaos-PLAN beside the plan.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the drawn plan.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Break a run on purpose, as planned, and compare it with itself undisturbed. Exit code 3 if anything did not hold.
+
+    Example: keepstep chaos examples/chaos.toml
+    """
+    from .chaos import chaos as wreak
+
+    raise typer.Exit(wreak(path, root=root, dry_run=dry_run, as_json=as_json))
+
+
+@app.command()
 def coordinator(
     path: RunFile,
     override: Overrides = None,
@@ -153,6 +169,30 @@ def drain(node: Annotated[str, typer.Argument(metavar="NODE")], where: Where) ->
     from .viewing import post
 
     print(post(where, "/v1/drain", node=node), end="")
+
+
+@app.command()
+def readmit(node: Annotated[str, typer.Argument(metavar="NODE")], where: Where) -> None:
+    """Trust a node again: it is not drained any more, and the failures that it caused are forgotten.
+
+    Example: keepstep readmit gpu07 runs/quickstart
+    """
+    from .viewing import post
+
+    print(post(where, "/v1/readmit", node=node), end="")
+
+
+@app.command()
+def resize(nodes: Annotated[int, typer.Argument(metavar="NODES", min=1)], where: Where) -> None:
+    """Go on with so many nodes: fewer from the next step on, more at the next checkpoint after they have joined.
+
+    The global batch stays the same. The order outlives the coordinator, until cluster.nodes is changed.
+
+    Example: keepstep resize 4 runs/quickstart
+    """
+    from .viewing import post
+
+    print(post(where, "/v1/resize", nodes=str(nodes)), end="")
 
 
 @checkpoints.command("list")

@@ -26,10 +26,12 @@ from .archive import EventFile, write_result
 from .client import LONG_POLL_S
 from .commits import InvalidCheckpoint, write_manifest
 from .endings import exit_code_of
+from .errors import InputError
 from .janitor import Hooks, Janitor
 from .logbook import Logbook
 from .machine import Run, begin, directive, may_answer, step
 from .policies import policy_of
+from .relations import broken
 from .sections import RunConfig
 from .status import goodput_of, goodput_of_nothing, last_commit, live_age_s, live_status, slowest_step
 from .wire import AgentReport, Directive, digest
@@ -291,6 +293,16 @@ class Coordinator:
 
     def ask_drain(self, node: str, why: str) -> None:
         self._apply(ev.DrainAsked(time.monotonic(), node, why))
+
+    def ask_readmit(self, node: str) -> None:
+        self._apply(ev.ReadmitAsked(time.monotonic(), node))
+
+    def ask_resize(self, nodes: int) -> None:
+        """Raises InputError where run.toml would not allow so many."""
+        cluster = self.config.cluster.model_copy(update={"nodes": nodes, "min_nodes": min(self.config.cluster.min_nodes, nodes)})
+        if problems := [problem.text for problem in broken(self.config.model_copy(update={"cluster": cluster}))]:
+            raise InputError(*problems)
+        self._apply(ev.ResizeAsked(time.monotonic(), nodes))
 
     async def status(self) -> dict[str, Any]:
         """The document of `keepstep status --json`. It never waits for storage: what is read from files may be a little old."""

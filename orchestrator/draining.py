@@ -10,7 +10,7 @@ from keepstep.trainer.contract import DAMAGED_KIND
 from . import asking, hangs, membership, phases, saves, verdict
 from .events import Commit, Event, LogQuarantine, Reported
 from .policy import restart_pause_s
-from .run import Failure, Run, ask, end, heard, progress_sentence, say, stop_now, wait
+from .run import Failure, Run, ask, end, heard, progress_sentence, say, say_verdict, stop_now, wait
 from .running import lost_evidence
 from .verdict import Evidence
 
@@ -32,7 +32,7 @@ def _weigh(run: Run, phase: phases.Draining, event: Reported) -> phases.Draining
     if report.node not in phase.record.gang or report.attempt != phase.record.attempt:
         return phase
     if phase.stood:
-        phase = replace(phase, stood=hangs.with_stacks(phase.stood, report))
+        phase = replace(phase, stood=hangs.updated(phase.stood, report))
     return _with(phase, verdict.of_report(report, run.now, keeps_promises=run.policy.needs_final_commit))
 
 
@@ -90,7 +90,7 @@ def _conclude(run: Run, phase: phases.Draining) -> Run:
     others = verdict.alike(culprit, _all_evidence(run, phase))
     culprit = verdict.with_others(culprit, others)
     kind = "moved" if culprit.kind == "move" else "failure"
-    run = say(run, kind, culprit.why, node=culprit.node, rank=culprit.rank, step=culprit.step, cause=culprit.kind)
+    run = say_verdict(run, kind, culprit)
     if culprit.kind == DAMAGED_KIND:
         run = _quarantine(run, phase)
     if culprit.kind != "move":
@@ -115,11 +115,20 @@ def _quarantine(run: Run, phase: phases.Draining) -> Run:
     return ask(run, LogQuarantine(resume.directory, phase.culprit.why))
 
 
+def _note_quarantine(run: Run, node: str) -> Run:
+    host, policy = membership.host_of(node), run.policy
+    if not node or membership.num_strikes(run.members, policy, host, run.now) != policy.strikes:
+        return run
+    limits = f"it gets no ranks while {policy.min_nodes} other nodes are fit (`keepstep readmit` ends that)"
+    return say(run, "node-quarantined", f"{host} caused {policy.strikes} failures: {limits}", node=node)
+
+
 def _charge(run: Run, culprit: Evidence, nodes: set[str]) -> Run:
     """A failure costs one of the budget, and its node a strike; what fails on several `nodes` alike is no node's fault."""
     again = run.policy.stop_at_same_error and culprit.sameness() is not None and culprit.sameness() == run.last_error
-    members = membership.strike(run.members, culprit.node) if culprit.node and len(nodes) == 1 else run.members
+    members = membership.strike(run.members, culprit.node, run.now) if culprit.node and len(nodes) == 1 else run.members
     run = replace(run, failures=run.failures + 1, last_error=culprit.sameness(), members=members)
+    run = _note_quarantine(run, culprit.node)
     if run.stop:
         return stop_now(run)
     if again:

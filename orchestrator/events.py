@@ -46,6 +46,7 @@ class AttemptRecord:
     nonce: str
     resume: Checkpoint | None
     unconfirmed: tuple[str, ...] = ()
+    standing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class Opened:
     last_nonce: str = ""
     last_resume: Checkpoint | None = None
     last_unconfirmed: tuple[str, ...] = ()  # of its AttemptRecord
+    last_standing: str = ""  # of its AttemptRecord
     newest_commit: Checkpoint | None = None  # quarantined ones left out
     ever_committed: bool = False  # also True when all that was committed is quarantined: never a silent start from scratch
     attempts_below: int = 0  # records were lost, one of them may have been an attempt: all that can be are below this number
@@ -223,6 +225,22 @@ class DrainAsked:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class ReadmitAsked:
+    """Trust a node again, by its id or its host's name: it is not drained any more, and its failures are forgotten."""
+
+    at: float
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeAsked:
+    """A full gang is to have so many nodes from now on."""
+
+    at: float
+    nodes: int
+
+
 Event: TypeAlias = (
     Opened
     | Tick
@@ -240,6 +258,8 @@ Event: TypeAlias = (
     | StopAsked
     | SaveAsked
     | DrainAsked
+    | ReadmitAsked
+    | ResizeAsked
 )
 
 
@@ -260,6 +280,7 @@ class LogAttempt:
     world_size: int
     resume: Checkpoint | None
     unconfirmed: tuple[str, ...] = ()  # nodes that may still run an older attempt; a successor must wait for them too
+    standing: str = ""  # what a successor should know of the run's past, see standing.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,6 +318,7 @@ class Say:
     rank: int = -1
     step: int = -1
     cause: str = ""  # of a failure: the kind of its evidence, e.g. "signal"
+    detail: tuple[str, ...] = ()  # of a failure: the last lines that the rank printed
 
 
 Asking: TypeAlias = FindCheckpoint | LogAttempt | Commit | LogQuarantine | LogEnd  # what is answered

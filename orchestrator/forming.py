@@ -17,7 +17,8 @@ from .events import (
     LogQuarantine,
     Reported,
 )
-from .run import Run, ask, drop_asks, end, enter, say, start, stop_now, wait
+from .run import Run, ask, drop_asks, end, enter, progress_sentence, say, start, stop_now, wait
+from .standing import standing
 
 # WAITING
 
@@ -25,9 +26,11 @@ from .run import Run, ask, drop_asks, end, enter, say, start, stop_now, wait
 def advance_waiting(run: Run, phase: phases.Waiting, event: Event) -> Run:
     if run.stop and not asking.pending(run.asks, Commit):
         return stop_now(run)
+    if not isinstance(event, Reported) and (why := _why_give_up(run)):
+        return end(run, "stopped", f"{why}; {progress_sentence(run)}", requeue=True)
     if run.now < phase.not_before or asking.pending(run.asks, Commit) or _is_old_news(run, phase, event):
         return run
-    ready = membership.fit(run.members, run.policy, run.now)
+    ready = membership.candidates(run.members, run.policy, run.now)
     run = _note_shortage(run, len(ready))
     size = _gang_size(run, len(ready))
     if not size:
@@ -41,6 +44,18 @@ def _is_old_news(run: Run, phase: phases.Waiting, event: Event) -> bool:
         return False
     fit = not membership.why_unfit(run.members, run.policy, event.report.node, run.now)
     return fit == (event.report.node in phase.ready)
+
+
+def _why_give_up(run: Run) -> str:
+    """The machines are being taken away, and those that stay are too few: whoever queues the run again gives it new ones."""
+    policy, noticed = run.policy, membership.noticed(run.members)
+    if policy.waits_when_preempted or not noticed or asking.pending(run.asks, Commit):
+        return ""
+    staying = membership.staying(run.members, policy, run.now, run.opened_at)
+    if len(staying) >= policy.min_nodes:
+        return ""
+    reasons = "; ".join(f"{node} leaves ({report.leaving})" for node in noticed if (report := run.members.report_of(node)))
+    return f"{reasons}: {len(staying)} nodes stay, {policy.min_nodes} are needed"
 
 
 def _note_shortage(run: Run, num_ready: int) -> Run:
@@ -104,17 +119,18 @@ def take_found(run: Run, phase: phases.Choosing, found: Found) -> Run:
 
 
 def _ask_for_attempt(run: Run, phase: phases.Choosing, resume: Checkpoint | None) -> Run:
-    ready = membership.fit(run.members, run.policy, run.now)
+    ready = membership.candidates(run.members, run.policy, run.now)
     size = _gang_size(_note_shortage(run, len(ready)), len(ready))
     if not size:
         return wait(_note_shortage(run, len(ready)), f"only {len(ready)} of {run.policy.nodes} nodes are still ready")
-    gang = membership.seat(run.members, run.policy, ready, size)
+    gang = membership.seat(run.members, run.policy, ready, size, run.now)
     wanted = LogAttempt(
         attempt=max(run.attempt, run.taken) + 1,
         gang=gang,
         world_size=sum(_num_ranks(run, node) for node in gang),
         resume=resume,
         unconfirmed=tuple(sorted(run.members.suspects)),
+        standing=standing(run),
     )
     source = f"step {resume.step}" if resume else "scratch"
     why = f"attempt {wanted.attempt} is to run on {', '.join(gang)} from {source}"

@@ -41,6 +41,13 @@ def is_overdue(rank: RankReport, stall_s: float) -> bool:
     return rank.state == "running" and rank.beats > 0 and rank.quiet_s > (rank.limit_s or stall_s)
 
 
+def is_hang(stood: tuple[Stood, ...], stall_s: float) -> bool:
+    """Whether one of those that all others wait for is silent for too long. A rank that evaluates or reads for minutes, and says so, makes
+    the others silent: they are not at fault, and it is none."""
+    behind = min((one.rank.collective for one in stood), default=-1)
+    return any(one.rank.beats > 0 and one.quiet_s > (one.rank.limit_s or stall_s) for one in stood if one.rank.collective == behind)
+
+
 def stood_still(reports: Iterable[tuple[AgentReport, float]], now: float) -> tuple[Stood, ...]:
     """Every rank that runs. `reports`: each with the instant at which it was heard."""
     return tuple(
@@ -51,15 +58,22 @@ def stood_still(reports: Iterable[tuple[AgentReport, float]], now: float) -> tup
     )
 
 
-def with_stacks(stood: tuple[Stood, ...], report: AgentReport) -> tuple[Stood, ...]:
-    """The same, with what a later report knows of their stacks."""
-    stacks = {rank.rank: rank for rank in report.ranks if rank.where}
+def updated(stood: tuple[Stood, ...], report: AgentReport) -> tuple[Stood, ...]:
+    """The same, with what a later report says. Of ranks that are stopped by now only what their end does not change."""
+    later = {rank.rank: rank for rank in report.ranks}
 
     def learn(one: Stood) -> Stood:
-        found = stacks.get(one.rank.rank) if one.node == report.node else None
-        return replace(one, rank=one.rank.model_copy(update={"where": found.where, "waits": found.waits})) if found else one
+        rank = later.get(one.rank.rank) if one.node == report.node else None
+        if rank is None:
+            return one
+        if rank.state == "running":
+            return replace(one, rank=rank, quiet_s=rank.quiet_s)
+        if rank.stopped_by_agent:
+            lasting = {"phase": rank.phase, "step": rank.step, "collective": rank.collective, "where": rank.where, "waits": rank.waits}
+            return replace(one, rank=one.rank.model_copy(update=lasting))
+        return replace(one, rank=one.rank.model_copy(update={"waits": True})) if rank.kind == "peer-lost" else one
 
-    return tuple(map(learn, stood)) if stacks else stood
+    return tuple(map(learn, stood))
 
 
 def culprit_of(stood: tuple[Stood, ...], now: float) -> Evidence:
@@ -90,9 +104,10 @@ def _nobody(stood: tuple[Stood, ...], now: float) -> Evidence:
     return Evidence(kind="stall", why=why, step=max(one.rank.step for one in stood), detail="all ranks wait", seen_at=now)
 
 
-def _innocence(one: Stood) -> tuple[bool, bool, int, bool, int, float, int]:
+def _innocence(one: Stood) -> tuple[bool, bool, int, int, int, float, int]:
     rank = one.rank
-    return not one.is_stopped, not one.has_no_pulse, rank.collective, rank.waits, rank.step, -one.quiet_s, -rank.rank
+    waits = 2 if rank.waits else 0 if rank.where else 1  # nobody knows where no stack could be taken
+    return not one.is_stopped, not one.has_no_pulse, rank.collective, waits, rank.step, -one.quiet_s, -rank.rank
 
 
 def _all_wait(stood: tuple[Stood, ...]) -> bool:

@@ -103,6 +103,7 @@ class Logbook:
                 resume_directory=resume.directory if resume else "",
                 nonce=secrets.token_hex(8),
                 unconfirmed=request.unconfirmed,
+                standing=request.standing,
                 at=utc_now(),
             )
         )
@@ -143,6 +144,7 @@ def attempt_record(record: Attempt, log: RunLog) -> ev.AttemptRecord:
         nonce=record.nonce,
         resume=resume,
         unconfirmed=record.unconfirmed,
+        standing=record.standing,
     )
 
 
@@ -163,6 +165,7 @@ def opened_event(log: RunLog) -> ev.Opened:
         last_nonce=last.nonce,
         last_resume=last.resume,
         last_unconfirmed=last.unconfirmed,
+        last_standing=last.standing,
         newest_commit=newest_checkpoint(log),
         ever_committed=lineage.ever_committed,
         attempts_below=attempts_below,

@@ -35,9 +35,11 @@ from .events import (
     LogRead,
     Opened,
     QuarantineRecord,
+    ReadmitAsked,
     Record,
     Reported,
     Request,
+    ResizeAsked,
     SaveAsked,
     StopAsked,
     Tick,
@@ -46,6 +48,7 @@ from .forming import advance_choosing, advance_fencing, advance_waiting, take_fo
 from .policy import Policy
 from .run import Run, ask, drop_asks, emit, enter, is_clean, say, wait
 from .running import advance_adopting, advance_running
+from .standing import resize, restored
 from .wire import AgentReport
 
 __all__ = ["Run", "begin", "describe", "directive", "may_answer", "step"]
@@ -124,6 +127,10 @@ def _take(run: Run, event: Event) -> Run:
         case DrainAsked(node=node, why=why):
             members = replace(run.members, drained={**run.members.drained, node: why})
             return say(replace(run, members=members), "drain-asked", why, node=node)
+        case ReadmitAsked(node=node):
+            return say(replace(run, members=membership.readmit(run.members, node)), "readmitted", f"{node} is trusted again", node=node)
+        case ResizeAsked(nodes=nodes):
+            return say(resize(run, nodes), "resize-asked", f"a full gang has {nodes} nodes from now on, not {run.policy.nodes}")
         case _:
             assert_never(event)
 
@@ -141,6 +148,7 @@ def _take_opened(run: Run, event: Opened) -> Run:
         saves=saves.Saves(commits=commits, ever_committed=bool(commits) or event.ever_committed, attempt=event.last_attempt),
         members=replace(run.members, seats=tuple(membership.host_of(node) for node in event.last_gang)),
     )
+    run = restored(run, event)
     if not event.last_attempt or event.ended:
         return wait(run, f"term {event.term} begins, no attempt is unfinished")
     return _begin_adoption(run, event)
@@ -155,6 +163,7 @@ def _begin_adoption(run: Run, event: Opened) -> Run:
         nonce=event.last_nonce,
         resume=event.last_resume,
         unconfirmed=event.last_unconfirmed,
+        standing=event.last_standing,
     )
     why = f"term {event.term} begins, attempt {record.attempt} may be running on {', '.join(record.gang)}"
     run = enter(run, phases.Adopting(since=run.now, why=why, record=record))

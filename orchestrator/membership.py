@@ -9,9 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from .policy import Policy
 from .wire import AgentReport
+
+MAX_STRIKES: Final = 16  # remembered of a host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,7 @@ class Members:
     nodes: Mapping[str, Node] = field(default_factory=dict)
     buried: frozenset[str] = frozenset()  # incarnations whose processes are confirmed dead
     suspects: Mapping[str, Suspect] = field(default_factory=dict)
-    strikes: Mapping[str, int] = field(default_factory=dict)  # by host
+    strikes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by host: when it caused a failure
     drained: Mapping[str, str] = field(default_factory=dict)  # node or host -> why people want it empty
     seats: tuple[str, ...] = ()  # hosts of the newest gang, in seat order
 
@@ -186,11 +189,43 @@ def why_going(members: Members, name: str) -> str:
     return f"it is to be drained ({why})" if why else ""
 
 
+def leaves_in_s(members: Members, name: str, now: float) -> float | None:
+    """How long a node with a notice will still be there, as far as the notice says."""
+    node = members.nodes.get(name)
+    if node is None or not node.report.leaving or node.report.leaves_in_s is None:
+        return None
+    return node.heard_at + node.report.leaves_in_s - now
+
+
 def fit(members: Members, policy: Policy, now: float) -> frozenset[str]:
+    """Nodes that could run ranks now."""
     return frozenset(name for name in members.nodes if not why_unfit(members, policy, name, now))
 
 
-def seat(members: Members, policy: Policy, ready: Iterable[str], num_nodes: int) -> tuple[str, ...]:
+def sound(members: Members, policy: Policy, now: float) -> frozenset[str]:
+    """Fit nodes without those on hosts that failed too often."""
+    return frozenset(name for name in fit(members, policy, now) if num_strikes(members, policy, host_of(name), now) < policy.strikes)
+
+
+def candidates(members: Members, policy: Policy, now: float) -> frozenset[str]:
+    """Nodes that a gang is made of: a quarantined host is better than no gang at all."""
+    good = sound(members, policy, now)
+    return good if len(good) >= policy.min_nodes else fit(members, policy, now)
+
+
+def staying(members: Members, policy: Policy, now: float, opened_at: float) -> frozenset[str]:
+    """Nodes that are there, ready or not, and have no notice."""
+    return frozenset(
+        name for name, node in members.nodes.items() if not node.report.leaving and not absence(members, policy, name, now, opened_at)
+    )
+
+
+def noticed(members: Members) -> tuple[str, ...]:
+    """Nodes that had a notice, those that have left since included."""
+    return tuple(sorted(name for name, node in members.nodes.items() if node.report.leaving))
+
+
+def seat(members: Members, policy: Policy, ready: Iterable[str], num_nodes: int, now: float) -> tuple[str, ...]:
     """The gang, in seat order: former members (or their hosts' new incarnations) keep their seats, others fill the gaps.
 
     Hosts with too many strikes come last, then former members come first, then names decide.
@@ -199,7 +234,7 @@ def seat(members: Members, policy: Policy, ready: Iterable[str], num_nodes: int)
 
     def preference(name: str) -> tuple[bool, bool, tuple[tuple[int, str], ...]]:
         host = host_of(name)
-        return members.strikes.get(host, 0) >= policy.strikes, host not in former, _natural(name)
+        return num_strikes(members, policy, host, now) >= policy.strikes, host not in former, _natural(name)
 
     chosen = sorted(ready, key=preference)[:num_nodes]
     return _keep_places(chosen, {name: former.get(host_of(name), -1) for name in chosen})
@@ -226,6 +261,20 @@ def num_ranks(report: AgentReport, policy: Policy) -> int:
     return report.slots or policy.ranks_per_node
 
 
-def strike(members: Members, node: str) -> Members:
+def num_strikes(members: Members, policy: Policy, host: str, now: float) -> int:
+    return sum(now - at < policy.strike_memory_s for at in members.strikes.get(host, ()))
+
+
+def strike(members: Members, node: str, now: float) -> Members:
     host = host_of(node)
-    return replace(members, strikes={**members.strikes, host: members.strikes.get(host, 0) + 1})
+    return replace(members, strikes={**members.strikes, host: (*members.strikes.get(host, ()), now)[-MAX_STRIKES:]})
+
+
+def readmit(members: Members, name: str) -> Members:
+    """People trust a node, or its host, again: no strikes, no order to drain it."""
+    host = host_of(name)
+    return replace(
+        members,
+        strikes={known: strikes for known, strikes in members.strikes.items() if known != host},
+        drained={known: why for known, why in members.drained.items() if host_of(known) != host},
+    )

@@ -155,7 +155,7 @@ TRANSITIONS: Final[Mapping[tuple[type[Phase], type[Phase]], str]] = {
     (Opening, Waiting): "no attempt is unfinished",
     (Opening, Adopting): "the last attempt has no end",
     (Waiting, Choosing): "enough nodes are ready",
-    (Waiting, Ending): "asked to stop",
+    (Waiting, Ending): "asked to stop, too few nodes stay after a notice",
     (Adopting, Starting): "every node of the gang reported",
     (Adopting, Fencing): "nobody runs it yet, older ranks may live",
     (Adopting, Draining): "a node is missing, a rank died",

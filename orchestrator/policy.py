@@ -53,6 +53,8 @@ class Policy:
     """The same error at the same step twice in a row ends the run: it would happen again."""
     strikes: int = 3
     """Failures that a host may cause before it is quarantined: no ranks on it while `min_nodes` others are fit."""
+    strike_memory_s: float = 24 * 3600.0
+    """A failure is held against its host for so long."""
 
     retry_s: float = 0.5
     """Pause after the first refusal by the storage."""

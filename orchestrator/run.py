@@ -53,6 +53,7 @@ class Run:
     failures: int = 0  # in a row, without a commit between them
     failed: tuple[Failure, ...] = ()
     last_error: tuple[str, str, int] | None = None  # Evidence.sameness of the last failure
+    resized: tuple[int, int] | None = None  # nodes of a full gang by the config, and by people's later order
     stop: str = ""  # why people want the run to end
     save_above: int | None = None  # people want a checkpoint newer than this step
     short_since: float | None = None  # since when a full gang has been impossible
@@ -69,8 +70,22 @@ def emit(run: Run, *requests: Request) -> Run:
     return replace(run, out=(*run.out, *requests))
 
 
-def say(run: Run, kind: str, why: str, *, node: str = "", rank: int = -1, step: int = -1, cause: str = "") -> Run:
-    return emit(run, Say(kind=kind, why=why, attempt=run.attempt, node=node, rank=rank, step=step, cause=cause))
+def say(run: Run, kind: str, why: str, *, node: str = "", step: int = -1) -> Run:
+    return emit(run, Say(kind=kind, why=why, attempt=run.attempt, node=node, step=step))
+
+
+def say_verdict(run: Run, kind: str, culprit: Evidence) -> Run:
+    verdict = Say(
+        kind=kind,
+        why=culprit.why,
+        attempt=run.attempt,
+        node=culprit.node,
+        rank=culprit.rank,
+        step=culprit.step,
+        cause=culprit.kind,
+        detail=culprit.tail,
+    )
+    return emit(run, verdict)
 
 
 def ask(run: Run, request: Asking) -> Run:

@@ -5,14 +5,15 @@ Per report the work is in proportion to that report; only ticks look at the whol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 from keepstep.trainer.contract import Phase as RankPhase
 
 from . import asking, hangs, membership, phases, saves, verdict
-from .events import AttemptRecord, Commit, Committed, Event, Reported
+from .events import AttemptRecord, Commit, Event, Reported
 from .forming import seats
+from .leaving import depart, moved
 from .run import Run, drain, end, enter, heard, launch_sentence, say, start
 from .verdict import Evidence
 from .wire import AgentReport, RankReport
@@ -70,7 +71,7 @@ def advance_running(run: Run, phase: phases.Starting | phases.Training, event: E
         return enter(run, phases.Training(since=run.now, why=why, attempt=attempt, finished=phase.finished, departure=phase.departure))
     if len(phase.finished) == len(attempt.seats):
         return _finish(run, phase)
-    return _depart(run, phase, event)
+    return depart(run, phase, event)
 
 
 def _follow(run: Run, report: AgentReport) -> Run:
@@ -157,7 +158,8 @@ def _hanging(run: Run, record: AttemptRecord, report: AgentReport) -> Evidence |
     reports = heard(run, record)
     if len(reports) < len(record.gang) or any(run.now - heard_at > hangs.SILENT_NODE_S for _, heard_at in reports):
         return None
-    return hangs.culprit_of(hangs.stood_still(reports, run.now), run.now)
+    stood = hangs.stood_still(reports, run.now)
+    return hangs.culprit_of(stood, run.now) if hangs.is_hang(stood, run.policy.stall_s) else None
 
 
 def _late(run: Run) -> Evidence | None:
@@ -170,53 +172,6 @@ def _late(run: Run) -> Evidence | None:
         why = f"the checkpoint of step {run.reached} was not committed within {policy.stall_s:g} s after all ranks had left"
         return Evidence(kind="commit-timeout", why=why, step=run.reached, detail="final commit missing", seen_at=run.now)
     return None
-
-
-# Leaving.
-
-
-def _depart(run: Run, phase: phases.Starting | phases.Training, event: Event) -> Run:
-    """Asks the ranks to save and leave where somebody wants that; past the deadline they are stopped."""
-    departure = phase.departure
-    wanted = _wanted_departure(run, phase, event)
-    if wanted is not None and (departure is None or (departure.aim, wanted.aim) == ("move", "stop")):
-        departure = wanted
-        run = say(run, "departure", f"asked all ranks to save and leave: {departure.why}")
-        run = replace(run, phase=replace(phase, departure=departure), revision=run.revision + 1)
-    if departure is None or (run.policy.needs_final_commit and run.now <= departure.until):
-        return run
-    return drain(run, phase.attempt.record, _departed(run, departure), phase.attempt.seats)
-
-
-def _wanted_departure(run: Run, phase: phases.Starting | phases.Training, event: Event) -> phases.Departure | None:
-    until = run.now + run.policy.stop_grace_s
-    if run.stop:
-        return phases.Departure(aim="stop", why=run.stop, until=until)
-    if phase.departure is not None:
-        return None
-    why = _why_move(run, phase.attempt.seats, event)
-    return phases.Departure(aim="move", why=why, until=until) if why else None
-
-
-def _why_move(run: Run, gang: Mapping[str, phases.Seat], event: Event) -> str:
-    if isinstance(event, Committed):
-        return _why_grow(run, gang)
-    nodes = (event.report.node,) if isinstance(event, Reported) else gang
-    reasons = (f"{node}: {why}" for node in nodes if node in gang and (why := membership.why_going(run.members, node)))
-    return next(reasons, "")
-
-
-def _why_grow(run: Run, gang: Mapping[str, phases.Seat]) -> str:
-    """A smaller gang than wanted grows at a checkpoint; a user's script keeps its own, so it is left alone."""
-    policy = run.policy
-    if len(gang) >= policy.nodes or not policy.needs_final_commit:
-        return ""
-    ready = membership.fit(run.members, policy, run.now)
-    return f"growing from {len(gang)} to {policy.nodes} nodes" if len(ready) >= policy.nodes else ""
-
-
-def _departed(run: Run, departure: phases.Departure) -> Evidence:
-    return Evidence(kind="move", why=departure.why, step=run.reached, seen_at=run.now)
 
 
 # The end.
@@ -242,5 +197,4 @@ def _leave(run: Run, phase: phases.Starting | phases.Training) -> Run:
     if run.stop:
         return end(run, "stopped", f"{run.stop}; step {run.saves.committed_step} of {run.policy.steps} is committed", requeue=True)
     why = phase.departure.why if phase.departure else f"all ranks left at step {run.reached}, nobody wants the run to stop"
-    culprit = Evidence(kind="move", why=why, step=run.reached, seen_at=run.now)
-    return drain(run, phase.attempt.record, culprit, phase.attempt.seats)
+    return drain(run, phase.attempt.record, moved(run, why), phase.attempt.seats)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from .client import LONG_POLL_S
 from .coordinator import Coordinator, NoAnswer
+from .errors import InputError
 from .metrics import exposition
 from .wire import AgentReport, Directive
 
@@ -31,6 +32,8 @@ def application(coordinator: Coordinator, token: str) -> web.Application:
             web.post("/v1/stop", views.stop),
             web.post("/v1/save", views.save),
             web.post("/v1/drain", views.drain),
+            web.post("/v1/readmit", views.readmit),
+            web.post("/v1/resize", views.resize),
             web.get("/metrics", views.metrics),
         ]
     )
@@ -93,6 +96,18 @@ class _Views:
     async def drain(self, request: web.Request) -> web.Response:
         self._coordinator.ask_drain(request.query["node"], request.query.get("why", "asked by a person"))
         return web.Response(text="draining\n")
+
+    async def readmit(self, request: web.Request) -> web.Response:
+        self._coordinator.ask_readmit(request.query["node"])
+        return web.Response(text="trusted again\n")
+
+    async def resize(self, request: web.Request) -> web.Response:
+        nodes = int(request.query["nodes"])
+        try:
+            self._coordinator.ask_resize(nodes)
+        except InputError as error:
+            raise web.HTTPConflict(text=f"{error}\n") from error
+        return web.Response(text=f"a full gang has {nodes} nodes from now on\n")
 
     async def metrics(self, _: web.Request) -> web.Response:
         body = exposition(await self._coordinator.status())

@@ -86,6 +86,10 @@ def _what(event: ev.Event) -> str:
             return "save"
         case ev.DrainAsked(node=node, why=why):
             return f"drain {node}: {why}"
+        case ev.ReadmitAsked(node=node):
+            return f"readmit {node}"
+        case ev.ResizeAsked(nodes=nodes):
+            return f"resize to {nodes} nodes"
         case _:
             assert_never(event)
 

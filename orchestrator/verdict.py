@@ -60,6 +60,7 @@ class Evidence:
     detail: str = ""  # the error alone, e.g. "ValueError: bad batch"
     seen_at: float = 0.0
     order: int = 0  # of the exits on its node
+    tail: tuple[str, ...] = ()  # the last lines that it printed
 
     @property
     def blameless(self) -> bool:
@@ -138,6 +139,7 @@ def _exit_evidence(node: str, rank: RankReport, now: float, kind: str, how: str)
         detail=rank.why or how,
         seen_at=now,
         order=rank.exit_order or 0,
+        tail=rank.tail,
     )
 
 

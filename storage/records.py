@@ -43,6 +43,7 @@ class Attempt:
     resume_directory: str = ""
     nonce: str
     unconfirmed: tuple[str, ...] = ()  # nodes that may still run an older attempt: a successor must wait for them too
+    standing: str = ""  # JSON of the coordinator's own: what a successor should know of the run's past
     at: str = ""
 
 

@@ -11,7 +11,8 @@
 A report repeats the node's last one, but for what is said. Its sequence grows, its term and revision are the newest unless said.
 Ranks: `*:STEP@5` (all of the node, running), `3:SIGKILL@41`, `2:lost@41` (a peer), `1:damaged@20`, `0:stopped@41` (by its agent),
 `*:done@100` and `*:left@50` (exit code 0 in phase DONE or STOPPED), `1:exit7@3`, `'1:ValueError: bad batch@3'`;
-`*:mute@0` (running, without any progress report); `~75` at the end: quiet for 75 s.
+`*:mute@0` (running, without any progress report); at the end `~75`: quiet for 75 s, `^4`: 4 s are its limit, `!40`: it has begun 40
+collectives (others 41).
 `persisted=20` all ranks of the node, `persisted=20:0,1` some. `-` drops what the report said before: `persisted=-`.
 """
 
@@ -111,6 +112,10 @@ class Script:
                 yield ev.SaveAsked(at)
             case "drain":
                 yield ev.DrainAsked(at, words[0], " ".join(words[1:]))
+            case "readmit":
+                yield ev.ReadmitAsked(at, words[0])
+            case "resize":
+                yield ev.ResizeAsked(at, int(words[0]))
             case _:
                 raise ValueError(f"{kind}: no such event")
 
@@ -127,6 +132,7 @@ class Script:
             last_world_size=int(options.get("world", 0)),
             last_nonce="nonce" if "last" in options else "",
             last_resume=self._checkpoint(int(resume)) if resume else None,
+            last_standing=options.get("standing", ""),
             last_unconfirmed=tuple(filter(None, options.get("unconfirmed", "").split(","))),
             newest_commit=self._checkpoint(int(commit)) if commit else None,
             ever_committed="ever" in words,
@@ -144,6 +150,7 @@ class Script:
                         nonce=f"nonce-{wanted.attempt}",
                         resume=wanted.resume,
                         unconfirmed=wanted.unconfirmed,
+                        standing=wanted.standing,
                     )
                     yield ev.Logged(at, record)
                 case ev.LogQuarantine(directory=key):
@@ -187,6 +194,8 @@ class Script:
                 return {name: int(value)}
             case "leaving" | "problem" | "storage":
                 return {name: value}
+            case "leaves_in_s" | "save_s":
+                return {name: float(value)}
             case "buried":
                 return {"buried": tuple(value.split(","))}
             case "store":
@@ -246,13 +255,16 @@ def _first_report(node: str) -> AgentReport:
 
 
 def _rank(rank: int, local_rank: int, text: str, order: int) -> RankReport:
+    text, _, collective = text.partition("!")
+    text, _, limit = text.partition("^")
     text, _, quiet = text.partition("~")
     state, _, step = text.rpartition("@")
     common: dict[str, Any] = {"rank": rank, "local_rank": local_rank, "pid": 100 + rank, "step": int(step)}
     if state == "mute":
         return RankReport(**common, state="running")
     if state in PHASES:
-        return RankReport(**common, state="running", phase=PHASES[state], beats=int(step) + 1, quiet_s=float(quiet or 0))
+        pace = {"beats": int(step) + 1, "quiet_s": float(quiet or 0), "limit_s": float(limit or 0), "collective": int(collective or 41)}
+        return RankReport(**common, state="running", phase=PHASES[state], **pace)
     return RankReport(**common, state="exited", exit_order=order, **_exit(state))
 
 

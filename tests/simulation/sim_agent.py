@@ -8,11 +8,13 @@ from sim_world import Rank, World
 
 from keepstep.orchestrator.policy import Policy
 from keepstep.orchestrator.wire import AgentReport, Directive, Launch, Persisted, RankReport, StoreAddress
+from keepstep.trainer.contract import Phase
 
 if TYPE_CHECKING:
     from sim_coordinator import Coordinator, Platform
 
 PERIOD_S = 1.0
+HANG_S = 3.0
 
 
 class Agent:
@@ -27,6 +29,7 @@ class Agent:
         self.attempt = 0
         self.persisted: tuple[Persisted, ...] = ()
         self.leaving = ""
+        self.autopsied = 0
         self.store: StoreAddress | None = None
         self.request = 0
         self._newest = 0  # attempt launched or hosted
@@ -76,7 +79,8 @@ class Agent:
             ready=not self.leaving,
             buried=self.buried,
             attempt=self.attempt,
-            ranks=tuple(map(_rank_report, self.ranks)),
+            ranks=tuple(_rank_report(rank, self.world.now) for rank in self.ranks),
+            autopsied=self.autopsied,
             store=self.store,
             persisted=self.persisted,
             leaving=self.leaving,
@@ -111,6 +115,7 @@ class Agent:
         self.request = launch.request if launch else 0
         if self._running() and (launch is None or launch.attempt != self.attempt):
             self._busy = True
+            self._dump_stacks(directive.autopsy)
             self.world.at(self.world.rng.choice((0.02, 0.1, 0.3, 1.5)), self._kill, "", True)
         elif launch is not None and launch.attempt > self._newest and launch.store is None:
             self._host_store(launch)
@@ -119,6 +124,12 @@ class Agent:
             self.world.at(self.world.rng.choice((0.05, 0.1, 0.2, 1.0)), self._fork, launch)
         else:
             self._comply(directive)
+
+    def _dump_stacks(self, attempt: int) -> None:
+        if attempt == self.attempt:
+            self.autopsied = attempt
+            for rank in self.ranks:
+                rank.waits = not rank.hangs
 
     def _comply(self, directive: Directive) -> None:
         if (directive.term, directive.revision) != (self._term, self._obeyed):
@@ -229,7 +240,7 @@ def _is_settled(part: Persisted, directive: Directive) -> bool:
     return part.attempt < directive.settled_attempt or part.step <= directive.committed_step
 
 
-def _rank_report(rank: Rank) -> RankReport:
+def _rank_report(rank: Rank, now: float) -> RankReport:
     return RankReport(
         rank=rank.rank,
         local_rank=rank.local_rank,
@@ -238,6 +249,10 @@ def _rank_report(rank: Rank) -> RankReport:
         phase=rank.phase,
         step=rank.step,
         beats=rank.step + 1,
+        quiet_s=now - rank.beat_at,
+        limit_s=HANG_S if rank.phase == Phase.STEP and rank.step else 0.0,
+        where="loop.py:1 f" if rank.waits or (rank.hangs and not rank.alive) else "",
+        waits=rank.waits,
         exit_code=rank.exit_code,
         exit_order=None if rank.alive else rank.order,
         stopped_by_agent=rank.stopped,

@@ -60,6 +60,7 @@ class Coordinator:
             last_nonce=last.nonce if last else "",
             last_resume=last.resume if last else None,
             last_unconfirmed=last.unconfirmed if last else (),
+            last_standing=last.standing if last else "",
             newest_commit=good,
             ever_committed=bool(log.history),
         )
@@ -179,6 +180,7 @@ class Coordinator:
             nonce=f"{self.world.rng.getrandbits(32):08x}",
             resume=request.resume,
             unconfirmed=request.unconfirmed,
+            standing=request.standing,
         )
         if log.newest is not None and log.newest.attempt == request.attempt:
             record = log.newest  # asked twice

@@ -9,6 +9,7 @@ from keepstep.orchestrator import events as ev
 from keepstep.orchestrator import phases
 from keepstep.orchestrator.machine import describe
 from keepstep.orchestrator.policy import Policy
+from keepstep.trainer.contract import Phase
 
 STEPS = 24
 CALM_S = 240.0  # after the last fault
@@ -37,12 +38,13 @@ class Simulation:
             start_timeout_s=30.0,
             stall_s=20.0,
             stop_grace_s=8.0,
+            waits_when_preempted=rng.random() < 0.5,
             max_failures=4 if self.hopeless else 40,
             backoff_max_s=4.0,
         )
         self.hosts = [f"h{i}" for i in range(nodes + self.spares)]
         self.platform = Platform(self.world, self.policy, self.hosts)
-        self._drained = False
+        self._drained = self._noticed = False
         self._plan(faults)
 
     # --- the plan ---------------------------------------------------------------------------------------------------
@@ -56,6 +58,7 @@ class Simulation:
             + [self._kill_agent] * 3
             + [self._cut] * 3
             + [self._isolate, self._kill_coordinator, self._second_coordinator, self._bad_weather] * 2
+            + [self._hang_rank, self._resize]
             + [self._damage, self._quarantine, self._leave, self._drain, self._save, self._freeze_coordinator]
         )
         if faults:
@@ -92,6 +95,19 @@ class Simulation:
             rank = world.rng.choice(ranks)
             world.tell(f"SIGKILL hits rank {rank.rank} of attempt {rank.attempt}")
             world.fail(rank, -9, "signal", "SIGKILL")
+
+    def _hang_rank(self) -> None:
+        """It does nothing any more, and the others wait for it."""
+        world = self.world
+        ranks = [rank for rank in sorted(world.living, key=lambda rank: (rank.attempt, rank.rank)) if rank.phase == Phase.STEP]
+        if ranks:
+            rank = world.rng.choice(ranks)
+            rank.hangs = True
+            world.gangs[rank.attempt].own_failures.add(rank.rank)
+            world.tell(f"rank {rank.rank} of attempt {rank.attempt} hangs")
+
+    def _resize(self) -> None:
+        self._order(lambda at: ev.ResizeAsked(at, self.world.rng.randint(1, len(self.hosts))))
 
     def _kill_agent(self) -> None:
         rng = self.world.rng
@@ -196,6 +212,7 @@ class Simulation:
         """A spot notice."""
         agent = self.platform.agents[self.world.rng.choice(self.hosts)]
         if agent.alive:
+            self._noticed = True
             agent.leaving = "spot notice"
             agent.tell()
             self.world.at(12.0, self._gone, agent.host, agent.id)
@@ -242,6 +259,7 @@ class Simulation:
             )
             raise Violation(f"not over {CALM_S:g} s after the last fault ({states})")
         stopped = any(coordinator.run.stop for coordinator in self.platform.coordinators)
+        stopped |= self._noticed and not self.policy.waits_when_preempted
         if self.hopeless:
             expected = ("failed", "stopped") if stopped else ("failed",)
         else:

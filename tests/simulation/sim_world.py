@@ -118,6 +118,9 @@ class Rank:
     stopped: bool = False
     kind: str = ""
     why: str = ""
+    beat_at: float = 0.0  # its last sign of progress
+    hangs: bool = False
+    waits: bool = False  # as its stack showed
 
 
 @dataclass(eq=False)
@@ -221,6 +224,7 @@ class World:
         gang.ranks[rank.rank], gang.agents[rank.rank] = rank, agent
         self._must_be_alone(rank.attempt, "is launched")
         self.living.add(rank)
+        rank.beat_at = self.now
         self.at(0.1 + self.rng.random() * 0.4, self._loaded, gang, rank)
 
     def _loaded(self, gang: Gang, rank: Rank) -> None:
@@ -230,7 +234,7 @@ class World:
         if resume is not None and resume.directory in self.damaged:
             self.exit(rank, 1, "damaged-checkpoint", f"{resume.directory}: block 3")
             return
-        rank.phase = Phase.STEP
+        rank.phase, rank.beat_at = Phase.STEP, self.now
         ready = len(gang.ranks) == gang.record.world_size and all(each.phase == Phase.STEP for each in gang.ranks.values())
         if ready and not gang.stepping:
             gang.stepping = True
@@ -246,6 +250,8 @@ class World:
             return
         if len(living) < len(ranks):
             self._lose_peers(gang, living)
+        elif any(rank.hangs for rank in living):
+            self.at(0.5, self._step, gang)  # the others wait for it
         elif not self._connected(gang):
             gang.clear_case = False
             self.at(0.5, self._step, gang)  # a collective that hangs until the network is back
@@ -271,6 +277,7 @@ class World:
         self._must_be_alone(attempt, "steps")
         for rank in ranks:
             rank.step += 1
+            rank.beat_at = self.now
         step = ranks[0].step
         if self.curse is not None and step >= 3:
             self.fail(self.rng.choice(ranks), 1, "exception", self.curse())

@@ -10,7 +10,7 @@ import pytest
 from sim_faults import STEPS, Simulation
 from sim_world import Violation
 
-from keepstep.orchestrator import asking, draining, forming, membership, verdict
+from keepstep.orchestrator import asking, draining, forming, hangs, membership, verdict
 from keepstep.orchestrator import events as ev
 from keepstep.orchestrator.run import Run, wait
 
@@ -29,7 +29,7 @@ class Mutant:
     steps: int = STEPS
 
 
-def _restart_for_ever(run: Run, culprit: verdict.Evidence) -> Run:
+def _restart_for_ever(run: Run, culprit: verdict.Evidence, _nodes: set[str]) -> Run:
     return wait(run, f"after attempt {run.attempt}: {culprit.why}")
 
 
@@ -66,6 +66,12 @@ MUTANTS = [
         why="a victim of",
         faults=("kill_rank", "bad_weather"),
         patch=(verdict, "better", lambda _, known: known),
+    ),
+    Mutant(
+        name="who-is-quiet-longest-hangs",
+        why="a victim of",
+        faults=("hang_rank", "bad_weather"),
+        patch=(hangs, "_innocence", lambda one: -one.quiet_s),
     ),
     Mutant(
         name="any-checkpoint-will-do",

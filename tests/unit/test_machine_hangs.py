@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from machine_parts import rank, report
 
-from keepstep.orchestrator.hangs import culprit_of, is_overdue, stood_still, with_stacks
+from keepstep.orchestrator.hangs import culprit_of, is_hang, is_overdue, stood_still, updated
 from keepstep.orchestrator.verdict import Evidence
+from keepstep.trainer.contract import Phase
 
 WAITING = {"where": "loop.py:120 agree < parallel.py:44 gather", "waits": True}
 
@@ -45,9 +46,9 @@ def test_a_stopped_process_explains_more_than_a_count_of_collectives() -> None:
 def test_stacks_decide_where_the_numbers_are_equal() -> None:
     numbers = {"quiet_s": 4.5, "collective": 41}
     before = stood_still(((report("node0#a", attempt=1, ranks=(rank(0, **numbers), rank(1, **numbers))), 0.0),), now=0.0)
-    asleep = rank(1, **numbers, where="train.py:9 read_batch", state="exited")
-    later = report("node0#a", attempt=1, ranks=(rank(0, **numbers, **WAITING, state="exited"), asleep))
-    found = culprit_of(with_stacks(before, later), now=0.0)
+    asleep = rank(1, **numbers, where="train.py:9 read_batch", exit_code=-9, stopped_by_agent=True)
+    later = report("node0#a", attempt=1, ranks=(rank(0, **numbers, **WAITING, exit_code=-9, stopped_by_agent=True), asleep))
+    found = culprit_of(updated(before, later), now=0.0)
     assert found.rank == 1
     assert found.why.endswith("the others wait for it (at train.py:9 read_batch)")
 
@@ -88,3 +89,21 @@ def test_a_hang_that_comes_again_proves_nothing_about_the_program() -> None:
 )
 def test_a_silence_is_a_hang_beyond_what_was_learnt_else_beyond_the_default(said: dict[str, object], overdue: bool) -> None:
     assert is_overdue(rank(0, **said), stall_s=60.0) is overdue
+
+
+def test_those_who_wait_for_a_rank_that_is_busy_do_not_hang() -> None:
+    """Rank 0 evaluates alone, and said that it may take minutes; the others stand in a barrier."""
+    busy = rank(0, quiet_s=30.0, limit_s=600.0, collective=40, phase=Phase.EVALUATE)
+    waiting = tuple(rank(i, quiet_s=30.0, limit_s=4.0, collective=41) for i in (1, 2))
+    stood = stood_still(((report("node0#a", attempt=1, ranks=(busy, *waiting)), 0.0),), now=0.0)
+    assert not is_hang(stood, stall_s=300.0)
+    late = stood_still(((report("node0#a", attempt=1, ranks=(busy.model_copy(update={"quiet_s": 601.0}), *waiting)), 0.0),), now=0.0)
+    assert is_hang(late, stall_s=300.0)
+
+
+def test_who_died_of_a_lost_peer_was_waiting() -> None:
+    numbers = {"quiet_s": 4.5, "collective": 41}
+    before = stood_still(((report("node0#a", attempt=1, ranks=(rank(0, **numbers), rank(1, **numbers))), 0.0),), now=0.0)
+    victim = rank(0, **numbers, exit_code=1, kind="peer-lost")
+    later = report("node0#a", attempt=1, ranks=(victim, rank(1, **numbers, exit_code=-9, stopped_by_agent=True, where="x.py:1 f")))
+    assert culprit_of(updated(before, later), now=0.0).rank == 1

@@ -32,21 +32,21 @@ def members(*nodes: str, seats: tuple[str, ...] = (), at: float = 0.0) -> Member
     ids=["by number", "new incarnations sit where the old ones did", "a spare fills the gap", "shrunk", "grown", "spares stay out"],
 )
 def test_seats_are_kept(former: tuple[str, ...], ready: tuple[str, ...], size: int, gang: tuple[str, ...]) -> None:
-    assert membership.seat(members(*ready, seats=former), POLICY, ready, size) == gang
+    assert membership.seat(members(*ready, seats=former), POLICY, ready, size, 0.0) == gang
 
 
 def test_two_incarnations_of_a_host_never_share_a_seat() -> None:
     ready = ("node0#a", "node0#b", "node1#c")
-    gang = membership.seat(members(*ready, seats=("node0", "node1")), POLICY, ready, 3)
+    gang = membership.seat(members(*ready, seats=("node0", "node1")), POLICY, ready, 3, 0.0)
     assert sorted(gang) == sorted(ready)
 
 
 def test_a_host_with_too_many_strikes_is_taken_only_when_needed() -> None:
     known = members("node0#a", "node1#b")
     for _ in range(POLICY.strikes):
-        known = membership.strike(known, "node0#a")
-    assert membership.seat(known, POLICY, known.nodes, 1) == ("node1#b",)
-    assert membership.seat(known, POLICY, known.nodes, 2) == ("node0#a", "node1#b")
+        known = membership.strike(known, "node0#a", 0.0)
+    assert membership.seat(known, POLICY, known.nodes, 1, 0.0) == ("node1#b",)
+    assert membership.seat(known, POLICY, known.nodes, 2, 0.0) == ("node0#a", "node1#b")
 
 
 def test_absence_needs_a_reason() -> None:
