@@ -21,15 +21,17 @@ from keepstep.storage.errors import StoreError
 from keepstep.storage.lineage import Lineage
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
-from keepstep.trainer.contract import EXIT_BAD_INPUT, EXIT_OK
+from keepstep.trainer.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE
 
 from .client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
 from .contact import Contact
+from .going import Going, signal_grace_s
 from .node import NodeRanks, NodeSettings, write_config
 from .persisting import PersisterProcess
 from .processes import ENV_SCRATCH, adopt_orphans, bury, die_with_parent_if_told, kill, print_or_lose, strays, wait_ended
 from .scratch import Scratch
 from .sections import RunConfig
+from .watching import watch_notices
 from .wire import AgentReport, Directive, Launch, digest
 
 REPORT_PERIOD_S = 1.0  # the floor; changes are reported at once
@@ -63,7 +65,9 @@ class Agent:
         self._obeyed = 0
         self._obeyed_at = time.monotonic()
         self._warm = asyncio.Event()
-        self._leaving = ""
+        self._going = Going(self._changed)
+        self._signal_grace_s = signal_grace_s(config.cluster.stop_grace_s)
+        self._heard: AgentReport | None = None  # the newest report that was answered
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     # --- what the node is -------------------------------------------------------------------------------------------
@@ -96,13 +100,15 @@ class Agent:
             sequence=self._sequence,
             term=self._term,
             obeyed=self._obeyed,
-            ready=self._warm.is_set() and self._persister.is_up and not self._leaving,
+            ready=self._warm.is_set() and self._persister.is_up and not self._going.why,
             buried=self.buried,
             attempt=self._ranks.attempt,
             ranks=self._ranks.reports(),
             store=self._ranks.store_address,
             persisted=self._persister.persisted,
-            leaving=self._leaving,
+            leaving=self._going.why,
+            leaves_in_s=self._going.left_s,
+            save_s=round(self._persister.save_s, 3),
             storage=self._persister.trouble,
         )
 
@@ -124,6 +130,8 @@ class Agent:
             self._watch_pace(),
             self._watch_persister(),
             self._ship_logs(),
+            watch_notices(self.config.cluster.notices, self.config.cluster.stop_grace_s, self._going.hear),
+            self._go(),
         )
         tasks = [asyncio.create_task(loop) for loop in loops]
         for task in tasks:
@@ -136,7 +144,8 @@ class Agent:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._ranks.stop()
             await asyncio.to_thread(self._ranks.logs.ship)
-            await self._persister.stop(self.config.cluster.stop_grace_s)
+            left_s = self._going.left_s
+            await self._persister.stop(self.config.cluster.stop_grace_s if left_s is None else left_s)
             await self._client.close()
             await asyncio.to_thread(bury_own, self.scratch.path)
 
@@ -146,15 +155,25 @@ class Agent:
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
+        seconds = self._signal_grace_s
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            loop.add_signal_handler(number, self._leave, f"got {number.name}")
+            loop.add_signal_handler(number, self._going.hear, f"got {number.name}, {seconds:g} s are left", seconds)
 
-    def _leave(self, why: str) -> None:
-        """Told by the platform that this node must go: the coordinator moves the run off it, then it exits."""
-        if not self._leaving:
-            asyncio.get_running_loop().call_later(self.config.cluster.stop_grace_s, self._finish, EXIT_OK)
-        self._leaving = why
-        self._changed()
+    async def _go(self) -> None:
+        """Told that this node must go: the coordinator moves the run off it, then it exits; when its time is over, in any case."""
+        await self._going.wait(self._is_needed)
+        if self._ranks.running:
+            print(f"keepstep agent {self.id}: no time is left: its ranks are stopped", file=sys.stderr)  # noqa: T201
+            await self._ranks.stop()
+            with contextlib.suppress(CoordinatorUnreachable, CoordinatorRefused):  # it will notice by itself, later
+                await self._client.report(self._report())
+        self._finish(EXIT_REQUEUE)
+
+    def _is_needed(self) -> bool:
+        """Whoever knows that we leave, and wants no ranks here now, will not want any later; what is saved must be committed first."""
+        knows = self._heard is not None and bool(self._heard.leaving)
+        wants = self._directive is None or self._directive.launch is not None
+        return wants or not knows or self._ranks.running or not self._persister.is_idle
 
     def _finish(self, code: int) -> None:
         if not self._exit.done():
@@ -180,7 +199,9 @@ class Agent:
             self._news.clear()
             asked_at = time.monotonic()
             try:
-                self._take(await self._client.report(self._report()), asked_at)
+                report = self._report()
+                self._take(await self._client.report(report), asked_at)
+                self._heard = report
             except CoordinatorUnreachable:
                 await self._find_successor()
                 await asyncio.sleep(RETRY_S)
@@ -280,8 +301,6 @@ class Agent:
             if directive.term == self._term and directive.revision > self._obeyed:
                 self._obeyed = directive.revision
                 self._changed()
-            if self._leaving and directive.launch is None and not self._persister.persisted:
-                self._finish(EXIT_OK)
 
     async def _reconcile(self, launch: Launch | None) -> None:
         if launch is None:
@@ -295,7 +314,7 @@ class Agent:
         await self._ranks.stop()
         self._ranks = self._incarnate()
         self._sequence = 0
-        self._directive = None
+        self._directive = self._heard = None
         self._changed()
 
     # --- watching ---------------------------------------------------------------------------------------------------

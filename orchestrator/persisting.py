@@ -28,12 +28,27 @@ class PersisterProcess:
         self._begun_at: dict[int, tuple[int, float]] = {}  # rank -> step on its way to storage, and since when
         self._problems: dict[int, str] = {}  # rank -> why its newest save failed
         self._attempt = 0  # that the two are about
+        self._save_s: dict[int, float] = {}  # rank -> how long its newest save took
+        self._timed = 0  # the attempt that those are of
         self.is_up = False
 
     @property
     def persisted(self) -> tuple[Persisted, ...]:
         """What is durable and, as far as we know, not committed yet."""
         return tuple(self._persisted[key] for key in sorted(self._persisted))
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is on its way to storage, and nothing waits for its commit."""
+        return not self._persisted and not self._begun_at
+
+    @property
+    def save_s(self) -> float:
+        """How long the newest saves of this node's ranks took until they were durable, the longest of them; 0: none did yet.
+
+        A save that failed at first counts for nothing: it says how long the store was away.
+        """
+        return max(self._save_s.values(), default=0.0)
 
     @property
     def trouble(self) -> str:
@@ -113,12 +128,23 @@ class PersisterProcess:
             case "persisted":
                 done = Persisted.model_validate(message)
                 self._persisted[done.attempt, done.step, done.rank] = done
+                self._time(done)
                 self._begun_at.pop(rank, None)
                 self._problems.pop(rank, None)
             case "failed":
                 self._begun_at.pop(rank, None)
                 self._problems[rank] = message["why"]
                 print(message["why"], file=sys.stderr, flush=True)  # noqa: T201  (the agent's log)
+
+    def _time(self, done: Persisted) -> None:
+        """Until an attempt has saved, what the one before it knew is the best guess."""
+        step, begun_at = self._begun_at.get(done.rank, (-1, 0.0))
+        if step != done.step:
+            return
+        if done.attempt != self._timed:
+            self._timed = done.attempt
+            self._save_s.clear()
+        self._save_s[done.rank] = time.monotonic() - begun_at
 
 
 def _is_settled(key: tuple[int, int, int], directive: Directive) -> bool:

@@ -69,3 +69,39 @@ def test_what_is_durable_is_reported_until_it_is_settled(persister: PersisterPro
     persister.hear(persisted(step=40))
     persister.settle(Directive(term=1, launch=None, committed_step=20))
     assert [part.step for part in persister.persisted] == [40]
+
+
+def test_how_long_a_save_takes_is_that_of_the_slowest_rank_of_the_newest_attempt_that_saved(
+    persister: PersisterProcess, clock: list[float]
+) -> None:
+    assert persister.save_s == 0
+    for rank in (0, 1):
+        persister.hear(line("begun", rank=rank))
+    clock[0] += 2
+    persister.hear(persisted(rank=0))
+    clock[0] += 3
+    persister.hear(persisted(rank=1))
+    assert persister.save_s == 5
+    persister.hear(line("begun", attempt=2, rank=2, step=40))
+    assert persister.save_s == 5, "the best guess, until the new attempt has saved"
+    clock[0] += 1
+    persister.hear(persisted(attempt=2, rank=2, step=40))
+    assert persister.save_s == 1
+
+
+def test_a_save_that_failed_at_first_says_nothing_about_how_long_saves_take(persister: PersisterProcess, clock: list[float]) -> None:
+    persister.hear(line("begun"))
+    persister.hear(line("failed", why="no space"))
+    clock[0] += 100
+    persister.hear(persisted())
+    assert persister.save_s == 0
+
+
+def test_a_persister_is_idle_when_nothing_is_on_its_way_and_nothing_waits_for_its_commit(persister: PersisterProcess) -> None:
+    assert persister.is_idle
+    persister.hear(line("begun"))
+    assert not persister.is_idle
+    persister.hear(persisted())
+    assert not persister.is_idle
+    persister.settle(Directive(term=1, launch=None, committed_step=20))
+    assert persister.is_idle
