@@ -144,4 +144,5 @@ def _digests(final: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _failure(event: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: event.get(name) for name in ("attempt", "node", "rank", "step", "kind", "why")} | {"kind": event.get("cause", FAILURE)}
+    named = {name: event.get(name) for name in ("attempt", "node", "rank", "step", "kind", "why")}
+    return named | {"kind": event.get("cause", FAILURE), "printed": event.get("detail", [])}

@@ -7,10 +7,11 @@ from typing import Any
 
 
 def event_line(event: Mapping[str, Any]) -> str:
-    """ "attempt 2, step 41: rank 3 on node1#ab12 was killed by SIGKILL" """
+    """ "attempt 2, step 41: rank 3 on node1#ab12 was killed by SIGKILL", and below it what a failed rank printed last."""
     place = ", ".join(part for part in (_numbered("attempt", event, 1), _numbered("step", event, 0)) if part)
     at = f"{event['at'][11:19]} " if event.get("at") else ""
-    return f"{at}{event['kind']:<10} {place + ': ' if place else ''}{event['why']}"
+    printed = "".join(f"\n    | {line}" for line in event.get("detail") or ())
+    return f"{at}{event['kind']:<10} {place + ': ' if place else ''}{event['why']}{printed}"
 
 
 def _numbered(name: str, event: Mapping[str, Any], smallest: int) -> str:

@@ -162,6 +162,8 @@ def test_metrics_name_what_people_watch(tmp_path: Path) -> None:
 def test_lines_for_people() -> None:
     event = {"at": "2026-11-22T04:05:06.789Z", "kind": "failure", "attempt": 2, "step": 41, "rank": 3, "why": "rank 3 was killed"}
     assert event_line(event) == "04:05:06 failure    attempt 2, step 41: rank 3 was killed"
+    told = event_line(event | {"detail": ("Traceback", "ValueError: x")})
+    assert told.splitlines()[1:] == ["    | Traceback", "    | ValueError: x"]
     assert event_line({"kind": "waiting", "attempt": 0, "step": -1, "why": "w"}) == "waiting    w"
     assert (human_bytes(10), human_bytes(3 << 20)) == ("10 B", "3.0 MiB")
 
