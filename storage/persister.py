@@ -339,7 +339,7 @@ def listen(path: Path) -> socket.socket:
 def die_with_parent() -> None:
     """The kernel sends SIGKILL when the thread that started us ends. Signals of a terminal or a scheduler are the agent's business."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
