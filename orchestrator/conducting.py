@@ -104,7 +104,6 @@ class Conductor:
                 await self._witness.until(lambda: self._due() is not None, float("inf"))
                 fault = self._due()
                 assert fault
-                self._pending.remove(fault)
                 await self.play(fault)
         finally:
             await self._hang_up()
@@ -128,7 +127,9 @@ class Conductor:
         except CannotBreak as error:
             self._witness.say(f"{fault} was not possible: {error}")
             self.failed.append(f"{fault}: {error}")
+            self._done(fault)
             return None
+        self._done(fault)
         number = len(self.episodes)
         self.episodes.append(self._episode(fault, struck, status))
         try:
@@ -140,8 +141,12 @@ class Conductor:
         episode = self.episodes[number]
         await self._recover(episode)
         if stepped_at := faultverdict.stepped_at(episode, self._witness.since(episode.at_s)):
-            self._witness.say(f"all ranks step again, {stepped_at - episode.at_s:.2f} s after {fault} (now at step {self._witness.step})")
+            self._witness.say(f"all ranks step again, {stepped_at - episode.at_s:.2f} s after {fault}")
         return episode
+
+    def _done(self, fault: Fault) -> None:
+        """By identity: a plan may have the same fault twice."""
+        self._pending = [other for other in self._pending if other is not fault]
 
     def _episode(self, fault: Fault, struck: Struck, status: Mapping[str, Any]) -> Episode:
         who = f" (pid {', '.join(map(str, struck.pids))})" if struck.pids else ""

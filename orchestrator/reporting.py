@@ -76,7 +76,7 @@ def report_of(
 
 
 def _all_inflicted(conductor: Conductor) -> Check:
-    missing = [*conductor.failed, *(f"{fault}: the run was over before its moment came" for fault in conductor.left)]
+    missing = [*conductor.failed, *(f"{fault} at {fault.moment}: the run was over before" for fault in conductor.left)]
     return Check("every fault was inflicted", not missing, "; ".join(missing) or f"{len(conductor.episodes)} faults")
 
 
