@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from keepstep.storage.errors import StoreError
 from keepstep.storage.lineage import Lineage
-from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 from keepstep.trainer.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE
 
-from .client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
-from .contact import Contact
+from .client import CALL_TIMEOUT_S, CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
+from .contact import Contact, address_towards
 from .going import Going, signal_grace_s
+from .lookout import Lookout
 from .node import NodeRanks, NodeSettings, write_config
+from .patience import PERIOD_S, Patience
 from .persisting import PersisterProcess
 from .processes import ENV_SCRATCH, adopt_orphans, bury, die_with_parent_if_told, kill, print_or_lose, strays, wait_ended
 from .scratch import Scratch
@@ -35,7 +35,6 @@ from .watching import watch_notices
 from .wire import AgentReport, Directive, Launch, digest
 
 REPORT_PERIOD_S = 1.0  # the floor; changes are reported at once
-PACE_PERIOD_S = 0.05  # how often the ranks' progress pages are read
 STEP_REPORT_PERIOD_S = 0.25  # news that is only "a step further" waits so long for company
 RETRY_S = 0.2
 LOG_PERIOD_S = 5.0  # how often the ranks' output goes to a remote root
@@ -50,11 +49,14 @@ class Agent:
         self.scratch = scratch
         self.id = ""
         self._store = store
-        self._log = RunLog(store)
-        self._client = CoordinatorClient(contact.url, contact.token)
+        self._lookout = Lookout(config)
+        self._doubt = asyncio.Event()
         self._token = contact.token
-        self._address = address_towards(contact.url)
+        self._client = self._client_of(contact.url)
+        self._answered_at = time.monotonic()
+        self._address = address_towards(urlsplit(contact.url).hostname or "127.0.0.1")
         self._persister = PersisterProcess(scratch.staging_socket, config.run.root, config.storage.slow_s, self._changed)
+        self._patience = Patience(config.cluster.hang_s)
         self._ranks = self._incarnate()
         self._news = asyncio.Event()
         self._ordered = asyncio.Event()
@@ -87,7 +89,7 @@ class Agent:
             staging_socket=self.scratch.staging_socket,
         )
         write_config(settings.config_path, self.config.model_dump(mode="json"))
-        return NodeRanks(self.id, settings, self._store, self._changed)
+        return NodeRanks(self.id, settings, self._store, self._patience, self._changed)
 
     def _report(self) -> AgentReport:
         self._sequence += 1
@@ -109,8 +111,14 @@ class Agent:
             leaving=self._going.why,
             leaves_in_s=self._going.left_s,
             save_s=round(self._persister.save_s, 3),
+            problem=self._deafness(),
             storage=self._persister.trouble,
         )
+
+    def _deafness(self) -> str:
+        """One that is heard and does not hear must get no ranks: nobody could tell it when to begin, or to stop."""
+        deaf_s = self.config.cluster.lease_s / 2
+        return f"no answer reaches it for over {deaf_s:g} s" if time.monotonic() - self._answered_at > deaf_s else ""
 
     def _changed(self) -> None:
         self._news.set()
@@ -203,7 +211,7 @@ class Agent:
                 self._take(await self._client.report(report), asked_at)
                 self._heard = report
             except CoordinatorUnreachable:
-                await self._find_successor()
+                self._doubt.set()
                 await asyncio.sleep(RETRY_S)
                 continue
             except CoordinatorRefused as error:
@@ -219,11 +227,20 @@ class Agent:
             try:
                 self._take(await self._client.directive(self.id, known), asked_at)
             except CoordinatorUnreachable:
+                self._changed()  # a report says that it was the poll that broke, not the node
                 await asyncio.sleep(RETRY_S)
             except CoordinatorRefused as error:
                 self._refused(error)
+                await asyncio.sleep(RETRY_S)
+
+    def _client_of(self, url: str) -> CoordinatorClient:
+        return CoordinatorClient(url, self._token, patience_s=min(CALL_TIMEOUT_S, self.config.cluster.lease_s / 3))
 
     def _refused(self, error: CoordinatorRefused) -> None:
+        """Whoever answers where our coordinator was may be somebody else's by now: the log says who rules."""
+        if self._term:
+            self._doubt.set()
+            return
         print(f"keepstep agent {self.id}: {error}", file=sys.stderr)  # noqa: T201
         self._finish(EXIT_BAD_INPUT)
 
@@ -234,6 +251,7 @@ class Agent:
         if directive.term > self._term:
             self._obeyed = 0
         self._term = directive.term
+        self._answered_at = time.monotonic()
         self._obeyed_at = max(self._obeyed_at, asked_at)
         self._persister.settle(directive)
         if directive != self._directive:
@@ -257,32 +275,30 @@ class Agent:
         """
         lease_s = self.config.cluster.lease_s
         while True:
-            await asyncio.sleep(lease_s / 10)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._doubt.wait(), lease_s / 10)
             unproven = self._directive is not None and self._directive.unproven
-            if unproven or time.monotonic() - self._obeyed_at > lease_s / 3:
+            if self._doubt.is_set() or unproven or time.monotonic() - self._obeyed_at > lease_s / 3:
+                self._doubt.clear()
                 await self._find_successor()
 
     async def _find_successor(self) -> None:
         """Reads the run log: proof that nothing newer than our attempt exists, and the address of whoever rules now."""
-        asked_at = time.monotonic()
-        try:
-            async with asyncio.timeout(self.config.cluster.lease_s / 2):
-                await asyncio.to_thread(self._log.refresh)
-        except (StoreError, OSError, TimeoutError):
-            return  # cannot observe: the lease runs on
-        await self._obey_log(asked_at)
+        asked_at = await self._lookout.look()
+        if asked_at is not None:  # otherwise it cannot observe: the lease runs on
+            await self._obey_log(asked_at)
 
     async def _obey_log(self, asked_at: float) -> None:
-        if self._ranks.running and (why := replaced(self._log.lineage, self._ranks.attempt)):
+        if self._ranks.running and (why := replaced(self._lookout.log.lineage, self._ranks.attempt)):
             self._ranks.blame_all("fenced", why)
             return
         self._obeyed_at = max(self._obeyed_at, asked_at)
-        opened = self._log.newest_opened()
-        if opened and (outcome := self._log.lineage.outcome) and outcome.term == opened.term <= self._term:
+        opened = self._lookout.log.newest_opened()
+        if opened and (outcome := self._lookout.log.lineage.outcome) and outcome.term == opened.term <= self._term:
             self._finish(EXIT_OK)  # its coordinator has left, or was killed before it could tell us
             return
         if opened and opened.term > self._term and opened.url and opened.url.rstrip("/") != self._client.url:
-            old, self._client = self._client, CoordinatorClient(opened.url, self._token)
+            old, self._client = self._client, self._client_of(opened.url)
             await old.close()
 
     # --- doing what the directive says ------------------------------------------------------------------------------
@@ -320,13 +336,13 @@ class Agent:
     # --- watching ---------------------------------------------------------------------------------------------------
 
     async def _watch_pace(self) -> None:
-        """Progress in shared memory makes no event: it is looked at. A new phase is news; a further step can wait a little."""
-        told, told_at = self._ranks.pace(), time.monotonic()
+        """Progress in shared memory makes no event: it is looked at. A new phase or a hang is news; a further step can wait a little."""
+        told, told_at = self._ranks.look(), time.monotonic()
         while True:
-            await asyncio.sleep(PACE_PERIOD_S)
-            pace, now = self._ranks.pace(), time.monotonic()
-            phases_differ = [phase for phase, _ in pace] != [phase for phase, _ in told]
-            if phases_differ or (pace != told and now - told_at >= STEP_REPORT_PERIOD_S):
+            await asyncio.sleep(PERIOD_S)
+            pace, now = self._ranks.look(), time.monotonic()
+            is_urgent = [(rank.phase, rank.is_overdue) for rank in pace] != [(rank.phase, rank.is_overdue) for rank in told]
+            if is_urgent or (pace != told and now - told_at >= STEP_REPORT_PERIOD_S):
                 told, told_at = pace, now
                 self._changed()
 
@@ -350,14 +366,6 @@ def replaced(lineage: Lineage, attempt: int) -> str:
     if newest and newest.attempt > attempt:
         return f"attempt {newest.attempt} has replaced attempt {attempt}"
     return f"the run is over: {lineage.outcome.why}" if lineage.outcome else ""
-
-
-def address_towards(url: str) -> str:
-    """Our own address on the way to the coordinator: where the other nodes, which take the same way, reach us."""
-    host = urlsplit(url).hostname or "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # UDP: nothing is sent
-        return str(probe.getsockname()[0])
 
 
 def bury_own(scratch: Path) -> None:
@@ -385,6 +393,6 @@ def serve(name: str, contact: Contact, scratch_path: Path) -> int:
 async def _serve(name: str, contact: Contact, scratch: Scratch) -> int:
     from .meeting import meet
 
-    contact, config, store = await meet(contact)
+    contact, config, store = await meet(contact, scratch.path)
     agent = Agent(name, contact, config, scratch, store)
     return await agent.run()

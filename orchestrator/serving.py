@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import signal
 import socket
@@ -20,12 +21,15 @@ from keepstep.trainer.contract import EXIT_OK, EXIT_REQUEUE
 
 from .archive import utc_now, write_result
 from .config import identity, to_toml
+from .contact import address_towards
 from .coordinator import Coordinator, End
 from .errors import InputError
 from .logbook import opened_event
 from .roots import REMEDY, token_of
 from .sections import RunConfig
 from .server import application
+
+IDLE_S = 15.0  # connections of hosts that are gone without a word are closed after so long; agents call every second
 
 Teller = Callable[[dict[str, Any]], None]
 
@@ -49,7 +53,9 @@ async def _serve(config: RunConfig, store: Store, listener: socket.socket, tell:
     except Fenced as error:
         return End(EXIT_REQUEUE, str(error))
     coordinator = Coordinator(config, store, log, tell)
-    runner = web.AppRunner(application(coordinator, token), handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(
+        application(coordinator, token), handler_cancellation=True, access_log=None, shutdown_timeout=1.0, keepalive_timeout=IDLE_S
+    )
     await runner.setup()
     await web.SockSite(runner, listener).start()
     _stop_on_signals(coordinator)
@@ -72,7 +78,7 @@ def _open_term(log: RunLog, config: RunConfig, url: str) -> Opened:
 
 
 def _stop_on_signals(coordinator: Coordinator) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         asyncio.get_running_loop().add_signal_handler(number, coordinator.ask_stop, f"the coordinator got {number.name}")
 
 
@@ -85,6 +91,23 @@ def _bound_socket(listen: str) -> socket.socket:
 
 
 def _url_of(listener: socket.socket) -> str:
+    """What stands in the run log, for agents on any machine."""
     host, port = listener.getsockname()[:2]
-    name = socket.gethostbyname(socket.gethostname()) if host in ("0.0.0.0", "::") else host
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+    reached = own_address(listener.family) if host in ("0.0.0.0", "::") else host
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
+def own_address(family: int) -> str:
+    """Where other machines reach this one: the address of its host name or, where that is a loopback's (Debian's 127.0.1.1) or none, the
+    one towards its default route; loopback where it has no network at all."""
+    try:
+        named = str(socket.getaddrinfo(socket.gethostname(), None, family, socket.SOCK_STREAM)[0][4][0])
+    except socket.gaierror:
+        named = ""
+    if named and not ipaddress.ip_address(named).is_loopback:
+        return named
+    anywhere, loopback = ("2001:db8::1", "::1") if family == socket.AF_INET6 else ("198.51.100.1", "127.0.0.1")  # RFC 3849, RFC 5737
+    try:
+        return address_towards(anywhere)
+    except OSError:
+        return loopback
