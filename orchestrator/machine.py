@@ -45,8 +45,9 @@ from .events import (
     Tick,
 )
 from .forming import advance_choosing, advance_fencing, advance_waiting, take_found, take_logged_attempt, take_void_attempt
+from .leaving import moved
 from .policy import Policy
-from .run import Run, ask, drop_asks, emit, enter, is_clean, say, wait
+from .run import Run, ask, drain, drop_asks, emit, enter, is_clean, say, wait
 from .running import advance_adopting, advance_running
 from .standing import resize, restored
 from .wire import AgentReport
@@ -266,11 +267,24 @@ def _take_commit(run: Run, event: Committed) -> Run:
     run = replace(run, asks=asking.without(run.asks, lambda request: isinstance(request, Commit) and request.directory == event.directory))
     if event.attempt != run.attempt or event.step <= run.saves.committed_step:
         return run
+    if event.directory in run.saves.quarantined:
+        return _lose_commit(run, event)
     checkpoint = Checkpoint(step=event.step, directory=event.directory, manifest_sha256=event.manifest_sha256)
     fulfilled = run.save_above is not None and event.step > run.save_above
     run = replace(run, saves=saves.commit(run.saves, checkpoint), failures=0, committed_at=run.now)
     run = replace(run, save_above=None if fulfilled else run.save_above)
     return _commit_what_is_complete(say(run, "committed", f"step {event.step} is committed ({event.directory})", step=event.step))
+
+
+def _lose_commit(run: Run, event: Committed) -> Run:
+    """It was found damaged before we heard that it exists. Ranks that train save again; those that have left must compute it again."""
+    run = replace(run, saves=saves.discard(run.saves, event.step, event.directory))
+    match run.phase:
+        case phases.Training(attempt=attempt, finished=finished) if len(finished) == len(attempt.seats):
+            why = f"the last checkpoint, of step {event.step}, was found damaged at once: its steps are computed again"
+            return drain(run, attempt.record, moved(run, why), attempt.seats)
+        case _:
+            return run
 
 
 def _take_failed_commit(run: Run, event: CommitFailed) -> Run:
