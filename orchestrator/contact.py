@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import struct
 from dataclasses import dataclass
+from typing import Final
+
+SIOCGIFADDR: Final = 0x8915  # netdevice(7)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,3 +24,19 @@ def address_towards(host: str) -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # UDP: nothing is sent
         return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has this IPv4 address; "" where it is another's second one, or of IPv6.
+
+    Gloo listens at the address of the host name, which many systems resolve to loopback (127.0.1.1): other nodes would not reach the ranks.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # it has none
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return ""

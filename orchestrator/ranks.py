@@ -24,16 +24,20 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 from keepstep.storage.store import ENV_OPTIONS
 from keepstep.trainer.contract import DAMAGED_KIND, ENV_NODE, ENV_SPEC, RankSpec
 
+from . import stacks
 from .processes import ENV_PARENT, die_with_parent, is_alive, kill_session, print_or_lose, signal_name
 
 FIRST_PRELOAD: Final = ("keepstep.orchestrator.lifeline", "keepstep.orchestrator.ranks")
 TRAINER_PRELOAD: Final = "keepstep.trainer.preload"
+PLATFORM_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 ROLE: Final = "default"  # torchrun's default role name
+ENV_INTERFACE: Final = "GLOO_SOCKET_IFNAME"
 UNKNOWN_CODE: Final = 255  # multiprocessing's, where the forkserver died and nobody can say how its child ended
 
 GLOO_ADVICE: Final = " This is typically caused by"  # what follows in its messages is for people who have no verdict
@@ -71,6 +75,7 @@ class GroupSpec:
     world_size: int
     master_addr: str
     master_port: int
+    interface: str = ""  # where the other nodes reach this one; "": gloo looks the host name up, as under torchrun
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +231,7 @@ def torchrun_environment(group: GroupSpec, local_rank: int) -> dict[str, str]:
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         **({"OMP_NUM_THREADS": threads} if threads else {}),
         **({ENV_OPTIONS: os.environ[ENV_OPTIONS]} if ENV_OPTIONS in os.environ else {}),  # the forkserver is older than the config
+        **({ENV_INTERFACE: group.interface} if group.interface and ENV_INTERFACE not in os.environ else {}),
         ENV_NODE: group.node,
         ENV_SPEC: group.specs[local_rank].to_json(),
     }
@@ -236,19 +242,37 @@ def rank_main(group: GroupSpec, local_rank: int, parent: int) -> None:
     os.setsid()
     die_with_parent(parent)
     _redirect_output(group.log_paths[local_rank])
-    _restore_signals()
+    _leave_signals_to_the_agent()
     environment = torchrun_environment(group, local_rank)
     os.environ.update(environment)
     _forget_variables_of_preloaded_modules(environment)
+    spec = group.specs[local_rank]
     faulthandler.enable()
-    code = _run_guarded(group, Path(group.specs[local_rank].error_path))
+    stacks.answer_to(stacks.answer_path(spec.scratch, spec.attempt, local_rank))
+    code = _run_guarded(group, Path(spec.error_path))
     _leave(code)
 
 
-def _restore_signals() -> None:
-    """What an interpreter that was started the ordinary way has; the forkserver ignores SIGINT for its children."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _leave_signals_to_the_agent() -> None:
+    """A platform sends these to every process of a job; what they mean for the run is decided by the agent, which gets them, too.
+
+    A script may install handlers of its own. Nothing is "ignored": that would be inherited by programs that a script executes.
+    """
+    for number in PLATFORM_SIGNALS:
+        signal.signal(number, _do_nothing)
+        signal.siginterrupt(number, False)  # native code need not expect EINTR
+    os.register_at_fork(after_in_child=_give_signals_back)
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+def _give_signals_back() -> None:
+    """In a child that a rank forks: `multiprocessing.Process.terminate` must end it, as it does everywhere else."""
+    for number in PLATFORM_SIGNALS:
+        if signal.getsignal(number) is _do_nothing:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def _forget_variables_of_preloaded_modules(given: Mapping[str, str]) -> None:
