@@ -80,11 +80,14 @@ class Generation:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._old = set(pages(folder))
+        self.reached = 0  # steps that the ranks before it had finished
         self._lives: dict[tuple[Path, str], Life] = {}  # by node's folder and local rank
 
     def look(self) -> None:
         for path, page in pages(self._folder).items():
-            if path not in self._old:
+            if path in self._old:
+                self.reached = max(self.reached, page.step)
+            else:
                 self._see(path, page)
 
     def _see(self, path: Path, page: Page) -> None:
@@ -101,6 +104,11 @@ class Generation:
     def slowest(self) -> int:
         """Finished steps of the slowest rank; -1 until all ranks are there."""
         return min(life.page.step for life in self._lives.values()) if len(self._lives) == RANKS else -1
+
+    @property
+    def began_at_step(self) -> int:
+        """The step of the checkpoint that it resumed from."""
+        return max(life.base for life in self._lives.values())
 
     @property
     def stepped_at(self) -> float | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -39,6 +40,9 @@ from .processes import marked
 from .reporting import Report, print_plan, print_report, report_of
 from .screen import Screen
 from .sections import RunConfig
+
+if TYPE_CHECKING:
+    from .lab import Host
 
 ENV_MARK = "KEEPSTEP_CHAOS"  # carried by all processes of the run that is broken
 ORPHANS_S = 10.0  # what is still there so long after the run's end is an orphan
@@ -185,18 +189,23 @@ def _stage(task: Task) -> Iterator[tuple[RunConfig, Place, Scene]]:
         with node_groups(names if eats else ()) as groups:
             yield _rooted(task.config, root), in_groups(groups), replace(scene, groups=groups)
         return
-    from .lab import Host, Lab
+    from .lab import Lab
 
     with Lab(len(names), shared=(task.base,)) as lab:
         hosts = dict(zip(names, lab.hosts, strict=True))
+        yield _rooted(task.config, root, listen=f"{lab.gateway}:0"), on_hosts_of(hosts), replace(scene, hosts=hosts)
 
-        def place(role: str, command: Sequence[str]) -> list[str]:
-            host: Host | None = hosts.get(role)
-            if host is None:
-                return list(command)  # the coordinator, on this machine
-            return host.command(command) if host.is_up else ["false"]  # a host without power runs nothing
 
-        yield _rooted(task.config, root, listen=f"{lab.gateway}:0"), place, replace(scene, hosts=hosts)
+def on_hosts_of(hosts: Mapping[str, Host]) -> Place:
+    """Each node on its host, the coordinator on this machine; a host without power runs nothing."""
+
+    def place(role: str, command: Sequence[str]) -> list[str]:
+        host = hosts.get(role)
+        if host is None:
+            return list(command)
+        return host.command(command) if host.is_up else ["false"]
+
+    return place
 
 
 def _fresh(base: Path) -> Path:

@@ -106,7 +106,7 @@ class Conductor:
                 assert fault
                 await self.play(fault)
         finally:
-            await self._hang_up()
+            await self.hang_up()
 
     def _due(self) -> Fault | None:
         return next((fault for fault in self._pending if self._witness.training and self._has_come(fault.moment)), None)
@@ -185,7 +185,7 @@ class Conductor:
                 if status["phase"] == "TRAINING":
                     return status
             except (CoordinatorUnreachable, CoordinatorRefused, StorageError, InputError):  # not there yet, or not at the moment
-                await self._hang_up()
+                await self.hang_up()
             await asyncio.sleep(LOOK_S)
 
     async def _connect(self) -> CoordinatorClient:
@@ -194,7 +194,8 @@ class Conductor:
             raise CoordinatorUnreachable("no coordinator yet")
         return CoordinatorClient(opened.url, known_token(self._scene.store))
 
-    async def _hang_up(self) -> None:
+    async def hang_up(self) -> None:
+        """For whoever calls `play` itself: at the end."""
         client, self._client = self._client, None
         if client:
             await client.close()
