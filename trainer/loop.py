@@ -12,10 +12,10 @@ import torch
 
 from keepstep.storage.faults import fault_point
 
-from . import data
 from .contract import Phase, Request
 from .evaluate import nll_sum
 from .finish import evaluate_run, finish
+from .loader import MicroBatch, batches
 from .optim import clip_scale, learning_rate
 from .run import Run
 
@@ -26,11 +26,12 @@ def train(run: Run) -> None:
     """Collective. From the step that `run` stands at to the last one, or to the step at which all ranks agree to stop."""
     config, steps = run.config, run.config.run.steps
     run.me.report(Phase.STEP, run.step)
+    share_of = batches(run.share, range(run.step + 1, steps + 1), config.train.loader_workers)
     while run.step < steps:
         started_at = time.monotonic()
         step = run.step + 1
 
-        nll, tokens = backward(run, step)  # this rank's summed loss; its shards hold the gradient of the global mean
+        nll, tokens = backward(run, next(share_of))  # this rank's summed loss; its shards hold the gradient of the global mean
         agreed = agree(run, step, nll, tokens)  # the one exchange of a step: every rank goes on with the same numbers
         agreed.check_finite(step)
 
@@ -52,25 +53,23 @@ def train(run: Run) -> None:
     finish(run)
 
 
-def backward(run: Run, step: int) -> tuple[float, int]:
+def backward(run: Run, parts: Sequence[MicroBatch]) -> tuple[float, int]:
     """Forward and backward over this rank's share of the batch, in micro-batches. Gradients are reduced once, with the last one.
 
     Returns (summed loss in nats, tokens).
     """
-    feed, context, world = run.feed, run.config.model.context, run.world
-    first, last = feed.share(step, world.rank, world.size)
-    largest = -(-feed.samples_per_step // world.size)
-    parts = data.micro_batches(first, last, largest, run.config.train.micro_batch_samples)
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for i, (start, end) in enumerate(parts):
-        rows = torch.from_numpy(data.rows(run.tokens.train, feed.samples(start, max(end, start + 1)), context)).to(world.device)
-        # A rank without samples left goes through one that counts nothing, because the others wait for it in every layer.
-        nll = nll_sum(run.model(rows[:, :-1]), rows[:, 1:]) * float(end > start)
+    batch_tokens, device = run.feed.samples_per_step * run.config.model.context, run.world.device
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    for i, part in enumerate(parts):
+        rows = torch.from_numpy(part.rows).to(device)
+        inputs_BT, targets_BT = rows[:, :-1], rows[:, 1:]
+        nll = nll_sum(run.model(inputs_BT), targets_BT) * float(part.counts)
         run.sharded.set_requires_gradient_sync(i == len(parts) - 1)
-        torch.autograd.backward(nll / (feed.samples_per_step * context))
+        torch.autograd.backward(nll / batch_tokens)
         total += nll.detach()
+        tokens += targets_BT.numel() * part.counts
     run.optimizer.take_gradients()
-    return float(total), (last - first) * context
+    return float(total), tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

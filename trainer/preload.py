@@ -17,6 +17,7 @@ PRELOAD: Final = (
     "keepstep.storage.posix",
     "keepstep.storage.s3",  # s3fs and botocore: 0.4 s that a restart from an object store would pay in every rank
     "torch._dynamo",  # 0.9 s, inside the first fully_shard
+    "torch.utils.data",
     "torch.utils.serialization",
     "torch.profiler._cupti_monitor",
     "numpy.ma",

@@ -20,6 +20,7 @@ from .checkpoint import Checkpointer
 from .config import TrainerConfig
 from .contract import Phase
 from .data import Feed, feed_for
+from .loader import Share
 from .models import Gpt, build_model, num_parameters
 from .optim import ShardOptimizer, changed_hyper_parameters
 from .parallel import World, initialise, shard
@@ -66,6 +67,17 @@ class Run:
     step: int = 0
     loss_hex: str = ""
     is_finished: bool = False  # the checkpoint that was resumed from is that of the last step
+
+    @property
+    def share(self) -> Share:
+        return Share(
+            tokens=self.tokens.train,
+            feed=self.feed,
+            context=self.config.model.context,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            micro_batch_samples=self.config.train.micro_batch_samples,
+        )
 
     @property
     def sharded(self) -> FSDPModule:

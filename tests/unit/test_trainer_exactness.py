@@ -78,8 +78,12 @@ def test_a_resumed_run_has_the_losses_and_the_state_of_an_undisturbed_one(straig
     assert result == straight.result
 
 
-def test_the_same_run_again_has_the_same_bits(straight: Straight, tmp_path: Path) -> None:
-    train_ranks(tmp_path, rooted(straight.config, tmp_path), world_size=WORLD)
+def with_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:
+    return config | {"train": config["train"] | {"loader_workers": workers}}
+
+
+def test_the_same_run_again_has_the_same_bits_whoever_reads_its_batches(straight: Straight, tmp_path: Path) -> None:
+    train_ranks(tmp_path, with_workers(rooted(straight.config, tmp_path), 1), world_size=WORLD)
     assert losses_in(tmp_path) == straight.losses
     assert result_of(tmp_path, 1, STEPS) == straight.result
 
@@ -134,9 +138,9 @@ def poisoned(rank: int, world_size: int, root: str, config: dict[str, Any]) -> N
 
     backward = loop.backward
 
-    def poison(run: Any, step: int) -> tuple[float, int]:
-        nll, tokens = backward(run, step)
-        return (float("inf") if (rank, step) == (1, 3) else nll), tokens
+    def poison(run: Any, parts: Any) -> tuple[float, int]:
+        nll, tokens = backward(run, parts)
+        return (float("inf") if (rank, run.step + 1) == (1, 3) else nll), tokens
 
     loop.backward = poison
     with pytest.raises(loop.NonFinite, match="step 3: the loss of rank 1 is inf"):
@@ -164,8 +168,8 @@ def test_an_infinite_loss_ends_the_attempt_and_names_step_and_rank(config: dict[
     assert sorted(losses_in(tmp_path)) == [1, 2]
 
 
-def test_a_stop_saves_at_its_step_and_the_rest_follows_later(straight: Straight, tmp_path: Path) -> None:
-    mine = rooted(straight.config, tmp_path)
+def test_a_stop_saves_at_its_step_and_the_rest_follows_later_also_with_workers(straight: Straight, tmp_path: Path) -> None:
+    mine = with_workers(rooted(straight.config, tmp_path), 2)
     train_ranks(tmp_path, mine, world_size=WORLD, stop_at=3)
     assert sorted(losses_in(tmp_path)) == [1, 2, 3]
     assert "perplexity" not in result_of(tmp_path, 1, 3)

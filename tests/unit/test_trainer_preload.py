@@ -42,6 +42,7 @@ def test_a_rank_imports_nothing_on_its_way_from_the_fork_to_the_end(tmp_path: Pa
     config = TINY | {
         "data": TINY["data"] | {"source": str(tmp_path / "text")},
         "run": {"root": str(tmp_path), "steps": 2},
+        "train": TINY["train"] | {"loader_workers": 1},
         "checkpoint": {"interval": 1},
     }
     run_ranks(1, watched, config, None)

@@ -196,16 +196,18 @@ def run_ranks(world_size: int, target: Callable[..., None], *arguments: Any) -> 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     queue = context.SimpleQueue()
     ranks = [
-        context.Process(target=_enter, args=(rank, world_size, store.port, queue, target, arguments), daemon=True)
+        context.Process(target=_enter, args=(rank, world_size, store.port, queue, target, arguments))  # no daemon: it may have workers
         for rank in range(world_size)
     ]
     for process in ranks:
         process.start()
-    for process in ranks:
-        process.join(DEADLINE_S)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
+    try:
+        for process in ranks:
+            process.join(DEADLINE_S)
+    finally:
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
     assert codes == [0] * world_size, "\n".join(queue.get() for _ in range(world_size) if not queue.empty()) or f"exit codes {codes}"
 
 

@@ -1,0 +1,151 @@
+"""Batches that are read ahead: the same ones, so many and no more, by processes that go when their rank goes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections import deque
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from trainer_ranks import run_ranks
+
+from keepstep.trainer.data import Feed
+
+pytestmark = pytest.mark.slow
+
+DEADLINE_S = 30.0
+
+
+def a_share() -> Any:
+    """Rank 1 of 3 with unequal shares, in micro-batches."""
+    from keepstep.trainer.loader import Share
+
+    feed = Feed(seed=3, num_samples=50, samples_per_step=10)
+    return Share(tokens=np.arange(999, dtype=np.uint16), feed=feed, context=8, rank=1, world_size=3, micro_batch_samples=2)
+
+
+def plain(parts: Any) -> Any:
+    return [(part.rows.tolist(), part.counts) for part in parts]
+
+
+def reads(rank: int, world_size: int) -> None:
+    """With any number of workers, from any step on."""
+    import torch
+
+    from keepstep.trainer.loader import batches
+
+    share = a_share()
+    before = torch.get_rng_state()
+    for workers, steps in ((0, range(1, 12)), (1, range(5, 12)), (2, range(1, 12)), (2, range(11, 12)), (2, range(12, 12))):
+        assert [plain(parts) for parts in batches(share, steps, workers)] == [plain(share[step]) for step in steps]
+    assert torch.equal(torch.get_rng_state(), before), "dropout's stream"
+
+
+def test_the_batches_are_the_same_whoever_reads_them_and_draw_no_random_number() -> None:
+    run_ranks(1, reads)
+
+
+def reads_ahead(rank: int, world_size: int, folder: str) -> None:
+    from keepstep.trainer.loader import AHEAD, Share, batches
+
+    class Noted(Share):
+        def __getitem__(self, step: int) -> Any:
+            (Path(folder) / str(step)).touch()
+            return super().__getitem__(step)
+
+    share = a_share()
+    noted = Noted(**{name: getattr(share, name) for name in share.__slots__})
+    for taken, _ in enumerate(batches(noted, range(1, 40), 2), start=1):
+        assert len(os.listdir(folder)) <= taken + 2 * AHEAD
+
+
+def test_workers_read_a_few_batches_ahead_and_no_more(tmp_path: Path) -> None:
+    run_ranks(1, reads_ahead, str(tmp_path))
+
+
+class Described:
+    """Instead of batches, what a worker is."""
+
+    def __getitem__(self, step: int) -> Any:
+        links = []
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                links.append(os.readlink(f"/proc/self/fd/{name}"))
+        return os.getpid(), links
+
+
+def holds_sockets(rank: int, world_size: int) -> None:
+    from keepstep.trainer.loader import batches
+
+    mine, peer = socket.socketpair()
+    described: Any = Described()
+    read = batches(described, range(1, 40), 2)
+    for _, (_, links) in zip(range(4), read, strict=False):
+        assert [link for link in links if link.startswith("socket:")] == []
+    mine.close()
+    assert peer.recv(1) == b"", "a peer sees the rank's connection closed although its workers live"
+
+
+def test_workers_hold_none_of_their_ranks_connections_open() -> None:
+    run_ranks(1, holds_sockets)
+
+
+def loses_a_worker(rank: int, world_size: int) -> None:
+    from keepstep.trainer.loader import batches
+
+    described: Any = Described()
+    read = batches(described, range(1, 100000), 2)
+    victim, _ = next(read)
+    os.kill(victim, signal.SIGKILL)
+    with pytest.raises(
+        RuntimeError, match=rf"DataLoader worker \(pid(\(s\))? {victim}\) (is killed by signal: Killed|exited unexpectedly)"
+    ):
+        deque(read, maxlen=0)
+
+
+def test_a_worker_that_was_killed_is_named_by_its_rank() -> None:
+    run_ranks(1, loses_a_worker)
+
+
+def waits_with_workers(pids: Any) -> None:
+    from keepstep.trainer.loader import batches
+
+    os.setsid()
+    described: Any = Described()
+    read = batches(described, range(1, 40), 2)
+    pids.send(sorted({next(read)[0] for _ in range(4)}))
+    signal.pause()
+
+
+def test_workers_die_with_their_rank_at_once(tmp_path: Path) -> None:
+    from keepstep.orchestrator.processes import is_alive
+
+    context = get_context("forkserver")
+    ours, theirs = context.Pipe()
+    rank = context.Process(target=waits_with_workers, args=(theirs,))
+    rank.start()
+    try:
+        assert ours.poll(DEADLINE_S)
+        workers = ours.recv()
+        assert len(workers) == 2
+        assert all(map(is_alive, workers))
+    finally:
+        rank.kill()
+        rank.join(DEADLINE_S)
+    deadline = time.monotonic() + 2  # torch's own look comes every five seconds
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline, "they outlived their rank"
+
+
+def test_a_rank_without_samples_goes_along_with_rows_that_do_not_count() -> None:
+    share = replace(a_share(), feed=Feed(seed=3, num_samples=50, samples_per_step=2), micro_batch_samples=0)
+    parts = [part for rank in range(3) for part in replace(share, rank=rank)[7]]
+    assert [(len(part.rows), part.counts) for part in parts] == [(1, False), (1, True), (1, True)]

@@ -1,0 +1,91 @@
+"""The batches of a rank, one step after the other: read when they are needed, or ahead of time by processes of the rank.
+
+What a step consumes is a pure function of its number, so the loader's index is the step: the bits do not depend on who reads them, and
+after a restart there is nothing to restore.
+
+The workers are forked from the rank. It has threads by then (gloo's, the pulse), and a fork keeps none of them, nor the locks that they
+hold; a worker maps integers out of a file with numpy, and needs none of those. Rejected: a forkserver of the rank's own would import torch
+again (seconds of processor time in every rank at every restart), and the semaphores of its queues would stay behind, by name, when the
+rank is killed; the agent's forkserver would be the workers' parent, and the kernel tells them of their parent's death only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+
+from .data import Batch, Feed, micro_batches, rows
+from .tokens import TokenArray
+
+AHEAD: Final = 2  # batches per worker that are read and wait, at the most
+
+
+class MicroBatch(NamedTuple):
+    rows: Batch  # (samples, context + 1) token ids
+    counts: bool  # False: this rank has no samples left, and goes along because the others wait for it in every layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one rank reads; as a mapping from the step to its micro-batches."""
+
+    tokens: TokenArray
+    feed: Feed
+    context: int
+    rank: int
+    world_size: int
+    micro_batch_samples: int
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        first, last = self.feed.share(step, self.rank, self.world_size)
+        largest = -(-self.feed.samples_per_step // self.world_size)
+        parts = micro_batches(first, last, largest, self.micro_batch_samples)
+        return [MicroBatch(self._rows(start, max(end, start + 1)), end > start) for start, end in parts]
+
+    def _rows(self, first: int, last: int) -> Batch:
+        return rows(self.tokens, self.feed.samples(first, last), self.context)
+
+
+def batches(share: Share, steps: range, workers: int) -> Iterator[Sequence[MicroBatch]]:
+    """The micro-batches of `steps`, in order. Main thread of the rank only: the workers die with the thread that started them.
+
+    Raises RuntimeError that names a worker which was killed, at whatever the rank is doing then.
+    """
+    if not workers or not steps:
+        return map(share.__getitem__, steps)
+    loader: DataLoader[Any] = DataLoader(
+        share,  # type: ignore[arg-type]  # a map-style dataset in all but name
+        sampler=steps,
+        batch_size=None,
+        num_workers=min(workers, len(steps)),
+        prefetch_factor=AHEAD,
+        collate_fn=_as_it_is,
+        worker_init_fn=partial(_begin_worker, os.getpid()),
+        multiprocessing_context="fork",
+        generator=torch.Generator(),  # else it would draw a seed for its workers from the stream that dropout draws from
+    )
+    return iter(loader)
+
+
+def _as_it_is(parts: list[MicroBatch]) -> list[MicroBatch]:
+    """Arrays go through a pipe; tensors would go through shared memory, a file and a descriptor each."""
+    return parts
+
+
+def _begin_worker(rank_pid: int, worker: int) -> None:
+    """Dies with its rank, at once (torch's own workers look every few seconds), and holds nothing open that others take for the rank."""
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    if os.getppid() != rank_pid:
+        os._exit(1)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                os.close(int(name))
