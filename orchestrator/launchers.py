@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeAlias
 
-from keepstep.trainer.contract import EXIT_OK
+from keepstep.trainer.contract import EXIT_OK, EXIT_REQUEUE
 
 from .processes import ENV_PARENT, bury, python_command
 from .scratch import default_scratch
@@ -111,10 +111,10 @@ class LocalPlatform:
             await asyncio.sleep(self._pause(self.coordinator))
 
     async def _keep_alive(self, role: Role) -> None:
-        """An agent that leaves by itself (code 0) after the run's end stays away; any other is started again under a new incarnation."""
+        """An agent that leaves by itself stays away: the run is over (0), or its node was to go (75). Any other is started again."""
         while not self._leaving:
             code = await self._run_once(role)
-            if self._leaving or code == EXIT_OK:
+            if self._leaving or code in (EXIT_OK, EXIT_REQUEUE):
                 return
             if code > 0:
                 self._say(f"the agent of {role.name} ended with code {code}, see {role.log}")
