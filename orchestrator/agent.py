@@ -108,6 +108,7 @@ class Agent:
             ranks=self._ranks.reports(),
             store=self._ranks.store_address,
             persisted=self._persister.persisted,
+            autopsied=self._ranks.autopsied,
             leaving=self._going.why,
             leaves_in_s=self._going.left_s,
             save_s=round(self._persister.save_s, 3),
@@ -313,6 +314,8 @@ class Agent:
                 return self._finish(EXIT_OK)
             if directive.forget:
                 await self._start_anew()
+            if directive.autopsy:
+                await self._ranks.autopsy(directive.autopsy)
             await self._reconcile(directive.launch)
             if directive.term == self._term and directive.revision > self._obeyed:
                 self._obeyed = directive.revision

@@ -7,24 +7,34 @@ most once by an incarnation: a late directive can never bring a dead attempt bac
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keepstep.storage.errors import StoreError
-from keepstep.storage.layout import rank_log_key
+from keepstep.storage.layout import rank_log_key, rank_stacks_key
 from keepstep.storage.store import Store
 from keepstep.trainer.contract import Phase, RankSpec, Request, Resume
 
+from . import stacks
+from .contact import interface_of
+from .oom import KernelLog, OomWitness
 from .patience import Patience, Watch
 from .progress import ProgressPage
+from .ranklogs import RankLogs, tail
+from .stacks import Stacks, Subject
 from .wire import Launch, RankReport, StoreAddress
 
 if TYPE_CHECKING:
     from .ranks import Exit, HostedStore, RankGroup
+
+
+KEEP_STACKS_S = 0.5  # how long the root may take to store stacks before the ranks are killed all the same
+REMARKABLE = "TtD"  # states of a process: stopped, traced, in uninterruptible sleep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +60,18 @@ class Pace:
     is_overdue: bool  # silent for longer than its agent expects
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Rank:
     number: int
     pid: int
     page: ProgressPage
     watch: Watch
+    log: Path
+    log_start: int  # bytes that were in the log before
+    answers: Path
+    stacks: Stacks | None = None
+    process: str = ""  # its state when its stacks were taken: what comes afterwards is our doing
+    tail: tuple[str, ...] = ()
     exit: Exit | None = None
     order: int | None = None
     stopped: bool = False
@@ -68,6 +84,7 @@ class _Attempt:
     group: RankGroup
     ranks: list[_Rank] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    in_autopsy: bool = False
 
 
 class NodeRanks:
@@ -83,6 +100,9 @@ class NodeRanks:
         self._hosted: dict[int, HostedStore] = {}
         self.store_address: StoreAddress | None = None
         self._newest = 0  # newest attempt launched or refused by this incarnation
+        self.autopsied = 0  # newest attempt whose ranks' stacks were taken
+        self._witness = OomWitness(KernelLog.open())
+        self._readings = set[asyncio.Task[None]]()
 
     @property
     def attempt(self) -> int:
@@ -128,7 +148,33 @@ class NodeRanks:
     def look(self) -> tuple[Pace, ...]:
         """Looks at every rank: what the agent does every PERIOD_S, to see whether a report would say something new."""
         now = time.monotonic()
+        self._witness.refresh(now)
         return tuple(_look(rank, now) for rank in self._attempt.ranks) if self._attempt else ()
+
+    async def autopsy(self, attempt: int) -> None:
+        """Takes the stacks of this attempt's ranks, all of them before any of them is killed; once. Who is dead already has none."""
+        if attempt <= self.autopsied:
+            return
+        if self._attempt and self.running and self.attempt == attempt:
+            await self._take_stacks(self._attempt)
+        self.autopsied = attempt
+        self._on_change()
+
+    async def _take_stacks(self, attempt: _Attempt) -> None:
+        alive = [rank for rank in attempt.ranks if rank.exit is None]
+        attempt.in_autopsy = True
+        for rank in alive:
+            rank.watch.give_up()
+            rank.process = stacks.state(rank.pid)
+        taken = await stacks.take([Subject(rank.pid, rank.answers) for rank in alive])
+        attempt.in_autopsy = False
+        for rank, found in zip(alive, taken, strict=True):
+            rank.stacks = found
+        texts = {rank_stacks_key(attempt.launch.attempt, rank.number): _autopsy_text(rank, self.node) for rank in alive}
+        with contextlib.suppress(TimeoutError):  # hurts only who wants to read them: the report has the innermost lines
+            await asyncio.wait_for(asyncio.to_thread(self.logs.write, texts), KEEP_STACKS_S)
+        if any(rank.exit is not None and rank.exit.exit_code != 0 for rank in attempt.ranks):
+            attempt.group.kill()
 
     async def _host_store(self, launch: Launch) -> None:
         if launch.store_node != self.node or launch.attempt in self._hosted or launch.attempt <= self._newest:
@@ -146,10 +192,11 @@ class NodeRanks:
         from .ranks import GroupSpec, RankGroup
 
         pages = [ProgressPage(self._page_path(launch, i), step=_first_step(launch)) for i in range(launch.num_ranks)]
-        logs = tuple(str(self.logs.path(rank_log_key(launch.attempt, launch.first_rank + i))) for i in range(launch.num_ranks))
+        logs = [self.logs.path(rank_log_key(launch.attempt, launch.first_rank + i)) for i in range(launch.num_ranks)]
+        log_starts = [path.stat().st_size if path.exists() else 0 for path in logs]
         spec = GroupSpec(
             specs=tuple(self._rank_spec(launch, page.path, i) for i, page in enumerate(pages)),
-            log_paths=logs,
+            log_paths=tuple(map(str, logs)),
             script=self._settings.script,
             script_args=self._settings.script_args,
             node=self.node,
@@ -159,13 +206,26 @@ class NodeRanks:
             world_size=launch.world_size,
             master_addr=address.host,
             master_port=address.port,
+            interface=interface_of(self._settings.address),
         )
         group = await asyncio.to_thread(RankGroup, spec)
         old, self._attempt = self._attempt, _Attempt(launch, group)
         if old is not None:
             _close_pages(old)
         self._patience.begin(launch.world_size)
-        self._attempt.ranks = [_Rank(launch.first_rank + i, pid, pages[i], self._watch(pages[i])) for i, pid in enumerate(group.pids)]
+        self._witness.watch(group.pids)
+        self._attempt.ranks = [
+            _Rank(
+                number=launch.first_rank + i,
+                pid=pid,
+                page=pages[i],
+                watch=Watch(self._patience, pages[i].read(), time.monotonic()),
+                log=logs[i],
+                log_start=log_starts[i],
+                answers=stacks.answer_path(self._settings.scratch, launch.attempt, i),
+            )
+            for i, pid in enumerate(group.pids)
+        ]
         for sentinel, local_rank in group.sentinels.items():
             asyncio.get_running_loop().add_reader(sentinel, self._on_exit, self._attempt, sentinel, local_rank)
         self._on_change()
@@ -177,10 +237,26 @@ class NodeRanks:
         assert rank.exit is not None
         rank.stopped = attempt.group.was_stopped(local_rank)
         rank.order = sum(other.order is not None for other in attempt.ranks)
-        if rank.exit.exit_code != 0:
+        self._explain(rank)
+        if rank.exit.exit_code != 0 and not attempt.in_autopsy:
             attempt.group.kill()  # the attempt is lost; waiting for the order would only cost time
         if all(other.exit is not None for other in attempt.ranks):
             attempt.ended.set()
+        self._on_change()
+
+    def _explain(self, rank: _Rank) -> None:
+        """What else is known about a rank that ended. Its log may lie on a disk that hangs, so it is read beside everything else."""
+        assert rank.exit
+        if rank.stopped or rank.exit.exit_code == 0:
+            return
+        if rank.exit.exit_code == -signal.SIGKILL and (why := self._witness.verdict(rank.pid)):
+            rank.exit = replace(rank.exit, kind="oom", why=why)
+        reading = asyncio.get_running_loop().create_task(self._read_tail(rank))
+        self._readings.add(reading)
+        reading.add_done_callback(self._readings.discard)
+
+    async def _read_tail(self, rank: _Rank) -> None:
+        rank.tail = await asyncio.to_thread(tail, rank.log, rank.log_start)
         self._on_change()
 
     def _ask(self, request: Request) -> None:
@@ -203,50 +279,8 @@ class NodeRanks:
             resume=None if resume is None else Resume(step=resume.step, directory=resume.directory, manifest_sha256=resume.manifest_sha256),
         )
 
-    def _watch(self, page: ProgressPage) -> Watch:
-        return Watch(self._patience, page.read(), time.monotonic())
-
     def _page_path(self, launch: Launch, local_rank: int) -> Path:
         return self._settings.scratch / f"progress-{launch.attempt:06d}-{local_rank}"
-
-
-class RankLogs:
-    """Where ranks print to: the root itself where it is a local directory that takes files; else scratch, shipped now and then."""
-
-    def __init__(self, store: Store, scratch: Path) -> None:
-        self._store = store
-        self._scratch = scratch
-        self._shipped: dict[str, int] = {}  # remote keys -> bytes that the root has
-
-    def path(self, key: str) -> Path:
-        local = self._store.local_path(key)
-        if local is not None and _can_write_to(local):
-            return local
-        self._shipped.setdefault(key, 0)
-        path = self._scratch / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def ship(self) -> None:
-        for key, shipped in list(self._shipped.items()):
-            body = (self._scratch / key).read_bytes() if (self._scratch / key).exists() else b""
-            if len(body) == shipped:
-                continue
-            try:
-                self._store.put(key, body)
-            except StoreError:
-                return  # hurts only who reads logs; the next round tries again
-            self._shipped[key] = len(body)
-
-
-def _can_write_to(path: Path) -> bool:
-    """Creates the file. A full or read-only disk must not keep ranks from training."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError:
-        return False
-    return True
 
 
 def _first_step(launch: Launch) -> int:
@@ -256,6 +290,15 @@ def _first_step(launch: Launch) -> int:
 def _close_pages(attempt: _Attempt) -> None:
     for rank in attempt.ranks:
         rank.page.close()
+        rank.answers.unlink(missing_ok=True)
+
+
+def _autopsy_text(rank: _Rank, node: str) -> str:
+    seen, silence = rank.page.read(), rank.watch.silence
+    expected = f", {silence.limit_s:g} s were expected at most" if silence.limit_s else ""
+    quiet = f"silent for {silence.quiet_s:.1f} s{expected}"
+    where = f"rank {rank.number} on {node}: phase {seen.phase.name} at step {seen.step}, {quiet}, collective {seen.collective}"
+    return f"{where}\n{rank.stacks.text if rank.stacks else ''}\n"
 
 
 def _look(rank: _Rank, now: float) -> Pace:
@@ -277,12 +320,15 @@ def _report(rank: _Rank, local_rank: int, step_s: float) -> RankReport:
         "collective": seen.collective,
         "pulse_s": round(max(0.0, time.monotonic() - seen.pulse_at), 3) if seen.pulse_at else -1.0,
     }
+    stood = {"where": rank.stacks.where, "waits": rank.stacks.waits} if rank.stacks else {}
     if rank.exit is None:
-        return RankReport(**common, **pace, state="running")
+        process = rank.process or stacks.state(rank.pid)
+        return RankReport(**common, **pace, **stood, state="running", process=process if process in REMARKABLE else "")
     kind, why = rank.blame or (rank.exit.kind, rank.exit.why)
     return RankReport(
         **common,
         **pace,
+        **stood,
         state="exited",
         exit_code=rank.exit.exit_code,
         exit_order=rank.order,
@@ -290,6 +336,7 @@ def _report(rank: _Rank, local_rank: int, step_s: float) -> RankReport:
         kind=kind,
         why=why,
         damaged=rank.exit.damaged,
+        tail=rank.tail,
     )
 
 

@@ -45,7 +45,7 @@ class Scratch:
     def begin(self, incarnation: str) -> tuple[str, ...]:
         """Enters a new incarnation; returns the earlier ones, whose processes the caller has buried."""
         earlier = self._incarnations()
-        for leftover in (*self.path.glob("progress-*"), *self.path.glob("error-*.json")):
+        for leftover in (*self.path.glob("progress-*"), *self.path.glob("stacks-*"), *self.path.glob("error-*.json")):
             leftover.unlink(missing_ok=True)
         self._remember((*earlier, incarnation)[-MAX_REMEMBERED:])
         return earlier

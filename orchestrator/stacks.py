@@ -92,10 +92,11 @@ def answer_path(scratch: str | os.PathLike[str], attempt: int, local_rank: int) 
 def answer_to(path: Path) -> None:
     """In the rank, main thread: from now on it answers. Children that it forks would, too; nobody asks them."""
     global _answers
-    _answers = path.open("w")
-    _answers.write(f"{_MAIN}{threading.main_thread().ident:016x}\n")
-    _answers.flush()
-    faulthandler.register(SIGNAL, _answers, all_threads=True)
+    with contextlib.suppress(OSError):  # the disk is full: it does not answer, and trains
+        _answers = path.open("w")
+        _answers.write(f"{_MAIN}{threading.main_thread().ident:016x}\n")
+        _answers.flush()
+        faulthandler.register(SIGNAL, _answers, all_threads=True)
 
 
 async def take(subjects: Sequence[Subject]) -> list[Stacks]:

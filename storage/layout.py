@@ -6,6 +6,7 @@ snapshots/0000000256.json  hint.json         what the first 256 records mean, an
 data/a000007/s000001200-1f2e3d4c/            a checkpoint's directory
 steps/attempt-000001.jsonl                   step records
 logs/attempt-000001/rank-00003.log           what ranks print
+logs/attempt-000001/rank-00003.stacks.txt    where a rank stood when it was killed because it hung
 probe/<hex>/                                 the start-up probe's, removed at its end
 """
 
@@ -109,6 +110,10 @@ def parse_steps_key(key: str) -> int | None:
 
 def rank_log_key(attempt: int, rank: int) -> str:
     return f"{LOGS}/attempt-{attempt:06d}/rank-{rank:05d}.log"
+
+
+def rank_stacks_key(attempt: int, rank: int) -> str:
+    return f"{LOGS}/attempt-{attempt:06d}/rank-{rank:05d}.stacks.txt"
 
 
 def segment_key(key: str, number: int) -> str:
