@@ -32,6 +32,7 @@ Status = Mapping[str, Any]
 ACTIONS: Final = tuple(kind.action for kind in KINDS.values() if kind.action)
 TRIGGER_S: Final = 60.0  # a rank that trains passes its fault point long before that
 TRIGGER_POLL_S: Final = 0.001
+LOOK_S: Final = 0.1  # at the run log
 MEMORY_LEFT: Final = 256 << 20  # what a node may still take before the kernel looks for the rank that eats
 NO_LIMIT: Final = 1 << 46
 LOSS_PERCENT: Final = 10.0
@@ -80,7 +81,7 @@ async def strike(fault: Fault, status: Status, scene: Scene) -> Struck:
         case "rank":
             return await _strike_rank(fault, status, scene)
         case "node":
-            return _strike_node(fault, status, scene)
+            return await _strike_node(fault, status, scene)
         case "coordinator":
             pid = int(status["coordinator"]["pid"])
             held = _hold(pid, b"coordinator", os.fsencode(CLI))
@@ -217,13 +218,13 @@ def _has_ended(pidfd: int) -> bool:
     return False
 
 
-async def _await(holds: Callable[[], bool], otherwise: str) -> float:
+async def _await(holds: Callable[[], bool], otherwise: str, period_s: float = TRIGGER_POLL_S) -> float:
     """When that was so (monotonic)."""
     deadline = time.monotonic() + TRIGGER_S
     while not holds():
         if time.monotonic() > deadline:
             raise CannotBreak(f"{otherwise} within {TRIGGER_S:g} s")
-        await asyncio.sleep(TRIGGER_POLL_S)
+        await asyncio.sleep(period_s)
     return time.monotonic()
 
 
@@ -238,14 +239,14 @@ def _limit_memory(scene: Scene, node: str) -> Callable[[], None]:
 # Nodes.
 
 
-def _strike_node(fault: Fault, status: Status, scene: Scene) -> Struck:
+async def _strike_node(fault: Fault, status: Status, scene: Scene) -> Struck:
     node, rank = victim(fault, status)
     number = rank["rank"] if rank else -1
     if fault.kind.needs_hosts:
         at_s, heal = _strike_host(fault, name_of(node), scene)
         return Struck(at_s=at_s, node=node["id"], rank=number, heal=heal)
     if fault.kind.name == "damage-checkpoint":
-        _flip_a_bit(scene, max(0, number))
+        await _flip_a_bit(scene, max(0, number))
     pids = _pids_of(fault, node, scene.mark(name_of(node)))
     held = [_hold(pid, scene.mark(name_of(node))) for pid in pids]
     at_s = _send(held, _SIGNALS.get(fault.kind.name, signal.SIGKILL))
@@ -272,18 +273,25 @@ def _pids_of(fault: Fault, node: Mapping[str, Any], mark: bytes) -> tuple[int, .
             return (node["pid"], *(rank["pid"] for rank in node["ranks"] if rank["phase"] != "exited"))
 
 
-def _flip_a_bit(scene: Scene, rank: int) -> None:
-    """In the middle of a rank's largest file of the newest committed checkpoint."""
-    commit = RunLog.open(scene.store).lineage.newest_committed()
+async def _flip_a_bit(scene: Scene, rank: int) -> None:
+    """In the middle of a rank's largest file of the newest committed checkpoint, once there is an older one to fall back to."""
+    log = RunLog(scene.store)
+    await _await(lambda: _num_good(log) > 1, "there were not two checkpoints", LOOK_S)
+    commit = log.lineage.newest_committed()
     folder = scene.store.local_path(commit.directory) if commit else None
     if folder is None:
-        raise CannotBreak("there is no checkpoint yet" if commit is None else f"{scene.root} is not a local folder")
+        raise CannotBreak(f"{scene.root} is not a local folder")
     path = max(folder.glob(f"__{rank}_*"), key=lambda found: found.stat().st_size)
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
+
+
+def _num_good(log: RunLog) -> int:
+    log.refresh()
+    return sum(commit.directory not in log.lineage.quarantined for commit in log.lineage.commits)
 
 
 def _take_root_away(scene: Scene) -> Struck:
