@@ -193,7 +193,7 @@ class Agent:
         from .ranks import count_gpus, forkserver_pid, start_forkserver, wait_until_warm
 
         while True:
-            start_forkserver()
+            start_forkserver(self.config.run.root)
             await asyncio.to_thread(wait_until_warm)
             self._slots = self.config.cluster.ranks_per_node or await asyncio.to_thread(count_gpus) or 1
             self._warm.set()
@@ -389,7 +389,7 @@ def serve(name: str, contact: Contact, scratch_path: Path) -> int:
     from .ranks import forget_main_module, start_forkserver
 
     forget_main_module()
-    start_forkserver()
+    start_forkserver(contact.root)
     return asyncio.run(_serve(name, contact, scratch))
 
 

@@ -36,6 +36,7 @@ from .processes import ENV_PARENT, die_with_parent, is_alive, kill_session, prin
 FIRST_PRELOAD: Final = ("keepstep.orchestrator.lifeline", "keepstep.orchestrator.ranks")
 TRAINER_PRELOAD: Final = "keepstep.trainer.preload"
 PLATFORM_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+REMOTE_PRELOAD: Final = "keepstep.storage.s3"  # s3fs and botocore: 0.5 s that a restart from an object store would pay in every rank
 ROLE: Final = "default"  # torchrun's default role name
 ENV_INTERFACE: Final = "GLOO_SOCKET_IFNAME"
 UNKNOWN_CODE: Final = 255  # multiprocessing's, where the forkserver died and nobody can say how its child ended
@@ -99,10 +100,15 @@ def forget_main_module() -> None:
 _CONTEXT: Final = multiprocessing.get_context("forkserver")
 
 
-def start_forkserver() -> None:
-    """Main thread only: the forkserver dies with the thread that started it. Returns at once; the imports go on in the forkserver."""
+def start_forkserver(root: str) -> None:
+    """Main thread only: the forkserver dies with the thread that started it. Returns at once; the imports go on in the forkserver.
+
+    Args:
+        root: of the run; "" where nobody knows it yet.
+    """
     assert threading.current_thread() is threading.main_thread()
-    _CONTEXT.set_forkserver_preload([*FIRST_PRELOAD, TRAINER_PRELOAD])
+    is_local = root and "://" not in root
+    _CONTEXT.set_forkserver_preload([*FIRST_PRELOAD, TRAINER_PRELOAD, *(() if is_local else (REMOTE_PRELOAD,))])
     os.environ[ENV_PARENT] = str(os.getpid())  # stays: multiprocessing starts a lost forkserver again by itself
     multiprocessing.forkserver.ensure_running()
 

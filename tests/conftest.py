@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, settings
 
 # A test never measures time: no deadlines. CI draws the same examples every time, people new ones.
@@ -22,3 +24,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def rewrite(request: pytest.FixtureRequest) -> bool:
     """True where golden files are to be written instead of compared."""
     return bool(request.config.getoption("--rewrite"))
+
+
+@pytest.fixture(autouse=True)
+def _forget_memory_stores() -> Iterator[None]:
+    """fsspec keeps all of them in one dictionary that every listing walks through: what is left there slows all later tests down."""
+    yield
+    MemoryFileSystem.store.clear()

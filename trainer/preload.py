@@ -15,7 +15,6 @@ PRELOAD: Final = (
     "keepstep.trainer.loop",
     "keepstep.storage.arena",
     "keepstep.storage.posix",
-    "keepstep.storage.s3",  # s3fs and botocore: 0.4 s that a restart from an object store would pay in every rank
     "torch._dynamo",  # 0.9 s, inside the first fully_shard
     "torch.utils.data",
     "torch.utils.serialization",

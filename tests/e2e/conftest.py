@@ -31,11 +31,17 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def undisturbed_run(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> LiveRun:
+    """Finished. Tests may look at its root, and change nothing that others see."""
     run = LiveRun(config_file, str(tmp_path_factory.mktemp("undisturbed") / "root")).start()
-    assert run.wait() == 0, "\n".join(run.output) + run.logs()
+    assert run.wait() == 0, run.said()
     run.check_what_always_holds()
-    return run.outcome()
+    return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(undisturbed_run: LiveRun) -> Outcome:
+    return undisturbed_run.outcome()
 
 
 @pytest.fixture

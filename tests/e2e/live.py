@@ -60,6 +60,16 @@ interval = 6
 """
 
 
+def environment_of(variables: Mapping[str, str]) -> dict[str, str]:
+    """Ours and these. Bytecode is always kept: without it each of a run's processes compiles what it imports, a second of its start."""
+    return {**{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}, **variables}
+
+
+def gates(folder: Path, *steps: int) -> str:
+    """Faults: rank 0 stops itself once after each of these steps, so that all ranks wait there for whatever comes."""
+    return ";".join(f"rank.step:rank=0:step={step}:signal=STOP:once={folder / f'gate-{step}'}" for step in steps)
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What must not depend on what was broken."""
@@ -68,6 +78,12 @@ class Outcome:
     model_sha256: str
     optimizer_sha256: str
     losses: tuple[str, ...]  # float.hex() of each step of the history
+
+
+def keepstep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command of the command line, to its end."""
+    command = [sys.executable, "-m", "keepstep.orchestrator.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, env=environment_of({}))
 
 
 @dataclass(slots=True)
@@ -91,7 +107,7 @@ class LiveRun:
         command = [sys.executable, "-m", "keepstep.orchestrator.cli", "run", str(self.config), *self.flags, "-o", f"run.root={self.root}"]
         for override in self.overrides:
             command += ["-o", override]
-        environment = {**os.environ, **self.environment, ENV_MARK: self.mark, "KEEPSTEP_FAULTS": faults}
+        environment = environment_of({**self.environment, ENV_MARK: self.mark, "KEEPSTEP_FAULTS": faults})
         self.process = subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -143,6 +159,23 @@ class LiveRun:
 
     def wait_for_step(self, step: int, *, attempt: int = 1) -> dict[str, Any]:
         return self.wait_until(lambda s: s["phase"] == "TRAINING" and s["attempt"] >= attempt and s["step"] >= step)
+
+    def wait_at_gate(self) -> dict[str, Any]:
+        """The status while rank 0 stands still, see `gates`."""
+        poll_until(lambda: bool(self.stopped()), "a rank has stopped itself", self.said)
+        return self.wait_until(lambda status: status["phase"] == "TRAINING")
+
+    def stopped(self) -> list[int]:
+        """Those that SIGSTOP holds."""
+        return [pid for pid in self.marked() if is_stopped(pid)]
+
+    def open_gate(self) -> None:
+        for pid in self.stopped():
+            os.kill(pid, signal.SIGCONT)
+
+    def said(self) -> str:
+        """For a failing test's message."""
+        return "\n".join(self.output[-40:]) + self.logs()
 
     def marked(self) -> list[int]:
         """Every living process that descends from this run, our own excepted."""
@@ -199,11 +232,11 @@ class LiveRun:
         check_resumes(log)
 
 
-def poll_until(holds: Callable[[], bool], what: str) -> None:
+def poll_until(holds: Callable[[], bool], what: str, said: Callable[[], str] = str) -> None:
     """Raises AssertionError when it never comes to that."""
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
-        assert time.monotonic() < deadline, f"it never came to that: {what}"
+        assert time.monotonic() < deadline, f"it never came to that: {what}\n{said()}"
         POLL.wait(0.02)
 
 

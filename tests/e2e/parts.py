@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from e2e.live import ENV_MARK, PATIENCE_S, LiveRun
+from e2e.live import ENV_MARK, PATIENCE_S, LiveRun, environment_of
 
 CLI = (sys.executable, "-m", "keepstep.orchestrator.cli")
 
@@ -73,7 +72,7 @@ class PartedRun(LiveRun):
         return [*CLI, verb, str(self.config), *(word for override in overrides for word in ("-o", override))]
 
     def _begin(self, name: str, command: list[str], environment: Mapping[str, str] | None) -> Part:
-        variables = {**os.environ, "KEEPSTEP_FAULTS": "", **self.environment, **(environment or {}), ENV_MARK: self.mark}
+        variables = environment_of({"KEEPSTEP_FAULTS": "", **self.environment, **(environment or {}), ENV_MARK: self.mark})
         process = subprocess.Popen(
             command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )

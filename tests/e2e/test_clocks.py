@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.live import Outcome
+from e2e.live import Outcome, gates, poll_until
 from e2e.parts import PartedRun
 from keepstep.storage.records import Quarantine, Retire
 from keepstep.storage.runlog import RunLog
@@ -42,17 +42,19 @@ def run(config_file: Path, tmp_path: Path, short_folder: Path) -> Iterator[Parte
     run.end()
 
 
-@pytest.mark.parametrize(
-    "offsets", [{"coordinator": "+365d", "node1": "-365d"}, {"coordinator": "-365d", "node1": "+365d"}], ids=["ahead", "behind"]
-)
-def test_clocks_that_are_a_year_off(run: PartedRun, undisturbed: Outcome, library: str, offsets: dict[str, str]) -> None:
-    """One node is right, its coordinator a year ahead or behind, and the other node the other way."""
-    off = {who: clock(library, offset) for who, offset in offsets.items()}
-    coordinator = run.coordinator("coordinator", off.get("coordinator"))
-    for name in ("node0", "node1"):
-        run.agent(name, off.get(name))
-    killed = run.wait_for_step(8)["nodes"][0]["ranks"][0]["pid"]
-    run.kill(killed)
+def test_clocks_that_are_a_year_off(run: PartedRun, undisturbed: Outcome, library: str, tmp_path: Path) -> None:
+    """One node is right. The other is a year behind and, after its death, a year ahead; its coordinators the other way round."""
+    ahead, behind = clock(library, "+365d"), clock(library, "-365d")
+    gate = {"KEEPSTEP_FAULTS": gates(tmp_path, 8, 15)}
+    run.coordinator("ahead", ahead)
+    run.agent("node0", gate)
+    agent = run.agent("node1", behind)
+    run.kill(run.wait_at_gate()["nodes"][0]["ranks"][0]["pid"])
+    poll_until(lambda: run.stopped() == [], "the gang of a killed rank dies", run.said)
+    run.kill(run.wait_at_gate()["coordinator"]["pid"], agent.process.pid)
+    agent.wait()
+    coordinator = run.coordinator("behind", behind)
+    run.agent("node1", ahead)
     assert coordinator.wait() == 0, run.said()
     run.check_what_always_holds()
     assert run.outcome() == undisturbed

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from e2e.live import LiveRun, Outcome, is_stopped, poll_until
+from e2e.live import LiveRun, Outcome, poll_until
 from e2e.parts import Part, PartedRun
 from keepstep.storage.records import Opened
 from keepstep.storage.runlog import RunLog
@@ -30,10 +28,6 @@ def lost(part: Part) -> bool:
     return part.process.poll() == EXIT_REQUEUE
 
 
-def stopped(run: LiveRun) -> list[int]:
-    return [pid for pid in run.marked() if is_stopped(pid)]
-
-
 def assert_one_history(run: LiveRun, coordinators: int) -> None:
     """Terms only grow, no record of a fenced term counts, and every coordinator opened a term of its own at most once."""
     log = RunLog.read_all(run.store)
@@ -51,10 +45,10 @@ def test_three_coordinators_at_once_and_a_fourth_later(run: PartedRun, undisturb
         run.agent(name, {"KEEPSTEP_FAULTS": f"rank.step:rank=1:step=8:signal=STOP:once={tmp_path / 'stopped'}"})
     poll_until(lambda: sum(map(lost, rivals)) == 2, "two of three have left")
     (winner,) = (part for part in rivals if not lost(part))
-    poll_until(lambda: bool(stopped(run)), "a rank stands still, so that the run waits for the fourth")
+    poll_until(lambda: bool(run.stopped()), "a rank stands still, so that the run waits for the fourth")
     last = run.coordinator("coordinator3")
     assert winner.wait() == EXIT_REQUEUE, run.said()
-    os.kill(*stopped(run), signal.SIGCONT)
+    run.open_gate()
     assert last.wait() == 0, run.said()
     for loser in rivals:
         assert any(line.startswith("keepstep: ") and "was opened by" in line for line in loser.output), loser.output

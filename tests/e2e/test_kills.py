@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from e2e.live import STEPS, LiveRun, Outcome
+from e2e.live import STEPS, LiveRun, Outcome, gates, keepstep, poll_until
+from keepstep.storage.runlog import RunLog
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -28,94 +29,69 @@ def last_rank(status: dict[str, Any]) -> dict[str, Any]:
     return rank
 
 
-def test_a_killed_rank_is_named_and_costs_no_bit(start: Start, undisturbed: Outcome) -> None:
-    run = start()
-    status = run.wait_for_step(8)
-    victim = last_rank(status)
-    run.kill(victim["pid"])
-    ends_like(run, undisturbed)
-    (failure,) = run.result()["failures"]
-    assert (failure["rank"], failure["attempt"]) == (victim["rank"], 1)
-    assert "SIGKILL" in failure["why"]
-
-
-def test_a_killed_agent_takes_its_ranks_along_and_costs_no_bit(start: Start, undisturbed: Outcome) -> None:
-    run = start()
-    status = run.wait_for_step(8)
-    node = status["nodes"][0]
-    run.kill(node["pid"])
-    ends_like(run, undisturbed)
-    assert [failure["node"] for failure in run.result()["failures"]] == [node["id"]]
-
-
-def test_a_killed_node_comes_back_under_a_new_incarnation(start: Start, undisturbed: Outcome) -> None:
-    run = start()
-    status = run.wait_for_step(8)
-    node = status["nodes"][1]
+def test_ranks_an_agent_a_node_and_the_coordinator_are_killed_in_one_run(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
+    """Each has a record of its own: two ranks without a commit between them, an agent, a whole node; the coordinator has none."""
+    run = start(faults=gates(tmp_path, 8, 9, 13, 14, 20))
+    ranks = []
+    for _ in range(2):
+        ranks.append(last_rank(run.wait_at_gate()))
+        run.kill(ranks[-1]["pid"])
+        poll_until(lambda: run.stopped() == [], "the group of a killed rank is killed whole", run.said)
+    agent = run.wait_at_gate()["nodes"][0]
+    run.kill(agent["pid"])
+    poll_until(lambda: run.stopped() == [], "ranks die with their agent", run.said)
+    node = run.wait_at_gate()["nodes"][1]
     run.kill(node["pid"], *(rank["pid"] for rank in node["ranks"]))
+    poll_until(lambda: run.stopped() == [], "the ranks of the other node are stopped", run.said)
+    run.kill(run.wait_at_gate()["coordinator"]["pid"])
+    run.open_gate()
     ends_like(run, undisturbed)
-    assert [failure["node"] for failure in run.result()["failures"]] == [node["id"]]
+    *of_ranks, of_agent, of_node = run.result()["failures"]
+    assert [(failure["rank"], failure["attempt"]) for failure in of_ranks] == [(ranks[0]["rank"], 1), (ranks[1]["rank"], 2)]
+    assert all("SIGKILL" in failure["why"] for failure in of_ranks)
+    assert (of_agent["node"], of_node["node"]) == (agent["id"], node["id"])
+    assert run.result()["attempts"] == 5, "the ranks trained on without a coordinator"
 
 
-def test_a_killed_coordinator_is_succeeded_while_the_ranks_train_on(start: Start, undisturbed: Outcome) -> None:
-    run = start()
-    status = run.wait_for_step(8)
-    run.kill(status["coordinator"]["pid"])
-    ends_like(run, undisturbed)
-    result = run.result()
-    assert (result["attempts"], result["failures"], result["lost_steps"]) == (1, [], 0)
-
-
-def test_the_same_command_continues_after_everything_was_killed(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
-    root = str(tmp_path / "root")
-    first = start(root=root)
-    first.wait_for_step(8)
-    first.kill_everything()
-    first.check_what_always_holds()
-    second = start(root=root)
-    ends_like(second, undisturbed)
-
-
-def test_two_kills_in_a_row(start: Start, undisturbed: Outcome) -> None:
-    run = start()
-    run.kill(last_rank(run.wait_for_step(7))["pid"])
-    run.kill(last_rank(run.wait_for_step(7, attempt=2))["pid"])
-    ends_like(run, undisturbed)
-    assert run.result()["attempts"] == 3
-
-
-def test_a_killed_platform_takes_everything_along_and_the_same_command_continues(
+def test_the_same_command_continues_after_a_stop_and_after_everything_was_killed(
     start: Start, undisturbed: Outcome, tmp_path: Path
 ) -> None:
-    root = str(tmp_path / "root")
-    first = start(root=root)
-    first.wait_for_step(8)
-    assert first.process
-    first.kill(first.process.pid)
-    first.check_what_always_holds()
-    ends_like(start(root=root), undisturbed)
+    """First a person stops it, then its platform is killed, then every process at once."""
+    root, faults = str(tmp_path / "root"), gates(tmp_path, 4, 11, 16)
+    first = start(root=root, faults=faults)
+    first.wait_at_gate()
+    assert keepstep("stop", root).returncode == 0
+    first.open_gate()
+    assert first.wait() == 75, first.said()
+    stopped = first.result()
+    assert (stopped["outcome"], stopped["lost_steps"]) == ("stopped", 0)
+    second = start(root=root, faults=faults)
+    second.wait_at_gate()
+    attempt = RunLog.open(second.store).newest_attempt()
+    assert attempt
+    assert 4 <= attempt.resume_step == stopped["step"] < 11, "nothing is computed again after a stop"
+    assert second.process
+    second.kill(second.process.pid)
+    second.check_what_always_holds()
+    third = start(root=root, faults=faults)
+    third.wait_at_gate()
+    third.kill_everything()
+    third.check_what_always_holds()
+    ends_like(start(root=root, faults=faults), undisturbed)
 
 
-# Each run meets its faults one after the other; every one of them kills the process that passes the point.
-POINTS = {
-    "copying": ("rank.stage.before:rank=1", "rank.stage.after:rank=2"),
-    "writing the shards": (
-        "persister.shards.before:rank=1",
-        "persister.shards.middle:rank=2",
-        "persister.shards.after:rank=3",
-    ),
-    "writing the rank index and the manifest": (
-        "persister.index.after:rank=0",
-        "coordinator.manifest.before",
-        "coordinator.manifest.after",
-    ),
-    "appending the commit record": ("coordinator.commit.before", "coordinator.commit.after", f"coordinator.commit.after:step={STEPS}"),
-}
+# Every one of them kills the process that passes the point, once.
+POINTS = (
+    *("rank.stage.before:rank=1", "rank.stage.after:rank=2"),
+    *("persister.shards.before:rank=1", "persister.shards.middle:rank=2", "persister.shards.after:rank=3", "persister.index.after:rank=0"),
+    *("coordinator.manifest.before", "coordinator.manifest.after"),
+    *("coordinator.commit.before", "coordinator.commit.after", f"coordinator.commit.after:step={STEPS}"),
+)
 
 
-@pytest.mark.parametrize("points", POINTS.values(), ids=[name.replace(" ", "-") for name in POINTS])
-def test_kills_while_saving_cost_no_bit(start: Start, undisturbed: Outcome, tmp_path: Path, points: tuple[str, ...]) -> None:
-    markers = [tmp_path / f"fired-{i}" for i in range(len(points))]
-    run = start(faults=";".join(f"{point}:once={marker}" for point, marker in zip(points, markers, strict=True)))
+def test_kills_while_saving_cost_no_bit(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
+    """While copying, writing the shards, the rank index and the manifest, and appending the commit record."""
+    markers = [tmp_path / f"fired-{i}" for i in range(len(POINTS))]
+    run = start(faults=";".join(f"{point}:once={marker}" for point, marker in zip(POINTS, markers, strict=True)))
     ends_like(run, undisturbed)
-    assert [point for point, marker in zip(points, markers, strict=True) if not marker.exists()] == [], "these faults were never reached"
+    assert [point for point, marker in zip(POINTS, markers, strict=True) if not marker.exists()] == [], "these faults were never reached"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from s3server import S3Server, running_s3_server
 
-from e2e.live import LiveRun, Outcome
+from e2e.live import LiveRun, Outcome, gates, poll_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.s3]
 
@@ -31,24 +31,17 @@ def on_s3(start: Start, server: S3Server) -> Start:
     return begin
 
 
-def ends_like(run: LiveRun, undisturbed: Outcome) -> None:
-    assert run.wait() == 0, "\n".join(run.output[-60:])
-    run.check_what_always_holds()
-    assert run.outcome() == undisturbed
-
-
-def test_a_killed_rank_then_a_killed_node(on_s3: Start, undisturbed: Outcome) -> None:
-    run = on_s3()
-    run.kill(run.wait_for_step(8)["nodes"][-1]["ranks"][-1]["pid"])
-    node = run.wait_for_step(9, attempt=2)["nodes"][0]
-    run.kill(node["pid"], *(rank["pid"] for rank in node["ranks"]))
-    ends_like(run, undisturbed)
-    assert run.result()["attempts"] == 3
-
-
-def test_kills_during_saves(on_s3: Start, undisturbed: Outcome, tmp_path: Path) -> None:
+def test_a_killed_rank_a_killed_node_and_kills_during_saves(on_s3: Start, undisturbed: Outcome, tmp_path: Path) -> None:
     """contract/test_kill_runs.py has a hundred more on this store, without ranks."""
     points = {"persister.shards.after:rank=1": tmp_path / "shards", "coordinator.commit.before": tmp_path / "commit"}
-    run = on_s3(faults=";".join(f"{point}:once={marker}" for point, marker in points.items()))
-    ends_like(run, undisturbed)
+    faults = ";".join(f"{point}:once={marker}" for point, marker in points.items())
+    run = on_s3(faults=f"{faults};{gates(tmp_path, 8, 14)}")
+    run.kill(run.wait_at_gate()["nodes"][-1]["ranks"][-1]["pid"])
+    poll_until(lambda: run.stopped() == [], "the group of a killed rank is killed whole", run.said)
+    node = run.wait_at_gate()["nodes"][0]
+    run.kill(node["pid"], *(rank["pid"] for rank in node["ranks"]))
+    assert run.wait() == 0, run.said()
+    run.check_what_always_holds()
+    assert run.outcome() == undisturbed
+    assert run.result()["attempts"] == 4
     assert all(marker.exists() for marker in points.values())

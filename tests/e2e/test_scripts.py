@@ -57,14 +57,23 @@ def facts_of(folder: Path, rank: int) -> dict[str, object]:
     return facts
 
 
-def test_the_environment_is_torchruns(start: Start, script: Path, tmp_path: Path) -> None:
-    run = scripted(start, script, tmp_path / "ours", "")
-    assert run.wait() == 0, "\n".join(run.output) + run.logs()
-    run.check_what_always_holds()
+def test_a_script_has_torchruns_environment_and_one_that_fails_is_named_and_started_again(
+    start: Start, script: Path, tmp_path: Path
+) -> None:
+    run = scripted(start, script, tmp_path / "ours", "fail")
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(script), str(theirs)]
+    assert run.wait() == 0, run.said()
     subprocess.run(command, check=True, capture_output=True, timeout=120)
+    run.check_what_always_holds()
+    result = run.result()
+    assert (result["outcome"], result["attempts"]) == ("succeeded", 2)
+    (failure,) = result["failures"]
+    assert failure["rank"] == 1
+    assert "ValueError: the third batch is broken" in failure["why"]
+    log = Path(run.root) / "logs" / "attempt-000002" / "rank-00001.log"
+    assert "rank 1 says hello" in log.read_text()
     for rank in range(4):
         mine, torchruns = facts_of(tmp_path / "ours", rank), facts_of(theirs, rank)
         assert mine["total"] == torchruns["total"] == 4.0
@@ -85,19 +94,6 @@ def launch_variables(facts: dict[str, object]) -> dict[str, str]:
         for name, value in environment.items()
         if name.startswith(("TORCH", "MASTER", "RANK", "LOCAL", "GROUP", "ROLE", "WORLD", "OMP")) and name not in VARYING
     }
-
-
-def test_a_failing_script_is_named_with_its_exception_and_started_again(start: Start, script: Path, tmp_path: Path) -> None:
-    run = scripted(start, script, tmp_path / "out", "fail")
-    assert run.wait() == 0, "\n".join(run.output) + run.logs()
-    run.check_what_always_holds()
-    result = run.result()
-    assert (result["outcome"], result["attempts"]) == ("succeeded", 2)
-    (failure,) = result["failures"]
-    assert failure["rank"] == 1
-    assert "ValueError: the third batch is broken" in failure["why"]
-    log = Path(run.root) / "logs" / "attempt-000002" / "rank-00001.log"
-    assert "rank 1 says hello" in log.read_text()
 
 
 def test_the_same_error_twice_ends_the_run_with_do_not_requeue(start: Start, tmp_path: Path) -> None:
