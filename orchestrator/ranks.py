@@ -267,11 +267,23 @@ def _leave_signals_to_the_agent() -> None:
     for number in PLATFORM_SIGNALS:
         signal.signal(number, _do_nothing)
         signal.siginterrupt(number, False)  # native code need not expect EINTR
-    os.register_at_fork(after_in_child=_give_signals_back)
+    os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals_go, after_in_child=_give_signals_back)
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
     pass
+
+
+_held = threading.local()
+
+
+def _hold_signals() -> None:
+    """A signal that reaches a child before it has its own handlers would be lost, and with it the order to end."""
+    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, PLATFORM_SIGNALS)
+
+
+def _let_signals_go() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
 
 
 def _give_signals_back() -> None:
@@ -279,6 +291,7 @@ def _give_signals_back() -> None:
     for number in PLATFORM_SIGNALS:
         if signal.getsignal(number) is _do_nothing:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    _let_signals_go()
 
 
 def _forget_variables_of_preloaded_modules(given: Mapping[str, str]) -> None:
