@@ -21,6 +21,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .data import Batch, Feed, micro_batches, rows
 from .tokens import TokenArray
@@ -54,13 +55,15 @@ class Share:
         return rows(self.tokens, self.feed.samples(first, last), self.context)
 
 
-def batches(share: Share, steps: range, workers: int) -> Iterator[Sequence[MicroBatch]]:
-    """The micro-batches of `steps`, in order. Main thread of the rank only: the workers die with the thread that started them.
+@contextlib.contextmanager
+def batches(share: Share, steps: range, workers: int) -> Iterator[Iterator[Sequence[MicroBatch]]]:
+    """The micro-batches of `steps`, in order; the workers are gone afterwards. Main thread of the rank only: they die with that thread.
 
-    Raises RuntimeError that names a worker which was killed, at whatever the rank is doing then.
+    A worker that is killed becomes a RuntimeError that names it, at whatever the rank is doing then.
     """
     if not workers or not steps:
-        return map(share.__getitem__, steps)
+        yield map(share.__getitem__, steps)
+        return
     loader: DataLoader[Any] = DataLoader(
         share,  # type: ignore[arg-type]  # a map-style dataset in all but name
         sampler=steps,
@@ -72,7 +75,15 @@ def batches(share: Share, steps: range, workers: int) -> Iterator[Sequence[Micro
         multiprocessing_context="fork",
         generator=torch.Generator(),  # else it would draw a seed for its workers from the stream that dropout draws from
     )
-    return iter(loader)
+    read = iter(loader)
+    assert isinstance(read, _MultiProcessingDataLoaderIter)
+    try:
+        yield read
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
+        for worker in read._workers:
+            worker.kill()  # it only reads; one that hangs would hold up the rank for ten seconds, and its exit for ever
+        read._shutdown_workers()
 
 
 def _as_it_is(parts: list[MicroBatch]) -> list[MicroBatch]:
@@ -81,7 +92,10 @@ def _as_it_is(parts: list[MicroBatch]) -> list[MicroBatch]:
 
 
 def _begin_worker(rank_pid: int, worker: int) -> None:
-    """Dies with its rank, at once (torch's own workers look every few seconds), and holds nothing open that others take for the rank."""
+    """Dies with its rank, at once (torch's own workers look every few seconds), of nothing that a platform sends to all processes of a
+    job, and holds nothing open that others take for the rank."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
     if os.getppid() != rank_pid:
         os._exit(1)

@@ -26,30 +26,30 @@ def train(run: Run) -> None:
     """Collective. From the step that `run` stands at to the last one, or to the step at which all ranks agree to stop."""
     config, steps = run.config, run.config.run.steps
     run.me.report(Phase.STEP, run.step)
-    share_of = batches(run.share, range(run.step + 1, steps + 1), config.train.loader_workers)
-    while run.step < steps:
-        started_at = time.monotonic()
-        step = run.step + 1
+    with batches(run.share, range(run.step + 1, steps + 1), config.train.loader_workers) as shares:
+        while run.step < steps:
+            started_at = time.monotonic()
+            step = run.step + 1
 
-        nll, tokens = backward(run, next(share_of))  # this rank's summed loss; its shards hold the gradient of the global mean
-        agreed = agree(run, step, nll, tokens)  # the one exchange of a step: every rank goes on with the same numbers
-        agreed.check_finite(step)
+            nll, tokens = backward(run, next(shares))  # this rank's summed loss; its shards hold the gradient of the global mean
+            agreed = agree(run, step, nll, tokens)  # the one exchange of a step: every rank goes on with the same numbers
+            agreed.check_finite(step)
 
-        lr = learning_rate(config.optimizer, step, steps)
-        run.optimizer.update(lr=lr, scale=clip_scale(agreed.grad_norm, config.optimizer.clip_norm))
-        run.step, run.loss_hex = step, agreed.loss.hex()
-        run.me.report(Phase.STEP, step)
-        record_step(run, agreed, lr, time.monotonic() - started_at)
-        fault_point("rank.step", rank=run.world.rank, step=step)
-        run.checkpointer.get_ready(run.tensors)  # once, after the first step: a restart is over before it plans its saves
-
-        if agreed.stop or step == steps:
-            break
-        if agreed.save:
-            save(run)
-        if config.evaluate.interval and step % config.evaluate.interval == 0:
-            evaluate_run(run)
+            lr = learning_rate(config.optimizer, step, steps)
+            run.optimizer.update(lr=lr, scale=clip_scale(agreed.grad_norm, config.optimizer.clip_norm))
+            run.step, run.loss_hex = step, agreed.loss.hex()
             run.me.report(Phase.STEP, step)
+            record_step(run, agreed, lr, time.monotonic() - started_at)
+            fault_point("rank.step", rank=run.world.rank, step=step)
+            run.checkpointer.get_ready(run.tensors)  # once, after the first step: a restart is over before it plans its saves
+
+            if agreed.stop or step == steps:
+                break
+            if agreed.save:
+                save(run)
+            if config.evaluate.interval and step % config.evaluate.interval == 0:
+                evaluate_run(run)
+                run.me.report(Phase.STEP, step)
     finish(run)
 
 

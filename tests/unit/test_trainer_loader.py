@@ -45,7 +45,8 @@ def reads(rank: int, world_size: int) -> None:
     share = a_share()
     before = torch.get_rng_state()
     for workers, steps in ((0, range(1, 12)), (1, range(5, 12)), (2, range(1, 12)), (2, range(11, 12)), (2, range(12, 12))):
-        assert [plain(parts) for parts in batches(share, steps, workers)] == [plain(share[step]) for step in steps]
+        with batches(share, steps, workers) as read:
+            assert [plain(parts) for parts in read] == [plain(share[step]) for step in steps]
     assert torch.equal(torch.get_rng_state(), before), "dropout's stream"
 
 
@@ -63,8 +64,9 @@ def reads_ahead(rank: int, world_size: int, folder: str) -> None:
 
     share = a_share()
     noted = Noted(**{name: getattr(share, name) for name in share.__slots__})
-    for taken, _ in enumerate(batches(noted, range(1, 40), 2), start=1):
-        assert len(os.listdir(folder)) <= taken + 2 * AHEAD
+    with batches(noted, range(1, 40), 2) as read:
+        for taken, _ in enumerate(read, start=1):
+            assert len(os.listdir(folder)) <= taken + 2 * AHEAD
 
 
 def test_workers_read_a_few_batches_ahead_and_no_more(tmp_path: Path) -> None:
@@ -87,11 +89,11 @@ def holds_sockets(rank: int, world_size: int) -> None:
 
     mine, peer = socket.socketpair()
     described: Any = Described()
-    read = batches(described, range(1, 40), 2)
-    for _, (_, links) in zip(range(4), read, strict=False):
-        assert [link for link in links if link.startswith("socket:")] == []
-    mine.close()
-    assert peer.recv(1) == b"", "a peer sees the rank's connection closed although its workers live"
+    with batches(described, range(1, 40), 2) as read:
+        for _, (_, links) in zip(range(4), read, strict=False):
+            assert [link for link in links if link.startswith("socket:")] == []
+        mine.close()
+        assert peer.recv(1) == b"", "a peer sees the rank's connection closed although its workers live"
 
 
 def test_workers_hold_none_of_their_ranks_connections_open() -> None:
@@ -99,20 +101,42 @@ def test_workers_hold_none_of_their_ranks_connections_open() -> None:
 
 
 def loses_a_worker(rank: int, world_size: int) -> None:
+    from multiprocessing import active_children
+
     from keepstep.trainer.loader import batches
 
     described: Any = Described()
-    read = batches(described, range(1, 100000), 2)
-    victim, _ = next(read)
-    os.kill(victim, signal.SIGKILL)
-    with pytest.raises(
-        RuntimeError, match=rf"DataLoader worker \(pid(\(s\))? {victim}\) (is killed by signal: Killed|exited unexpectedly)"
-    ):
-        deque(read, maxlen=0)
+    with batches(described, range(1, 100000), 2) as read:
+        victim, _ = next(read)
+        os.kill(victim, signal.SIGKILL)
+        named = rf"DataLoader worker \(pid(\(s\))? {victim}\) (is killed by signal: Killed|exited unexpectedly)"
+        with pytest.raises(RuntimeError, match=named):
+            deque(read, maxlen=0)
+    assert active_children() == []
 
 
 def test_a_worker_that_was_killed_is_named_by_its_rank() -> None:
     run_ranks(1, loses_a_worker)
+
+
+def has_deaf_and_stopped_workers(rank: int, world_size: int) -> None:
+    """What a platform sends to every process of a job ends no worker; leaving ends even one that does not react."""
+    from multiprocessing import active_children
+
+    from keepstep.trainer import loader
+
+    described: Any = Described()
+    with loader.batches(described, range(1, 40), 2) as read:
+        first, second = sorted({next(read)[0] for _ in range(4)})
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(first, number)
+        deque((next(read) for _ in range(8)), maxlen=0)
+        os.kill(second, signal.SIGSTOP)
+    assert active_children() == []
+
+
+def test_workers_ignore_a_platforms_signals_and_never_hold_up_their_rank() -> None:
+    run_ranks(1, has_deaf_and_stopped_workers)
 
 
 def waits_with_workers(pids: Any) -> None:
@@ -120,9 +144,9 @@ def waits_with_workers(pids: Any) -> None:
 
     os.setsid()
     described: Any = Described()
-    read = batches(described, range(1, 40), 2)
-    pids.send(sorted({next(read)[0] for _ in range(4)}))
-    signal.pause()
+    with batches(described, range(1, 40), 2) as read:
+        pids.send(sorted({next(read)[0] for _ in range(4)}))
+        signal.pause()
 
 
 def test_workers_die_with_their_rank_at_once(tmp_path: Path) -> None:
