@@ -1,8 +1,4 @@
-"""Inflicts faults on a live run: signals to its processes, triggers of its fault points, damage to its files, harm to its hosts.
-
-A process gets a signal only while it is the one that the status spoke of: it is held by a pidfd *before* its mark is compared (the node's
-scratch directory in its environment or on its command line), so a pid that was given to somebody else meanwhile is never hit.
-"""
+"""Inflicts faults on a live run: signals to its processes, triggers of its fault points, damage to its files, harm to its hosts."""
 
 from __future__ import annotations
 
@@ -11,8 +7,9 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,13 +18,12 @@ from keepstep.storage.store import Store
 
 from .cgroups import Cgroup
 from .faultkinds import KINDS, Fault
-from .processes import ENV_SCRATCH, strays
+from .processes import strays
 from .scratch import default_scratch
+from .victims import CannotBreak, Status, close, hold, name_of, resume, send, victim, words
 
 if TYPE_CHECKING:
     from .lab import Host
-
-Status = Mapping[str, Any]
 
 ACTIONS: Final = tuple(kind.action for kind in KINDS.values() if kind.action)
 TRIGGER_S: Final = 60.0  # a rank that trains passes its fault point long before that
@@ -37,11 +33,6 @@ MEMORY_LEFT: Final = 256 << 20  # what a node may still take before the kernel l
 NO_LIMIT: Final = 1 << 46
 LOSS_PERCENT: Final = 10.0
 CLI: Final = "keepstep.orchestrator.cli"
-_SCRATCH: Final = f"{ENV_SCRATCH}=".encode()
-
-
-class CannotBreak(RuntimeError):
-    """What should be broken is not there, or not any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,96 +75,12 @@ async def strike(fault: Fault, status: Status, scene: Scene) -> Struck:
             return await _strike_node(fault, status, scene)
         case "coordinator":
             pid = int(status["coordinator"]["pid"])
-            held = _hold(pid, b"coordinator", os.fsencode(CLI))
-            at_s = _send([held], signal.SIGKILL)
+            held = hold(pid, b"coordinator", os.fsencode(CLI))
+            at_s = send([held], signal.SIGKILL)
             os.close(held)
             return Struck(at_s=at_s, pids=(pid,))
         case "root":
             return _take_root_away(scene)
-
-
-# Whom.
-
-
-def victim(fault: Fault, status: Status) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-    """The node that is meant and, unless the plan names a node, the rank. Raises CannotBreak."""
-    for node in status["nodes"]:
-        if node["state"] == "lost":
-            continue
-        if fault.node:
-            if name_of(node) == fault.node:
-                return node, None
-            continue
-        for rank in node["ranks"]:
-            if rank["rank"] == fault.rank and rank["phase"] != "exited":
-                return node, rank
-    raise CannotBreak(f"{fault}: nobody of that name is there")
-
-
-def name_of(node: Mapping[str, Any]) -> str:
-    """ "node1#3f9c" -> "node1"."""
-    return str(node["id"]).partition("#")[0]
-
-
-# Processes.
-
-
-def _hold(pid: int, *marks: bytes) -> int:
-    """A pidfd of the process that has this pid on its host and carries the marks. Raises CannotBreak."""
-    for candidate in _pids_here(pid):
-        try:
-            descriptor = os.pidfd_open(candidate)
-        except ProcessLookupError:
-            continue
-        if _words(candidate).issuperset(marks):
-            return descriptor
-        os.close(descriptor)
-    raise CannotBreak(f"pid {pid} is not the process that the status spoke of, or it has ended")
-
-
-def _pids_here(pid: int) -> list[int]:
-    """As seen from this machine, of all processes that see themselves as `pid`: in a host's namespace it has another one here."""
-    assert pid > 1, "0 and 1 would be far more than a rank"
-    return [pid, *(int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit() and _innermost_pid(entry.name) == pid)]
-
-
-def _innermost_pid(pid: str) -> int:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("NSpid:"):
-                return int(line.split()[-1])
-    return 0
-
-
-def _words(pid: int) -> set[bytes]:
-    """Of a process's command line, and the scratch directory in its environment."""
-    with contextlib.suppress(OSError):
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        scratch = {entry.removeprefix(_SCRATCH) for entry in environment if entry.startswith(_SCRATCH)}
-        return scratch | set(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
-    return set()
-
-
-def _send(pidfds: Sequence[int], number: int) -> float:
-    """To all of them; returns the instant of the first. Those that have ended meanwhile are no matter."""
-    at_s = time.monotonic()
-    for pidfd in pidfds:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, number)
-    return at_s
-
-
-def _close(pidfds: Sequence[int]) -> None:
-    for pidfd in pidfds:
-        os.close(pidfd)
-
-
-def _resume(pidfds: Sequence[int]) -> Callable[[], None]:
-    def resume() -> None:
-        _send(pidfds, signal.SIGCONT)
-        _close(pidfds)
-
-    return resume
 
 
 # Ranks.
@@ -184,13 +91,13 @@ async def _strike_rank(fault: Fault, status: Status, scene: Scene) -> Struck:
     if rank is None:
         raise CannotBreak(f"{fault}: name a rank, not a node")
     pid = int(rank["pid"])
-    held = _hold(pid, scene.mark(name_of(node)))
+    held = hold(pid, scene.mark(name_of(node)))
     struck = Struck(at_s=0.0, node=node["id"], rank=rank["rank"], pids=(pid,))
     if fault.kind.action:
         return await _trigger(fault, struck, held, scene)
-    at_s = _send([held], signal.Signals[fault.kind.signal])
+    at_s = send([held], signal.Signals[fault.kind.signal])
     if fault.kind.signal == "SIGSTOP":
-        return replace(struck, at_s=at_s, heal=_resume([held]))
+        return replace(struck, at_s=at_s, heal=partial(resume, [held]))
     os.close(held)
     return replace(struck, at_s=at_s)
 
@@ -248,12 +155,12 @@ async def _strike_node(fault: Fault, status: Status, scene: Scene) -> Struck:
     if fault.kind.name == "damage-checkpoint":
         await _flip_a_bit(scene, max(0, number))
     pids = _pids_of(fault, node, scene.mark(name_of(node)))
-    held = [_hold(pid, scene.mark(name_of(node))) for pid in pids]
-    at_s = _send(held, _SIGNALS.get(fault.kind.name, signal.SIGKILL))
+    held = [hold(pid, scene.mark(name_of(node))) for pid in pids]
+    at_s = send(held, _SIGNALS.get(fault.kind.name, signal.SIGKILL))
     struck = Struck(at_s=at_s, node=node["id"], rank=number, pids=pids)
     if fault.kind.name == "stop-node":
-        return replace(struck, heal=_resume(held))
-    _close(held)
+        return replace(struck, heal=partial(resume, held))
+    close(held)
     return struck
 
 
@@ -266,7 +173,7 @@ def _pids_of(fault: Fault, node: Mapping[str, Any], mark: bytes) -> tuple[int, .
         case "kill-agent" | "preempt-node":
             return (node["pid"],)
         case "kill-persister":
-            return tuple(pid for pid in strays(os.fsdecode(mark)) if b"keepstep.storage.persister" in _words(pid))
+            return tuple(pid for pid in strays(os.fsdecode(mark)) if b"keepstep.storage.persister" in words(pid))
         case "stop-node":
             return (node["pid"], *(pid for pid in strays(os.fsdecode(mark)) if pid != node["pid"]))
         case _:

@@ -17,7 +17,7 @@ from keepstep.storage.errors import StorageError
 from keepstep.storage.runlog import RunLog
 
 from . import faultverdict
-from .breaking import CannotBreak, Scene, Struck, strike
+from .breaking import Scene, Struck, strike
 from .client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
 from .errors import InputError
 from .faultkinds import After, AtStep, Fault, expected
@@ -25,6 +25,7 @@ from .faultverdict import Episode
 from .launchers import Audience
 from .roots import known_token
 from .sections import RunConfig
+from .victims import CannotBreak
 
 LOOK_S: Final = 0.05
 PATIENCE_S: Final = 300.0  # for a run to train again after a fault; then the next fault comes all the same
