@@ -32,7 +32,8 @@ class CoordinatorClient:
     """Calls of one coordinator at one address. Every method raises CoordinatorUnreachable or CoordinatorRefused.
 
     Args:
-        patience_s: for the answer to a call that is not meant to wait.
+        patience_s: for the answer to a call that is not meant to wait; a connection must stand within half of it (a kernel that hears
+            nothing begins again after 1 s only).
     """
 
     def __init__(self, url: str, token: str, *, patience_s: float = CALL_TIMEOUT_S) -> None:
@@ -68,7 +69,7 @@ class CoordinatorClient:
         return await self._call("POST", path, params=params)
 
     async def _call(self, method: str, path: str, *, waits_s: float = 0.0, **arguments: Any) -> bytes:
-        timeout = aiohttp.ClientTimeout(total=waits_s + self._patience_s, connect=min(2.0, self._patience_s))
+        timeout = aiohttp.ClientTimeout(total=waits_s + self._patience_s, sock_connect=min(2.0, self._patience_s / 2))
         try:
             async with self._session.request(method, self.url + path, timeout=timeout, **arguments) as answer:
                 body = await answer.read()

@@ -83,6 +83,13 @@ class Host:
         enter = ["env", "-u", ENV_PARENT, "nsenter", *flags, f"--wd={os.getcwd()}", "setpriv", "--pdeathsig", "KILL"]
         return [*into(self._group), *enter, *argv]
 
+    def pid_here(self, pid: int) -> int:
+        """The pid that one of its processes has on this machine. Raises LookupError when there is none."""
+        for known in self._group.pids():
+            if _namespaced_pid(known) == pid:
+                return known
+        raise LookupError(f"{self.name} has no process {pid}")
+
     def boot(self) -> None:
         """Switches it on, empty."""
         assert not self.is_up, f"{self.name} is on"
@@ -235,6 +242,16 @@ def sweep() -> None:
             group = Cgroup(folder.name)
             group.kill()
             group.remove()
+
+
+def _namespaced_pid(pid: int) -> int:
+    """What a process calls itself; 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    pids = next(line for line in lines if line.startswith("NSpid:")).split()[1:]
+    return int(pids[-1]) if len(pids) > 1 else 0
 
 
 def _started_at(pid: int) -> str:
