@@ -45,7 +45,16 @@ def is_hang(stood: tuple[Stood, ...], stall_s: float) -> bool:
     """Whether one of those that all others wait for is silent for too long. A rank that evaluates or reads for minutes, and says so, makes
     the others silent: they are not at fault, and it is none."""
     behind = min((one.rank.collective for one in stood), default=-1)
-    return any(one.rank.beats > 0 and one.quiet_s > (one.rank.limit_s or stall_s) for one in stood if one.rank.collective == behind)
+    return any(
+        one.rank.beats > 0 and one.quiet_s > (_limit_s(one.rank, stood) or stall_s) for one in stood if one.rank.collective == behind
+    )
+
+
+def _limit_s(rank: RankReport, stood: tuple[Stood, ...]) -> float:
+    """A node that has seen too little to know a limit goes by those that step along with it."""
+    return rank.limit_s or max(
+        (one.rank.limit_s for one in stood if (one.rank.phase, one.rank.step) == (rank.phase, rank.step)), default=0.0
+    )
 
 
 def stood_still(reports: Iterable[tuple[AgentReport, float]], now: float) -> tuple[Stood, ...]:

@@ -107,3 +107,11 @@ def test_who_died_of_a_lost_peer_was_waiting() -> None:
     victim = rank(0, **numbers, exit_code=1, kind="peer-lost")
     later = report("node0#a", attempt=1, ranks=(victim, rank(1, **numbers, exit_code=-9, stopped_by_agent=True, where="x.py:1 f")))
     assert culprit_of(updated(before, later), now=0.0).rank == 1
+
+
+def test_a_node_that_has_seen_too_little_goes_by_those_that_step_along_with_it() -> None:
+    new = report("node1#b", attempt=1, ranks=(rank(2, quiet_s=6.0, collective=40),))
+    old = report("node0#a", attempt=1, ranks=(rank(0, quiet_s=6.0, collective=41, limit_s=4.0),))
+    assert is_hang(stood_still(((old, 0.0), (new, 0.0)), now=0.0), stall_s=300.0)
+    elsewhere = report("node0#a", attempt=1, ranks=(rank(0, quiet_s=6.0, collective=41, limit_s=4.0, step=9),))
+    assert not is_hang(stood_still(((elsewhere, 0.0), (new, 0.0)), now=0.0), stall_s=300.0)
