@@ -178,8 +178,9 @@ class Agent:
         return wants or not knows or self._ranks.running or not self._persister.is_idle
 
     def _finish(self, code: int) -> None:
+        """A node that was to go says so, also where the run ended meanwhile: whoever started it must not take its end for the run's."""
         if not self._exit.done():
-            self._exit.set_result(code)
+            self._exit.set_result(EXIT_REQUEUE if code == EXIT_OK and self._going.why else code)
 
     async def _warm_up(self) -> None:
         """Torch is imported in the forkserver, never in this process. A forkserver that died took its ranks along: another succeeds it."""
