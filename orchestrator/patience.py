@@ -43,13 +43,14 @@ class _Rule:
 
     min_samples: int
     floor: float  # times hang_s
+    settled: float = math.inf  # with so many samples hang_s is the floor
 
 
-# What is rare must do with few samples, so its floor is higher. A save and the end write memory that was never touched before, perhaps
-# on a machine that swaps. A start waits for what no silence so far has shown: machines that boot, a compiler, a store each of whose calls
-# may take storage.timeout_s (a minute).
+# What is rare must do with few samples, so its floor is higher: the next save may be the first on a machine that swaps. A start waits for
+# what no silence so far has shown, however many there were: machines that boot, a compiler, a store each of whose calls may take
+# storage.timeout_s (a minute).
 _REGULAR: Final = _Rule(min_samples=8, floor=1.0)
-_RARE: Final = _Rule(min_samples=3, floor=2.5)
+_RARE: Final = _Rule(min_samples=3, floor=2.5, settled=32)
 _START: Final = _Rule(min_samples=3, floor=15.0)
 _RULES: Final = {
     Activity.START: _START,
@@ -136,7 +137,8 @@ class Patience:
         known, rule = self._silences[activity], _RULES[activity]
         if known.total < rule.min_samples:
             return 0.0
-        usual_s = max(rule.floor * self._hang_s, 4 * known.percentile(0.99), 1.25 * known.longest_s)
+        floor = rule.floor if known.total < rule.settled else 1.0
+        usual_s = max(floor * self._hang_s, 4 * known.percentile(0.99), 1.25 * known.longest_s)
         return max([usual_s, *(2 * seconds for which, at, seconds in self._cut_short if (which, at) == (activity, step))])
 
     @property

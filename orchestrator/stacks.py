@@ -28,6 +28,7 @@ SIGNAL: Final = signal.SIGRTMAX - 4
 ANSWER_S: Final = 0.5  # faulthandler needs a few milliseconds; whoever has not answered by then will not
 DEADLINE_S: Final = 2.0  # for everything together
 LOOK_S: Final = 0.02
+STOPPED: Final = ("T", "t")  # whoever is stopped or traced answers nothing
 MAX_BYTES: Final = 256 << 10
 SHOWN_FRAMES: Final = 3
 
@@ -113,7 +114,7 @@ async def _take_one(subject: Subject) -> Stacks:
 async def _asked(subject: Subject) -> Stacks | None:
     """What faulthandler wrote; None when nothing came, or not all."""
     before = _size(subject.answers)
-    if not _ask(subject.pid):
+    if state(subject.pid) in STOPPED or not _ask(subject.pid):
         return None
     end, seen = time.monotonic() + ANSWER_S, before
     while time.monotonic() < end:
@@ -149,7 +150,7 @@ def parse(text: str) -> Stacks:
 async def _spied(pid: int, end: float) -> Stacks:
     program = Path(sysconfig.get_path("scripts")) / "py-spy"
     if not program.exists():
-        return Stacks(f"it did not answer signal {SIGNAL}, and py-spy is not installed")
+        return Stacks("it answers no signal, and py-spy is not installed")
     process = await asyncio.create_subprocess_exec(
         program,
         *("dump", "--nonblocking", "--json", "--pid", str(pid)),
@@ -163,9 +164,9 @@ async def _spied(pid: int, end: float) -> Stacks:
     except TimeoutError:
         process.kill()
         await process.wait()
-        return Stacks(f"it did not answer signal {SIGNAL}, and py-spy was too slow")
+        return Stacks("it answers no signal, and py-spy was too slow")
     if process.returncode != 0:
-        return Stacks(f"it did not answer signal {SIGNAL}, and py-spy failed: {complaint.decode(errors='replace').strip()[:500]}")
+        return Stacks(f"it answers no signal, and py-spy failed: {complaint.decode(errors='replace').strip()[:500]}")
     return parse_spied(out, pid)
 
 

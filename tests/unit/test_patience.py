@@ -115,6 +115,11 @@ def test_phases_are_learnt_apart_and_rare_ones_have_a_higher_floor() -> None:
         rank.steps(1, 0.1)
     rank.report(Phase.SAVE, rank.page.step)
     assert rank.run(0.1).limit_s == 2.5 * HANG_S
+    for _ in range(30):
+        rank.steps(1, 0.1)
+        rank.report(Phase.SAVE, rank.page.step)
+        rank.run(0.1)
+    assert rank.run(0.1).limit_s == HANG_S, "by now it is known as well as a step"
     rank.report(Phase.EVALUATE, rank.page.step)
     assert rank.run(0.1).limit_s == 0
 
