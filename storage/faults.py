@@ -5,6 +5,7 @@ when it passes POINT with all the given facts, e.g. "persister.shards.middle:ran
 
     once=PATH      fires once for all processes that share PATH (created with O_EXCL)
     when=PATH      fires when somebody has made the file PATH, whose "{fact}"s are filled in, and removes it: a trigger from outside
+    during=PATH    fires whenever it is passed while the file PATH exists
     signal=STOP    sends that signal instead of KILL
     action=NAME    does this instead: raise, exit (code 3), leave (os._exit(0)), hang (sleeps for ever), spin (for ever, and no other thread
                    runs Python meanwhile), eat (memory, until somebody objects), pause (goes on after `seconds`)
@@ -43,6 +44,7 @@ class Fault:
     facts: tuple[tuple[str, str], ...]
     once: str
     when: str
+    during: str
     act: Callable[[], object]
 
 
@@ -59,7 +61,12 @@ def fault_point(point: str, **facts: object) -> None:
         return
     for fault in parse_plan(text):
         fits = fault.point == point and all(str(facts.get(key)) == value for key, value in fault.facts)
-        if fits and _is_triggered(fault.when.format_map(facts)) and _claim(fault.once):
+        if (
+            fits
+            and (not fault.during or os.path.exists(fault.during))
+            and _is_triggered(fault.when.format_map(facts))
+            and _claim(fault.once)
+        ):
             fault.act()
 
 
@@ -68,8 +75,9 @@ def _parse_fault(entry: str) -> Fault:
     if not all("=" in pair for pair in pairs):
         raise ValueError(f"{ENV_FAULTS}: {entry!r} is not POINT:key=value:...")
     facts = dict(pair.split("=", 1) for pair in pairs)
-    once, when, act = facts.pop("once", ""), facts.pop("when", ""), _parse_action(entry, facts)
-    return Fault(point=point, facts=tuple(sorted(facts.items())), once=once, when=when, act=act)
+    words = {name: facts.pop(name, "") for name in ("once", "when", "during")}
+    act = _parse_action(entry, facts)
+    return Fault(point=point, facts=tuple(sorted(facts.items())), act=act, **words)
 
 
 def _parse_action(entry: str, facts: dict[str, str]) -> Callable[[], object]:

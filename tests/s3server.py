@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -89,7 +90,7 @@ def server_binary(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def running_s3_server(certificate: Certificate | None = None, *, memory: str = "300MiB") -> Iterator[S3Server]:
+def running_s3_server(certificate: Certificate | None = None, *, memory: str = "300MiB", address: str = "127.0.0.1") -> Iterator[S3Server]:
     """An empty SeaweedFS with one bucket on free ports, over TLS with a certificate; killed by its pid at the end.
 
     With large objects a server short of memory collects garbage instead of serving: give it more to measure it.
@@ -97,9 +98,9 @@ def running_s3_server(certificate: Certificate | None = None, *, memory: str = "
     binary, port = server_binary("weed"), _free_port()
     with tempfile.TemporaryDirectory(prefix="keepstep-s3-") as folder:
         (Path(folder) / "data").mkdir()
-        command = [str(binary), *_weed_arguments(Path(folder) / "data", port, certificate)]
+        command = [str(binary), *_weed_arguments(Path(folder) / "data", address, port, certificate)]
         environment = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "GOMEMLIMIT": memory}
-        url = f"https://127.0.0.1:{port + 1}" if certificate else f"http://127.0.0.1:{port}"
+        url = f"https://{address}:{port + 1}" if certificate else f"http://{address}:{port}"
         with _running(command, environment, Path(folder), url, certificate) as server:
             yield server
 
@@ -116,9 +117,9 @@ def running_rclone() -> Iterator[S3Server]:
             yield server
 
 
-def _weed_arguments(data: Path, port: int, certificate: Certificate | None) -> list[str]:
+def _weed_arguments(data: Path, address: str, port: int, certificate: Certificate | None) -> list[str]:
     ports = [f"-{name}={port + offset}" for name, offset in SERVICES.items() if certificate or name != "s3.port.https"]
-    fixed = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false"]
+    fixed = [f"-ip={address}", f"-ip.bind={address}", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false"]
     policy = ["-admin.ui=false", "-s3.autoCreateBucket=false", "-s3.allowDeleteBucketNotEmpty=false", f"-bucket={BUCKET}"]
     tls = [f"-s3.cert.file={certificate.cert}", f"-s3.key.file={certificate.key}"] if certificate else []
     return ["-logtostderr=true", "mini", f"-dir={data}", *fixed, *ports, *policy, *tls]
@@ -151,7 +152,8 @@ def _wait_until_ready(server: S3Server, process: subprocess.Popen[bytes], folder
 
 def _listens(server: S3Server) -> bool:
     with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", int(server.endpoint_url.rpartition(":")[2]))) == 0
+        endpoint = urlsplit(server.endpoint_url)
+        return sock.connect_ex((endpoint.hostname, endpoint.port)) == 0
 
 
 def _answers(store: Store) -> bool:
