@@ -2,8 +2,9 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 SEEDS ?= 1000
-# Debian packages that the tests need, installed as root or through sudo: a wall clock that is a year off; hosts in network namespaces.
-SYSTEM_PACKAGES := faketime iproute2 iptables iputils-ping nftables
+# Debian packages that the tests need, installed as root or through sudo: a wall clock that is a year off; hosts in network namespaces;
+# a Slurm cluster.
+SYSTEM_PACKAGES := faketime iproute2 iptables iputils-ping nftables slurmctld slurmd slurm-client munge
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)

@@ -151,8 +151,7 @@ class LiveRun:
             status = self.status()
             if status and holds(status):
                 return status
-            assert self.process
-            if self.process.poll() is not None:
+            if self.process and self.process.poll() is not None:
                 break
             POLL.wait(0.02)
         raise AssertionError("it never came to that; the run said:\n" + "\n".join(self.output[-40:]) + self.logs())

@@ -94,6 +94,13 @@ class TestCode:
         dropped = ((path, node) for path, node in found(ast.ExceptHandler) if all(isinstance(child, ast.Pass) for child in node.body))
         assert [place(path, node.lineno) for path, node in dropped if _is_broad(node) or not _has_comment(path, node)] == []
 
+    @pytest.mark.slow
+    def test_shellcheck_has_nothing_to_say_about_any_shell_script(self) -> None:
+        scripts = [path for path in repository_files() if any(line.startswith("#!") and "bash" in line for line in _lines(path)[:1])]
+        done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, check=False)
+        assert scripts
+        assert done.stdout + done.stderr == ""
+
     def test_no_test_sleeps(self) -> None:
         calls = ((path, node) for path, node in found(ast.Call) if path.is_relative_to(ROOT / "tests"))
         assert [place(path, node.lineno) for path, node in calls if ast.unparse(node.func) in {"time.sleep", "sleep"}] == []
