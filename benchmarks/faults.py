@@ -4,7 +4,7 @@
     python benchmarks/faults.py --trials 4 --only kill-rank hang-rank
 
 Runs of recovery.toml take many faults one after the other, in an order drawn from the seed; each seed is a run of its own. A fault comes
-at a random moment, once all ranks have finished 15 steps since the last one (more than the checkpoint interval). All clocks are the
+at a random moment, once all ranks have finished 12 steps since the last one (more than the checkpoint interval). All clocks are the
 machine's monotonic one: that of whoever inflicts the fault, of the coordinator that tells about it, and of the ranks that finish a step.
 """
 
@@ -35,7 +35,7 @@ from keepstep.orchestrator.faultkinds import KINDS, AtStep, Fault
 from keepstep.orchestrator.lab import Lab
 
 RANKS = 4
-STEPS_BETWEEN = 15
+STEPS_BETWEEN = 12
 JITTER_S = 0.5  # a fault comes so long after the boundary at most: in any phase of a step
 PAGES_PERIOD_S = 0.02  # shorter than any step
 PATIENCE_S = 120.0
@@ -85,7 +85,7 @@ class Trials:
             await self._conductor.hang_up()
 
     async def _train_on(self) -> None:
-        """15 steps further, and then some fraction of a step."""
+        """12 steps further, and then some fraction of a step."""
         witness = self._run.witness
         if not await witness.until(lambda: witness.training, PATIENCE_S):
             raise SystemExit(f"the run does not train, see {self._run.folder}")
