@@ -319,6 +319,7 @@ class Agent:
             await self._ranks.stop()
         else:
             await self._warm.wait()
+            self.scratch.check()
             await self._ranks.pursue(launch)
 
     async def _start_anew(self) -> None:
@@ -378,6 +379,7 @@ def serve(name: str, contact: Contact, scratch_path: Path) -> int:
     os.environ[ENV_SCRATCH] = str(scratch.path)
     scratch.lock()
     bury(scratch.path)
+    scratch.gather_temporary_files()
 
     from .ranks import forget_main_module, start_forkserver
 

@@ -7,6 +7,7 @@ Each simulated node is an agent in a process group, scratch directory and memory
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -62,7 +63,7 @@ class LocalPlatform:
     """Main thread only. `run()` returns the coordinator's exit code."""
 
     def __init__(self, config: RunConfig, config_path: Path, audience: Audience, place: Place = on_this_machine) -> None:
-        self._config = config
+        self._config, self._config_path = config, config_path
         self._audience = audience
         self._say = audience.say
         self._place = place
@@ -171,6 +172,9 @@ class LocalPlatform:
             # Once all are dead nothing there is of use to the next start. (After a crash it stays, and the next start cleans up.)
             if not await asyncio.to_thread(bury, scratch):
                 shutil.rmtree(scratch, ignore_errors=True)
+        self._config_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: logs of a remote root stay for people
+            self._config_path.parent.rmdir()
 
 
 def _opened(log: Path | None) -> IO[bytes]:

@@ -7,6 +7,7 @@ their loader workers included, so `strays()` finds them without any bookkeeping 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import io
 import os
@@ -85,7 +86,7 @@ def marked(entry: str) -> list[int]:
 
 
 def _is_resource_tracker(pid: str) -> bool:
-    """multiprocessing's helper, which removes our named semaphores when the last of us is gone, and then leaves by itself."""
+    """multiprocessing's helper, which removes a script's named semaphores when the last of us is gone, and then leaves by itself."""
     try:
         return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -161,11 +162,25 @@ def bury(scratch: str | os.PathLike[str], *, deadline_s: float = 10.0) -> list[i
 
 def kill_session(pid: int) -> None:
     """SIGKILLs a rank and everything in its session (loader workers); a rank that has not called setsid yet dies alone."""
-    for send, target in ((os.killpg, pid), (os.kill, pid)):
-        try:
-            send(target, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    kill_group(pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_group(pid: int) -> None:
+    """SIGKILLs what a rank that is dead has left in its group; its number is not given to anybody else while somebody is there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def strays_of_ranks(scratch: str | os.PathLike[str]) -> list[int]:
+    """What descends from ranks: it carries our mark, and every rank began a session of its own."""
+    ours, found = os.getsid(0), []
+    for pid in strays(scratch):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) != ours:
+                found.append(pid)
+    return found
 
 
 def signal_name(exit_code: int) -> str:

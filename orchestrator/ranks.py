@@ -31,7 +31,17 @@ from keepstep.storage.store import ENV_OPTIONS
 from keepstep.trainer.contract import DAMAGED_KIND, ENV_NODE, ENV_SPEC, RankSpec
 
 from . import stacks
-from .processes import ENV_PARENT, die_with_parent, is_alive, kill_session, print_or_lose, signal_name
+from .processes import (
+    ENV_PARENT,
+    die_with_parent,
+    is_alive,
+    kill,
+    kill_group,
+    kill_session,
+    print_or_lose,
+    signal_name,
+    strays_of_ranks,
+)
 
 FIRST_PRELOAD: Final = ("keepstep.orchestrator.lifeline", "keepstep.orchestrator.ranks")
 TRAINER_PRELOAD: Final = "keepstep.trainer.preload"
@@ -192,11 +202,13 @@ class RankGroup:
         return None if code is None else _explain(code, self.group.specs[local_rank].error_path)
 
     def kill(self) -> None:
-        """SIGKILL to every rank's session. The kernel's confirmation is the sentinel."""
+        """SIGKILL to every rank's session, and to what ranks that ended left in theirs. The kernel's confirmation is the sentinel."""
         for local_rank, pid in enumerate(self.pids):
             if self.ended(local_rank) is None:
                 self._stopped.add(local_rank)
                 kill_session(pid)
+            else:
+                kill_group(pid)
 
     def was_stopped(self, local_rank: int) -> bool:
         """True when we ended this rank: it is not to blame."""
@@ -206,6 +218,7 @@ class RankGroup:
 def _start(group: GroupSpec, parent: int) -> tuple[ForkServerProcess, ...]:
     for spec in group.specs:
         Path(spec.error_path).unlink(missing_ok=True)
+    kill(strays_of_ranks(group.specs[0].scratch))  # older ranks are dead; what they started may hold a port or a GPU
     processes = tuple(_CONTEXT.Process(target=rank_main, args=(group, i, parent)) for i in range(len(group.specs)))
     for process in processes:
         process.start()
@@ -247,6 +260,7 @@ def rank_main(group: GroupSpec, local_rank: int, parent: int) -> None:
     """The rank's process, forked from the forkserver: own session, own log, then the trainer or the user's script. Never returns."""
     os.setsid()
     die_with_parent(parent)
+    _take_forks_along()
     _redirect_output(group.log_paths[local_rank])
     _leave_signals_to_the_agent()
     environment = torchrun_environment(group, local_rank)
@@ -257,6 +271,24 @@ def rank_main(group: GroupSpec, local_rank: int, parent: int) -> None:
     stacks.answer_to(stacks.answer_path(spec.scratch, spec.attempt, local_rank))
     code = _run_guarded(group, Path(spec.error_path))
     _leave(code)
+
+
+def _take_forks_along() -> None:
+    """What this rank forks (loader workers) dies with it, whoever kills it and whether or not the agent lives to see it.
+
+    The kernel means the thread that forks: a child of another thread than the main one is left to the agent.
+    """
+    forker = 0
+
+    def note() -> None:
+        nonlocal forker
+        forker = os.getpid() if threading.get_native_id() == os.getpid() else 0
+
+    def obey() -> None:
+        if forker:
+            die_with_parent(forker)
+
+    os.register_at_fork(before=note, after_in_child=obey)
 
 
 def _leave_signals_to_the_agent() -> None:
