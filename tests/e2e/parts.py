@@ -47,7 +47,10 @@ class PartedRun(LiveRun):
     parts: dict[str, Part] = field(default_factory=dict)
 
     def prepare(self) -> PartedRun:
-        prepared = subprocess.run(self._command("prepare"), capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+        environment = environment_of(self.environment)
+        prepared = subprocess.run(
+            self._command("prepare"), env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
         assert prepared.returncode == 0, prepared.stderr
         return self
 
