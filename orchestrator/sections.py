@@ -48,7 +48,8 @@ class ClusterSection(Section):
     """Time for the last checkpoint when the run is stopped or a node must leave (unless the notice names another); then the ranks are
     killed."""
     notices: tuple[str, ...] = ()
-    """Where an agent looks for the notice that its node will be taken away: "aws", "gcp", "azure" (metadata service), "file:PATH"."""
+    """Where an agent looks for the notice that its node will be taken away: "aws", "gcp", "azure" (metadata service), "file:PATH" (its text
+    is the reason, a first line such as "in 90" the seconds that are left)."""
     when_preempted: Literal["exit", "wait"] = "exit"
     """When too few nodes are left after such a notice: end with exit code 75, to be queued again, or wait for other nodes."""
     listen: str = "127.0.0.1:0"
