@@ -91,7 +91,7 @@ def elapsed_s(lineage: Lineage) -> float:
 def final_state(store: Store, commit: Commit) -> dict[str, Any]:
     """What rank 0 computed over the whole state when it staged the last checkpoint; {} for a checkpoint in mid-run."""
     manifest = Manifest.parse(store.get(f"{commit.directory}/{MANIFEST_NAME}"))
-    result: dict[str, Any] = dict(manifest.ranks[0].state.get("result", {}))
+    result: dict[str, Any] = dict(manifest.ranks[0].state.get("result") or {})
     return result
 
 
