@@ -27,7 +27,7 @@ case $1 in
         while [[ $code == told ]]; do sleep 0.02; done
         touch "$HERE/over"
         exit "$code" ;;
-    agent) next "$HERE/agent"; exit "$code" ;;
+    agent) echo "grace $KEEPSTEP_GRACE_S" >> "$HERE/calls"; next "$HERE/agent"; exit "$code" ;;
     status) echo "r: WAITING: 3 of 4 nodes are ready" ;;
 esac
 """
@@ -45,6 +45,7 @@ esac
 """
 SCONTROL = """
 [[ $2 == hostnames ]] && printf 'node2\\nnode3\\nnode4\\n'
+[[ $2 == config ]] && echo 'KillWait                = 12 sec'
 [[ $1 != requeue ]] || touch "$HERE/over"
 """
 
@@ -156,8 +157,10 @@ def test_a_job_without_agents_is_requeued(script: Script) -> None:
 
 
 @pytest.mark.slow
-def test_a_node_restarts_its_agent_and_requeues_a_job_that_lost_its_batch_host(script: Script) -> None:
-    """node1 was the batch host."""
-    assert script.tell(coordinator="told", agent="137\n0").run() == 75
+@pytest.mark.parametrize("last", [0, 75])
+def test_a_node_restarts_its_agent_and_requeues_a_job_that_lost_its_batch_host(script: Script, last: int) -> None:
+    """node1 was the batch host. An agent that has ended with 0 or 75 was told to."""
+    assert script.tell(coordinator="told", agent=f"137\n{last}").run() == 75
+    assert script.calls("grace") == ["grace 12"] * 2
     assert script.calls("keepstep agent") == ["keepstep agent --root /runs/mine"] * 2
     assert "the batch host node1 is lost" in script.said
