@@ -86,7 +86,7 @@ def _may_come(run: Run, phase: phases.Draining, rank: int) -> bool:
 
 
 def _conclude(run: Run, phase: phases.Draining) -> Run:
-    culprit = hangs.culprit_of(phase.stood, run.now) if phase.culprit.kind == "stall" else phase.culprit
+    culprit = _culprit(run, phase)
     others = verdict.alike(culprit, _all_evidence(run, phase))
     culprit = verdict.with_others(culprit, others)
     kind = "moved" if culprit.kind == "move" else "failure"
@@ -98,6 +98,16 @@ def _conclude(run: Run, phase: phases.Draining) -> Run:
     if not culprit.blameless:
         return _charge(run, culprit, {culprit.node, *(other.node for other in others)})
     return stop_now(run) if run.stop else wait(run, f"after attempt {run.attempt}: {culprit.why}")
+
+
+def _culprit(run: Run, phase: phases.Draining) -> Evidence:
+    """The best evidence, seen in the light of all of it."""
+    if phase.culprit.kind == "stall":
+        return hangs.culprit_of(phase.stood, run.now)
+    if phase.culprit.kind == "peer-lost":
+        leavers = (verdict.early_leaver(report, run.now) for report, _ in heard(run, phase.record))
+        return next((found for found in leavers if found), phase.culprit)
+    return phase.culprit
 
 
 def _all_evidence(run: Run, phase: phases.Draining) -> Iterator[Evidence]:

@@ -97,6 +97,13 @@ def all_of_report(report: AgentReport, now: float, *, keeps_promises: bool) -> I
             yield found
 
 
+def early_leaver(report: AgentReport, now: float) -> Evidence | None:
+    """A script's rank that left with 0. Only where the others complain of lost peers was that too early: scripts promise nothing."""
+    left = (rank for rank in report.ranks if rank.state == "exited" and rank.exit_code == 0)
+    how = "left with exit code 0 while others still needed it"
+    return min((_exit_evidence(report.node, rank, now, "exit", how) for rank in left), key=_explains, default=None)
+
+
 def alike(culprit: Evidence, found: Iterable[Evidence]) -> tuple[Evidence, ...]:
     """The others that failed in the same way at the same step: one error, seen several times."""
     kind, detail, step = culprit.kind, _normalised(culprit.detail), culprit.step
