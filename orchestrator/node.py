@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 KEEP_STACKS_S = 0.5  # how long the root may take to store stacks before the ranks are killed all the same
+TAIL_S = 0.1  # how long the end of a rank's log may take to be read
 REMARKABLE = "TtD"  # states of a process: stopped, traced, in uninterruptible sleep
 
 
@@ -84,6 +85,7 @@ class _Attempt:
     group: RankGroup
     ranks: list[_Rank] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    is_lost: bool = False  # a rank failed: the others must go
     in_autopsy: bool = False
 
 
@@ -173,7 +175,7 @@ class NodeRanks:
         texts = {rank_stacks_key(attempt.launch.attempt, rank.number): _autopsy_text(rank, self.node) for rank in alive}
         with contextlib.suppress(TimeoutError):  # hurts only who wants to read them: the report has the innermost lines
             await asyncio.wait_for(asyncio.to_thread(self.logs.write, texts), KEEP_STACKS_S)
-        if any(rank.exit is not None and rank.exit.exit_code != 0 for rank in attempt.ranks):
+        if attempt.is_lost:
             attempt.group.kill()
 
     async def _host_store(self, launch: Launch) -> None:
@@ -233,30 +235,32 @@ class NodeRanks:
     def _on_exit(self, attempt: _Attempt, sentinel: int, local_rank: int) -> None:
         asyncio.get_running_loop().remove_reader(sentinel)
         rank = attempt.ranks[local_rank]
-        rank.exit = attempt.group.ended(local_rank)
-        assert rank.exit is not None
+        found = attempt.group.ended(local_rank)
+        assert found is not None
         rank.stopped = attempt.group.was_stopped(local_rank)
         rank.order = sum(other.order is not None for other in attempt.ranks)
-        self._explain(rank)
-        if rank.exit.exit_code != 0 and not attempt.in_autopsy:
-            attempt.group.kill()  # the attempt is lost; waiting for the order would only cost time
+        if found.exit_code == -signal.SIGKILL and not rank.stopped and (why := self._witness.verdict(rank.pid)):
+            found = replace(found, kind="oom", why=why)
+        attempt.is_lost |= found.exit_code != 0
+        if attempt.is_lost and not attempt.in_autopsy:
+            attempt.group.kill()  # waiting for the order would only cost time
+        if found.exit_code == 0 or rank.stopped:
+            self._ended(attempt, rank, found)
+        else:
+            reading = asyncio.get_running_loop().create_task(self._end_with_tail(attempt, rank, found))
+            self._readings.add(reading)
+            reading.add_done_callback(self._readings.discard)
+
+    async def _end_with_tail(self, attempt: _Attempt, rank: _Rank, found: Exit) -> None:
+        """A failure is told with its last words. They may lie on a disk that hangs: a thread reads them, and is not waited for long."""
+        with contextlib.suppress(TimeoutError):
+            rank.tail = await asyncio.wait_for(asyncio.to_thread(tail, rank.log, rank.log_start), TAIL_S)
+        self._ended(attempt, rank, found)
+
+    def _ended(self, attempt: _Attempt, rank: _Rank, found: Exit) -> None:
+        rank.exit = found
         if all(other.exit is not None for other in attempt.ranks):
             attempt.ended.set()
-        self._on_change()
-
-    def _explain(self, rank: _Rank) -> None:
-        """What else is known about a rank that ended. Its log may lie on a disk that hangs, so it is read beside everything else."""
-        assert rank.exit
-        if rank.stopped or rank.exit.exit_code == 0:
-            return
-        if rank.exit.exit_code == -signal.SIGKILL and (why := self._witness.verdict(rank.pid)):
-            rank.exit = replace(rank.exit, kind="oom", why=why)
-        reading = asyncio.get_running_loop().create_task(self._read_tail(rank))
-        self._readings.add(reading)
-        reading.add_done_callback(self._readings.discard)
-
-    async def _read_tail(self, rank: _Rank) -> None:
-        rank.tail = await asyncio.to_thread(tail, rank.log, rank.log_start)
         self._on_change()
 
     def _ask(self, request: Request) -> None:
