@@ -38,6 +38,7 @@ from .faultverdict import History
 from .launchers import LocalPlatform, Place
 from .processes import marked
 from .reporting import Report, print_plan, print_report, report_of
+from .roots import open_root
 from .screen import Screen
 from .sections import RunConfig
 
@@ -147,12 +148,12 @@ def history_of(store: Store) -> History:
 def _broken(task: Task, undisturbed: History, console: Console) -> Report:
     mark = uuid.uuid4().hex
     with _stage(task) as (config, place, scene):
-        store, config_path = ready(config)
+        store = open_root(config)
         os.environ |= {ENV_MARK: mark, ENV_FAULTS: fault_points(scene.triggers)}
         witness = Witness(Screen(config, store, console))
         conductor = Conductor(task.faults, config, scene, witness)
         console.print(f"chaos: now with {len(task.faults)} faults, in {config.run.root}", markup=False)
-        code = _run(config, config_path, witness, place, conductor)
+        code = asyncio.run(_run(config, witness, place, conductor))
     orphans = _orphans(f"{ENV_MARK}={mark}")
     return report_of(
         conductor,
@@ -165,11 +166,12 @@ def _broken(task: Task, undisturbed: History, console: Console) -> Report:
     )
 
 
-def _run(config: RunConfig, config_path: Path, witness: Witness, place: Place, conductor: Conductor) -> int:
+async def _run(config: RunConfig, witness: Witness, place: Place, conductor: Conductor) -> int:
     """Until it is over for good: a run that ends with 75 asks to be queued again, and is."""
     for _ in range(MAX_REQUEUES):
+        _, config_path = await asyncio.to_thread(ready, config)
         platform = LocalPlatform(config, config_path, witness, place)
-        code = asyncio.run(platform.run(conductor.conduct()))
+        code = await platform.run(conductor.conduct())
         if code != EXIT_REQUEUE or platform.told_to_stop:
             return code
         witness.say("chaos: the run ended with 75 (queue me again): starting it again")

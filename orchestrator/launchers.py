@@ -81,7 +81,7 @@ class LocalPlatform:
         return Role(name, command, logs / f"agent-{name}.log")
 
     async def run(self, beside: Coroutine[Any, Any, None] | None = None) -> int:
-        """`beside` runs as long as the run does: a demonstration."""
+        """`beside` goes on as long as the run does: somebody who breaks it on purpose."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         guards = [asyncio.create_task(self._keep_alive(role)) for role in self.nodes]
@@ -96,11 +96,11 @@ class LocalPlatform:
             await self._wait_for_nodes(guards)
 
     async def _guarded(self, beside: Coroutine[Any, Any, None]) -> None:
-        """A demonstration that breaks must say so, and must not break the run."""
+        """What goes on beside the run must say so when it breaks, and must not break the run."""
         try:
             await beside
         except Exception as error:  # noqa: BLE001  (an entry: what it was is said)
-            self._say(f"the demonstration broke: {type(error).__name__}: {error}")
+            self._say(f"what went on beside the run broke: {type(error).__name__}: {error}")
 
     async def _keep_coordinator_alive(self) -> int:
         """A coordinator that was killed is succeeded; one that exits has decided."""
