@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from metadata_server import MetadataServer
 
-from e2e.live import STEPS, LiveRun, Outcome, is_stopped, poll_until
+from e2e.live import LiveRun, Outcome, is_stopped, poll_until
 from e2e.parts import PartedRun
 from keepstep.orchestrator.processes import is_alive
 from keepstep.storage.runlog import RunLog
@@ -146,5 +146,4 @@ def test_a_grace_that_is_too_short_costs_steps_but_no_commit_and_no_time(parted:
     assert coordinator.wait() == 0, parted.said()
     parted.check_what_always_holds()
     assert parted.outcome() == undisturbed
-    assert parted.outcome().losses[STEPS - 1] == undisturbed.losses[-1]
     assert parted.result()["lost_steps"] >= 2
