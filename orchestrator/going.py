@@ -62,7 +62,7 @@ class Going:
             return
         print(f"keepstep agent: this node must go: {why}", file=sys.stderr)  # noqa: T201
         self._grace = grace
-        _exit_after(seconds)
+        _exit_after(max(seconds, STOPPING_S))
         self._told.set()
         self._on_change()
 
