@@ -19,7 +19,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -133,9 +133,9 @@ class SlurmCluster:
                     found.append(pid)
         return found
 
-    def _wait_until(self, holds: object, what: str) -> None:
+    def _wait_until(self, holds: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE_S
-        while not holds():  # type: ignore[operator]
+        while not holds():
             assert time.monotonic() < deadline, f"it never came to that: {what}{self.logs()}"
             POLL.wait(0.1)
 
