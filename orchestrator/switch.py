@@ -74,7 +74,8 @@ class Switch:
         self._add(port, *(f"{where} {which} drop" for which in what))
 
     def lose(self, port: str, percent: float) -> None:
-        chance = f"numgen random mod {EVERY} < {round(percent * EVERY / 100)}"
+        share = round(percent * EVERY / 100)
+        chance = f"numgen random mod {EVERY} < {share}" if share < EVERY else ""
         self._add(port, f'iifname "{port}" {chance} drop', f'oifname "{port}" {chance} drop')
 
     def clear(self, port: str) -> None:

@@ -20,6 +20,7 @@ from keepstep.orchestrator.lab import Host, Lab
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
+PACES = {"slow": 0.7, "crawl": 2.0}  # seconds that a step takes longer; they add up
 Status = Mapping[str, Any]
 
 
@@ -33,9 +34,7 @@ def lab_or_skip() -> None:
 
 @dataclass(slots=True)
 class HostedRun(PartedRun):
-    """`coordinate` on one host, `join` on the others."""
-
-    slow_s: float = 1.0  # added to every step until `hurry`, so that faults meet a run that is under way
+    """`coordinate` on one host, `join` on the others. Steps are slow until `hurry`: faults must meet a run that is under way."""
 
     def coordinate(self, host: Host, *, name: str = "coordinator") -> None:
         part = self._begin(name, host.command(self._command("coordinator")), {})
@@ -49,19 +48,20 @@ class HostedRun(PartedRun):
     def join(self, *hosts: Host, url: str = "") -> None:
         """An agent on each; with a URL it is not told the root."""
         where = ["--coordinator", url] if url else ["--root", self.root]
-        self._slow.touch()
-        variables = {"KEEPSTEP_FAULTS": f"rank.step:action=pause:seconds={self.slow_s}:during={self._slow}", "OMP_NUM_THREADS": "1"}
+        self.slow_down("slow")
+        faults = (f"rank.step:action=pause:seconds={seconds}:during={self.scratch / pace}" for pace, seconds in PACES.items())
+        variables = {"KEEPSTEP_FAULTS": ";".join(faults), "OMP_NUM_THREADS": "1"}
         token = {"KEEPSTEP_TOKEN": self.store.get("token").decode()} if url else {}
         for host in hosts:
             name = f"agent-{host.name}-{len(self.parts)}"
             self._begin(name, host.command([*CLI, "agent", *where]), {**variables, **token})
 
-    def hurry(self) -> None:
-        self._slow.unlink()
+    def slow_down(self, pace: str) -> None:
+        (self.scratch / pace).touch()
 
-    @property
-    def _slow(self) -> Path:
-        return self.scratch / "slow"
+    def hurry(self) -> None:
+        for pace in PACES:
+            (self.scratch / pace).unlink(missing_ok=True)
 
     def told(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events() if event["kind"] == kind]

@@ -93,6 +93,7 @@ def two_that_do_not_reach_each_other_are_noticed(run: HostedRun, nodes: Sequence
 def a_successor_on_another_host_adopts_the_attempt(run: HostedRun, head: Host, deputy: Host) -> None:
     """Two nodes were told the lost coordinator's URL, the others the root."""
     status = run.wait_for_step(6)
+    run.slow_down("crawl")  # they go on while there is none, and must not be done before there is one
     head.kill()
     run.coordinate(deputy, name="deputy")
     run.wait_until(lambda now: now["coordinator"]["term"] == 2)
@@ -110,6 +111,8 @@ def a_rival_on_a_third_host_fences_the_second(run: HostedRun, third: Host) -> No
 
 def a_power_cut_costs_one_host(run: HostedRun, nodes: Sequence[Host]) -> None:
     status = run.wait_for_step(8)
+    run.hurry()
+    run.slow_down("slow")
     host = on_which(nodes, status, 3)
     broken_at = time.monotonic()
     host.kill()
