@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from live import HERE, Live, make_folder
+from live import HERE, Live, RunBroke, make_folder
 from recovery import machine
 
 from keepstep.orchestrator.faultkinds import FAILURE
@@ -51,7 +51,7 @@ def watch(scene: str, minutes: float) -> Row:
 
     async def beside() -> None:
         if not await run.witness.until(lambda: run.witness.training, START_S):
-            raise SystemExit(f"the run does not train, see {run.folder}")
+            raise RunBroke(f"the run does not train, see {run.folder}")
         began_at_step.append(run.witness.step)
         await asyncio.sleep(60 * minutes)
 

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from live import HERE, Live, make_folder, median, percentile
+from live import HERE, Live, RunBroke, make_folder, median, percentile
 from recovery import Generation, machine
 
 from keepstep.orchestrator import cgroups, faultverdict
@@ -32,6 +32,7 @@ from keepstep.orchestrator.breaking import fault_points
 from keepstep.orchestrator.chaos import in_groups, node_groups, on_hosts_of
 from keepstep.orchestrator.conducting import Conductor
 from keepstep.orchestrator.faultkinds import KINDS, AtStep, Fault
+from keepstep.orchestrator.faultverdict import Judgement
 from keepstep.orchestrator.lab import Lab
 
 RANKS = 4
@@ -41,6 +42,7 @@ PAGES_PERIOD_S = 0.02  # shorter than any step
 PATIENCE_S = 120.0
 OUTAGE_S = 9.0  # of a lost host: longer than its lease and the fence
 LEASE_S = 5.0
+MAX_BROKEN = 8
 
 CRASHES = ("kill-rank", "segfault-rank", "abort-rank", "raise-rank", "exit-rank", "leave-rank", "oom-rank")
 HANGS = ("stop-rank", "hang-rank", "spin-rank")
@@ -66,59 +68,62 @@ class Row:
 
 
 class Trials:
-    """The faults of one run, one after the other."""
+    """The faults of one run, one after the other; those that were played are taken off the list."""
 
-    def __init__(self, run: Live, seed: int, faults: Sequence[Fault], keep: Callable[[Row], None]) -> None:
+    def __init__(self, run: Live, seed: int, faults: list[Fault], results: Results) -> None:
         self._run = run
         self._seed = seed
         self._faults = faults
-        self._keep = keep
+        self._results = results
         self._chance = random.Random(f"moments {seed}")
         self._conductor = Conductor((), run.config, run.scene, run.witness)
 
     async def play(self) -> None:
         try:
-            for fault in self._faults:
+            while self._faults:
                 await self._train_on()
-                await self._one(fault)
+                self._results.keep(await self._one(self._faults.pop(0)))
         finally:
+            events = self._run.witness.events
+            self._results.alarms += faultverdict.false_alarms(faultverdict.judge(self._conductor.episodes, events), events)
             await self._conductor.hang_up()
 
     async def _train_on(self) -> None:
         """12 steps further, and then some fraction of a step."""
         witness = self._run.witness
         if not await witness.until(lambda: witness.training, PATIENCE_S):
-            raise SystemExit(f"the run does not train, see {self._run.folder}")
+            raise RunBroke(f"it does not train, see {self._run.folder}")
         goal = witness.step + STEPS_BETWEEN
         if not await witness.until(lambda: witness.training and witness.step >= goal, PATIENCE_S):
-            raise SystemExit(f"no {STEPS_BETWEEN} steps within {PATIENCE_S:g} s, see {self._run.folder}")
+            raise RunBroke(f"no {STEPS_BETWEEN} steps within {PATIENCE_S:g} s, see {self._run.folder}")
         await asyncio.sleep(self._chance.random() * JITTER_S)
 
-    async def _one(self, fault: Fault) -> None:
-        generation, load = Generation(self._run.folder), os.getloadavg()[0]
+    async def _one(self, fault: Fault) -> Row:
+        generation, load = Generation(self._run.folder / "s"), os.getloadavg()[0]
         looking = asyncio.create_task(_watch(generation))
         try:
             episode = await self._conductor.play(fault)
             if episode is None:
-                raise SystemExit(f"{self._conductor.failed[-1]}, see {self._run.folder}")
+                raise RunBroke(f"{self._conductor.failed[-1]}, see {self._run.folder}")
             await self._run.witness.until(lambda: generation.stepped_at is not None, 1.0)
         finally:
             looking.cancel()
         (judged,) = faultverdict.judge([episode], self._run.witness.events)
-        stepped_at = generation.stepped_at
-        self._keep(
-            Row(
-                kind=fault.kind.name,
-                seed=self._seed,
-                rank=fault.rank,
-                noticed_s=_rounded(judged.noticed_s),
-                recovered_s=_rounded(judged.stepped_s if stepped_at is None else stepped_at - episode.at_s),
-                redone=None if stepped_at is None else generation.reached - generation.began_at_step,
-                right=not judged.wrong,
-                wrong=judged.wrong,
-                said=judged.said,
-                load=load,
-            )
+        return self._row(judged, generation, load)
+
+    def _row(self, judged: Judgement, generation: Generation, load: float) -> Row:
+        episode, stepped_at = judged.episode, generation.stepped_at
+        return Row(
+            kind=episode.fault.kind.name,
+            seed=self._seed,
+            rank=episode.fault.rank,
+            noticed_s=_rounded(judged.noticed_s),
+            recovered_s=_rounded(judged.stepped_s if stepped_at is None else stepped_at - episode.at_s),
+            redone=None if stepped_at is None else generation.reached - generation.began_at_step,
+            right=not judged.wrong,
+            wrong=judged.wrong,
+            said=judged.said,
+            load=load,
         )
 
 
@@ -140,23 +145,23 @@ def order(kinds: Sequence[str], ranks: Sequence[int], seed: int) -> list[Fault]:
     return faults
 
 
-def on_processes(faults: Sequence[Fault], seed: int, keep: Callable[[Row], None]) -> Live:
+def on_processes(faults: list[Fault], seed: int, results: Results) -> Live:
     """One run whose nodes are processes."""
     run = Live(make_folder())
     with node_groups(() if cgroups.missing() else ("node0", "node1")) as groups:
         run.scene = replace(run.scene, groups=groups)
-        run.run(Trials(run, seed, faults, keep).play, faults=fault_points(run.triggers), place=in_groups(groups))
+        run.run(Trials(run, seed, faults, results).play, faults=fault_points(run.triggers), place=in_groups(groups))
     return run
 
 
-def on_hosts(faults: Sequence[Fault], seed: int, keep: Callable[[Row], None]) -> Live:
+def on_hosts(faults: list[Fault], seed: int, results: Results) -> Live:
     """One run on hosts in network namespaces, with a spare: what is cut off comes back later."""
     folder = make_folder()
     with Lab(3, shared=(folder,)) as lab:
         hosts = {f"node{i}": host for i, host in enumerate(lab.hosts)}
         run = Live(folder, "cluster.spares=1", f"cluster.listen={lab.gateway}:0")
         run.scene = replace(run.scene, hosts=hosts)
-        run.run(Trials(run, seed, faults, keep).play, place=on_hosts_of(hosts))
+        run.run(Trials(run, seed, faults, results).play, place=on_hosts_of(hosts))
     return run
 
 
@@ -220,6 +225,8 @@ class Results:
         self._path = path
         self._began = time.monotonic()
         self.rows: list[Row] = []
+        self.alarms: list[str] = []  # failures that nobody inflicted
+        self.broken: list[str] = []  # runs that did not go on
         self.steps: list[float] = []
 
     @property
@@ -237,6 +244,8 @@ class Results:
             "machine": machine(),
             "minutes": round((time.monotonic() - self._began) / 60, 1),
             "step_p99_s": percentile(self.steps, 0.99),
+            "false_alarms": self.alarms,
+            "broken_runs": self.broken,
             "summary": self.table,
             "rows": [asdict(row) for row in self.rows],
         }
@@ -256,11 +265,24 @@ def main() -> None:
         wanted = possible([kind for kind in kinds if kind in arguments.only])
         for seed in range(-(-trials // RANKS) if wanted else 0):
             ranks = range(min(RANKS, trials - seed * RANKS))
-            run = way(order(wanted, ranks, seed), seed, results.keep)
-            results.steps += step_seconds(run)
-            shutil.rmtree(run.folder, ignore_errors=True)
+            faults = order(wanted, ranks, seed)
+            while faults and len(results.broken) < MAX_BROKEN:
+                one_run(way, faults, seed, results)
     results.write()
     print(markdown(results.table))
+    print(f"{len(results.alarms)} false alarms, {len(results.broken)} runs that did not go on")
+
+
+def one_run(way: Callable[[list[Fault], int, Results], Live], faults: list[Fault], seed: int, results: Results) -> None:
+    """Plays faults of the list until it is empty or the run breaks, which says something, too."""
+    try:
+        run = way(faults, seed, results)
+    except RunBroke as error:
+        print(f"a run broke: {error}", flush=True)
+        results.broken.append(str(error))
+        return
+    results.steps += step_seconds(run)
+    shutil.rmtree(run.folder, ignore_errors=True)
 
 
 def possible(kinds: Sequence[str]) -> list[str]:

@@ -23,6 +23,10 @@ HERE = Path(__file__).resolve().parent
 ENDLESS = ("max_failures=1000000", "strikes=1000000", "backoff_s=0.05", "max_backoff_s=0.05")
 
 
+class RunBroke(RuntimeError):
+    """The run did not do what a benchmark needs; its folder is kept, and named."""
+
+
 class Log:
     """An audience that writes a file."""
 
@@ -63,7 +67,7 @@ class Live:
         await asyncio.wait((run, work), return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             work.cancel()
-            raise SystemExit(f"the run ended before the benchmark did ({run.result()}), see {self.folder}")
+            raise RunBroke(f"the run ended before the benchmark did ({run.result()}), see {self.folder}")
         for role in (platform.coordinator, *platform.nodes):
             if role.process and role.process.returncode is None:
                 role.process.kill()

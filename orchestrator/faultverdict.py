@@ -17,7 +17,7 @@ Event: TypeAlias = Mapping[str, Any]
 
 # How a run shows that it has noticed something: it stops the attempt, moves, is adopted, or says what is in the way.
 _NOTICES: Final = frozenset({FAILURE, "draining", "departure", "moved", "adopted", "degraded", "quarantined"})
-_ENDS: Final = frozenset({FAILURE, "moved"})  # of an attempt
+_TOLD: Final = frozenset({FAILURE, "moved", "degraded", "quarantined"})  # what a report shows of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ def _episodes_events(episodes: Sequence[Episode], events: Sequence[Event]) -> It
 def _judge_one(episode: Episode, events: Sequence[Event]) -> Judgement:
     noticed = next((event["at_s"] for event in events if event["kind"] in _NOTICES), None)
     stepped = stepped_at(episode, events)
-    said = [event["why"] for event in events if event["kind"] in (_ENDS | {episode.expected.sign})]
+    said = [event["why"] for event in events if event["kind"] in (_TOLD | {episode.expected.sign})]
     return Judgement(
         episode=episode,
         noticed_s=None if noticed is None else noticed - episode.at_s,
