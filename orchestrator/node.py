@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from keepstep.storage.layout import rank_log_key, rank_stacks_key
 from keepstep.storage.store import Store
@@ -324,10 +324,12 @@ def _report(rank: _Rank, local_rank: int, step_s: float) -> RankReport:
         "collective": seen.collective,
         "pulse_s": round(max(0.0, time.monotonic() - seen.pulse_at), 3) if seen.pulse_at else -1.0,
     }
-    stood = {"where": rank.stacks.where, "waits": rank.stacks.waits} if rank.stacks else {}
+    process = rank.process or (stacks.state(rank.pid) if rank.exit is None else "")
+    stood: dict[str, Any] = {"process": process if process in REMARKABLE else ""}
+    if rank.stacks:
+        stood |= {"where": rank.stacks.where, "waits": rank.stacks.waits}
     if rank.exit is None:
-        process = rank.process or stacks.state(rank.pid)
-        return RankReport(**common, **pace, **stood, state="running", process=process if process in REMARKABLE else "")
+        return RankReport(**common, **pace, **stood, state="running")
     kind, why = rank.blame or (rank.exit.kind, rank.exit.why)
     return RankReport(
         **common,
