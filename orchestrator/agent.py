@@ -31,6 +31,7 @@ from .persisting import PersisterProcess
 from .processes import ENV_SCRATCH, adopt_orphans, bury, die_with_parent_if_told, kill, print_or_lose, strays, wait_ended
 from .scratch import Scratch
 from .sections import RunConfig
+from .waiting import is_set_within
 from .watching import watch_notices
 from .wire import AgentReport, Directive, Launch, digest
 
@@ -211,8 +212,7 @@ class Agent:
                 continue
             except CoordinatorRefused as error:
                 self._refused(error)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), REPORT_PERIOD_S)
+            await is_set_within(self._news, REPORT_PERIOD_S)
 
     async def _listen(self) -> None:
         """The long poll: the coordinator's changes of mind arrive within milliseconds."""
@@ -269,8 +269,7 @@ class Agent:
         """
         lease_s = self.config.cluster.lease_s
         while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._doubt.wait(), lease_s / 10)
+            await is_set_within(self._doubt, lease_s / 10)
             unproven = self._directive is not None and self._directive.unproven
             if self._doubt.is_set() or unproven or time.monotonic() - self._obeyed_at > lease_s / 3:
                 self._doubt.clear()

@@ -26,6 +26,7 @@ from .launchers import Audience
 from .roots import known_token
 from .sections import RunConfig
 from .victims import CannotBreak
+from .waiting import is_set_within
 
 LOOK_S: Final = 0.05
 PATIENCE_S: Final = 300.0  # for a run to train again after a fault; then the next fault comes all the same
@@ -68,18 +69,11 @@ class Witness:
             if time.monotonic() > deadline:
                 return False
             self._news.clear()
-            await _wait(self._news, LOOK_S)
+            await is_set_within(self._news, LOOK_S)
         return True
 
     def since(self, at_s: float) -> list[Mapping[str, Any]]:
         return faultverdict.window(self.events, at_s)
-
-
-async def _wait(news: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(news.wait(), seconds)
-    except TimeoutError:
-        return
 
 
 class Conductor:

@@ -34,6 +34,7 @@ from .policies import policy_of
 from .relations import broken
 from .sections import RunConfig
 from .status import goodput_of, goodput_of_nothing, last_commit, live_age_s, live_status, slowest_step
+from .waiting import is_set_within
 from .wire import AgentReport, Directive, digest
 
 T = TypeVar("T")
@@ -275,10 +276,7 @@ class Coordinator:
         """The node's directive as soon as it differs from the one with digest `known`, or after `patience_s`. Raises NoAnswer."""
         deadline = time.monotonic() + patience_s
         while digest(current := self._directive(node)) == known and (left := deadline - time.monotonic()) > 0:
-            news = self._news
-            try:
-                await asyncio.wait_for(news.wait(), left)
-            except TimeoutError:
+            if not await is_set_within(self._news, left):
                 break
         return self._told(node, current)
 

@@ -174,7 +174,8 @@ class NodeRanks:
             rank.stacks = found
         texts = {rank_stacks_key(attempt.launch.attempt, rank.number): _autopsy_text(rank, self.node) for rank in alive}
         with contextlib.suppress(TimeoutError):  # hurts only who wants to read them: the report has the innermost lines
-            await asyncio.wait_for(asyncio.to_thread(self.logs.write, texts), KEEP_STACKS_S)
+            async with asyncio.timeout(KEEP_STACKS_S):
+                await asyncio.to_thread(self.logs.write, texts)
         if attempt.is_lost:
             attempt.group.kill()
 
@@ -254,7 +255,8 @@ class NodeRanks:
     async def _end_with_tail(self, attempt: _Attempt, rank: _Rank, found: Exit) -> None:
         """A failure is told with its last words. They may lie on a disk that hangs: a thread reads them, and is not waited for long."""
         with contextlib.suppress(TimeoutError):
-            rank.tail = await asyncio.wait_for(asyncio.to_thread(tail, rank.log, rank.log_start), TAIL_S)
+            async with asyncio.timeout(TAIL_S):
+                rank.tail = await asyncio.to_thread(tail, rank.log, rank.log_start)
         self._ended(attempt, rank, found)
 
     def _ended(self, attempt: _Attempt, rank: _Rank, found: Exit) -> None:

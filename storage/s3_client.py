@@ -97,7 +97,7 @@ class S3Client:
     def run(self, work: Coroutine[Any, Any, T], until: float) -> T:
         """Runs on s3fs' loop; cancelled, with its connection, when the time is over or the caller is interrupted."""
         left_s = max(0.0, until - time.monotonic())
-        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, left_s), self.filesystem.loop)
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, left_s), self.filesystem.loop)  # noqa: TID251  (what comes with the cancellation is a result)
         try:
             return future.result()
         except TimeoutError as error:
