@@ -54,6 +54,7 @@ class Agent:
         self._doubt = asyncio.Event()
         self._token = contact.token
         self._client = self._client_of(contact.url)
+        self._retiring: list[asyncio.Task[None]] = []  # clients of coordinators that were succeeded
         self._address = address_towards(urlsplit(contact.url).hostname or "127.0.0.1")
         self._persister = PersisterProcess(scratch.staging_socket, config.run.root, config.storage.slow_s, self._changed)
         self._patience = Patience(config.cluster.hang_s)
@@ -142,9 +143,9 @@ class Agent:
         try:
             return await self._exit
         finally:
-            for task in tasks:
+            for task in (*tasks, *self._retiring):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, *self._retiring, return_exceptions=True)
             await self._ranks.stop()
             await asyncio.to_thread(self._ranks.logs.ship)
             left_s = self._going.left_s
@@ -292,7 +293,7 @@ class Agent:
             return
         if opened and opened.term > self._term and opened.url and opened.url.rstrip("/") != self._client.url:
             old, self._client = self._client, self._client_of(opened.url)
-            await old.close()
+            self._retiring.append(asyncio.create_task(old.retire()))
 
     # --- doing what the directive says ------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ seconds, so that a call which met a cut of 1.5 s is answered after 3. A new call
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 from types import TracebackType
@@ -52,6 +53,14 @@ class CoordinatorClient:
 
     async def close(self) -> None:
         await self._session.close()
+
+    async def retire(self) -> None:
+        """Closes when every call under way has had its time. A coordinator that was succeeded must not take our turning away for our death:
+        until it has read the log, it would drain the attempt."""
+        try:
+            await asyncio.sleep(LONG_POLL_S + self._patience_s)
+        finally:
+            await self.close()
 
     async def report(self, report: AgentReport) -> Directive:
         """Tells the node's whole state; the answer is what it should be doing now."""
