@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
@@ -92,6 +93,7 @@ class Run:
             rng=rng.capture(),
             loss_hex=self.loss_hex,
             hyper_parameters=self.optimizer.hyper_parameters(),
+            threads=torch.get_num_threads(),
         )
 
 
@@ -154,6 +156,7 @@ def _resume(run: Run) -> None:
     saved = RankState.from_json(resumed.state)
     if same_world:
         rng.restore(saved.rng)
+        _compute_like(saved)
     else:
         rng.seed_everything(run.config.run.seed, saved.step, run.world.rank)
         log.info("saved by %d ranks, resumed by %d: random streams follow from (seed, step, rank)", resumed.world_size, run.world.size)
@@ -162,3 +165,10 @@ def _resume(run: Run) -> None:
     run.step, run.loss_hex = saved.step, saved.loss_hex
     run.is_finished = resumed.first_state.get("result") is not None and saved.step >= run.config.run.steps
     run.cadence = run.cadence.saved(saved.step, time.monotonic(), run.cadence.stall_s)
+
+
+def _compute_like(saved: RankState) -> None:
+    """A node with another number of cores would add up in another order."""
+    if saved.threads != torch.get_num_threads():
+        log.info("computing with %d threads as before; this node would take %d", saved.threads, torch.get_num_threads())
+        torch.set_num_threads(saved.threads)

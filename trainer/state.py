@@ -35,6 +35,7 @@ class RankState:
     rng: Mapping[str, Any]
     loss_hex: str  # of the last step
     hyper_parameters: Mapping[str, Any]
+    threads: int  # of PyTorch: how many a sum is split over decides its last bits
     result: Mapping[str, Any] | None = None  # rank 0, final checkpoint: what result.json says
 
     def to_json(self) -> dict[str, Any]:

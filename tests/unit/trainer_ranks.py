@@ -133,7 +133,7 @@ def train_ranks(
 
     Args:
         stop_at: the agents ask for a stop at this step; 0: never.
-        mutant: "rng" or "optimizer": forgets to restore that.
+        mutant: "rng" or "optimizer": forgets to restore that; "cores": runs on a node that would compute with more threads.
     """
     run_ranks(world_size, _train, str(root), dict(config), attempt, resume, stop_at, mutant)
 
@@ -163,6 +163,8 @@ def _mutate(mutant: str) -> None:
 
     if mutant == "rng":
         rng.restore = lambda saved: rng.seed_everything(0)
+    if mutant == "cores":
+        os.environ["OMP_NUM_THREADS"] = "2"
     if mutant == "optimizer":
         whole = run.resume
         run.resume = lambda me, tensors: whole(me, {"model": tensors["model"]})
