@@ -67,7 +67,7 @@ def test_the_demonstration_kills_a_rank_and_a_node_that_run_and_compares_the_bit
     assert run.wait() == 0, "\n".join(run.output) + run.logs()
     run.check_what_always_holds()
     told = "\n".join(run.output)
-    assert told.count("demo: all ranks step again") == 2, told
+    assert told.count("all ranks step again") == 2, told
     assert "every loss came out equal to the last bit" in told
     first, second = run.result()["failures"]
     assert "SIGKILL" in first["why"]
