@@ -59,11 +59,11 @@ def commits(run: LiveRun) -> list[int]:
 def test_with_spares_nothing_is_lost_whoever_says_that_a_node_must_go(
     parted: PartedRun, undisturbed: Outcome, server: MetadataServer, tmp_path: Path
 ) -> None:
-    """SIGUSR1 takes the first node at step 8, AWS takes the other one at step 14."""
+    """SIGUSR1 takes the first node at step 8, AWS takes the other one at step 14. Both have more time than the test has patience."""
     parted.overrides = ("cluster.spares=2", 'cluster.notices=["aws"]', WORKERS, PATIENT)
     parted.prepare()
     coordinator = parted.coordinator("coordinator")
-    faults = {"KEEPSTEP_FAULTS": f"{pause_at(8, tmp_path / 'first')};{pause_at(14, tmp_path / 'second')}"}
+    faults = {"KEEPSTEP_FAULTS": f"{pause_at(8, tmp_path / 'first')};{pause_at(14, tmp_path / 'second')}", "KEEPSTEP_GRACE_S": "3600"}
     deaf = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:9"}
     agents = {"node0": faults | deaf, "node1": faults | server.environment, "node2": faults | deaf, "node3": faults | deaf}
     parts = {name: parted.agent(name, environment) for name, environment in list(agents.items())[:2]}
@@ -74,12 +74,12 @@ def test_with_spares_nothing_is_lost_whoever_says_that_a_node_must_go(
 
     parts["node0"].process.send_signal(signal.SIGUSR1)
     parts["node0"].process.send_signal(signal.SIGUSR1)  # twice is once
-    poll_until(lambda: any("this node must go: got SIGUSR1, 30 s are left" in line for line in parts["node0"].output), "it knows")
+    poll_until(lambda: any("this node must go: got SIGUSR1, 3600 s are left" in line for line in parts["node0"].output), "it knows")
     os.kill(paused, signal.SIGCONT)
     assert parts["node0"].wait() == EXIT_REQUEUE, parted.said()
 
     paused = wait_for_pause(parted)
-    server.interrupt_aws(100)
+    server.interrupt_aws(170)
     poll_until(lambda: any("must go: aws: terminate in" in line for line in parts["node1"].output), "it knows")
     os.kill(paused, signal.SIGCONT)
     assert parts["node1"].wait() == EXIT_REQUEUE, parted.said()
@@ -102,7 +102,7 @@ def test_without_spares_the_run_ends_with_75_and_the_same_command_continues(
     """A file takes both nodes at step 8, Google takes both at step 14, then nobody does."""
     root, notice = str(tmp_path / "root"), tmp_path / "notice"
     overrides = (f'cluster.notices=["file:{notice}", "gcp"]', WORKERS, PATIENT)
-    announcements = {8: lambda: notice.write_text("in 60\nrack 4 goes down"), 14: server.preempt_gcp}
+    announcements = {8: lambda: notice.write_text("in 3600\nrack 4 goes down"), 14: server.preempt_gcp}
     for times, (step, announce) in enumerate(announcements.items(), start=1):
         run = start(*overrides, root=root, environment=server.environment, faults=pause_at(step, tmp_path / f"at-{step}"))
         paused = wait_for_pause(run)
