@@ -30,7 +30,8 @@ TRIGGER_S: Final = 60.0  # a rank that trains passes its fault point long before
 TRIGGER_POLL_S: Final = 0.001
 LOOK_S: Final = 0.1  # at the run log
 MEMORY_LEFT: Final = 256 << 20  # what a node may still take before the kernel looks for the rank that eats
-NO_LIMIT: Final = 1 << 46
+WITNESS_S: Final = 0.5  # the limit stays so long: the agent reads it when it says what killed the rank
+NO_LIMIT: Final = 1 << 62
 LOSS_PERCENT: Final = 10.0
 CLI: Final = "keepstep.orchestrator.cli"
 
@@ -112,6 +113,7 @@ async def _trigger(fault: Fault, struck: Struck, held: int, scene: Scene) -> Str
     if fault.kind.action == "eat":
         assert heal
         at_s = await _await(lambda: _has_ended(held), f"rank {struck.rank} was not killed by the kernel")
+        await asyncio.sleep(WITNESS_S)
         heal()
     os.close(held)
     return replace(struck, at_s=at_s)
