@@ -93,7 +93,8 @@ class Logbook:
 
     def _append_attempt(self, request: ev.LogAttempt) -> Attempt:
         resume = request.resume
-        return self._log.append(
+        fault_point("coordinator.attempt.before", attempt=request.attempt)
+        appended = self._log.append(
             Attempt(
                 term=self._term,
                 attempt=request.attempt,
@@ -107,6 +108,8 @@ class Logbook:
                 at=utc_now(),
             )
         )
+        fault_point("coordinator.attempt.after", attempt=request.attempt)
+        return appended
 
     def _quarantine(self, request: ev.LogQuarantine) -> ev.QuarantineRecord:
         """One that is gone meanwhile needs none."""

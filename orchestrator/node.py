@@ -22,6 +22,7 @@ from keepstep.trainer.contract import Phase, RankSpec, Request, Resume
 
 from . import stacks
 from .contact import interface_of
+from .exits import Exit
 from .oom import KernelLog, OomWitness
 from .patience import Patience, Watch
 from .progress import ProgressPage
@@ -30,7 +31,7 @@ from .stacks import Stacks, Subject
 from .wire import Launch, RankReport, StoreAddress
 
 if TYPE_CHECKING:
-    from .ranks import Exit, HostedStore, RankGroup
+    from .ranks import HostedStore, RankGroup
 
 
 KEEP_STACKS_S = 0.5  # how long the root may take to store stacks before the ranks are killed all the same

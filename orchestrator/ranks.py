@@ -1,15 +1,15 @@
-"""The ranks of one attempt on one node, forked from a warm forkserver with torchrun's environment. The only torch in this folder, and it is
-imported in the forkserver's children alone: the agent itself stays small, starts at once, and nothing of torch can hang or crash it.
+"""The ranks of one attempt on one node, launched by torchrun's own library. The only torch in this folder.
 
-One `RankGroup` is one attempt, and a group that lost a rank is killed whole. `start_forkserver()` must be called from the agent's main
-thread (see lifeline.py).
+A warm forkserver has torch imported already. From it comes, for each attempt, one *launcher*, in which torch.distributed.elastic starts the
+ranks and gives them torchrun's environment; its restart logic is not used: one `RankGroup` is one attempt, and a group that lost a rank is
+killed whole. The agent itself does without torch: it stays small, starts at once, and nothing of torch can hang or crash it.
+`start_forkserver()` must be called from the agent's main thread (see lifeline.py).
 """
 
 from __future__ import annotations
 
 import atexit
 import faulthandler
-import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -19,56 +19,37 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 from keepstep.storage.store import ENV_OPTIONS
-from keepstep.trainer.contract import DAMAGED_KIND, ENV_NODE, ENV_SPEC, RankSpec
+from keepstep.trainer.contract import ENV_NODE, ENV_SPEC, RankSpec
 
 from . import stacks
+from .exits import Exit, exit_code, explain, write_error
 from .processes import (
     ENV_PARENT,
     die_with_parent,
-    is_alive,
     kill,
     kill_group,
     kill_session,
     print_or_lose,
-    signal_name,
     strays_of_ranks,
 )
 
-FIRST_PRELOAD: Final = ("keepstep.orchestrator.lifeline", "keepstep.orchestrator.ranks")
+FIRST_PRELOAD: Final = ("keepstep.orchestrator.lifeline", "keepstep.orchestrator.ranks", "torch.distributed.elastic.multiprocessing")
 TRAINER_PRELOAD: Final = "keepstep.trainer.preload"
 PLATFORM_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 REMOTE_PRELOAD: Final = "keepstep.storage.s3"  # s3fs and botocore: 0.5 s that a restart from an object store would pay in every rank
 ROLE: Final = "default"  # torchrun's default role name
 ENV_INTERFACE: Final = "GLOO_SOCKET_IFNAME"
-UNKNOWN_CODE: Final = 255  # multiprocessing's, where the forkserver died and nobody can say how its child ended
-
-GLOO_ADVICE: Final = " This is typically caused by"  # what follows in its messages is for people who have no verdict
-# What a rank says whose peer died: a victim, never the culprit. Texts of gloo, NCCL and c10d of torch 2.13.
-PEER_LOST: Final = (
-    "connection closed by peer",
-    "connection reset by peer",
-    "broken pipe",
-    "socket closed",
-    "connection refused",
-    "connection was closed",
-    "failed to recv",
-    "sendbytes failed",
-    "recvvalue failed",
-    "remote process exited",
-    "ncclremoteerror",
-    "connectfullmesh failed",
-    "timed out waiting",
-    "application timeout caused pair closure",
-)
+ENV_ERROR_FILE: Final = "TORCHELASTIC_ERROR_FILE"  # which torch's launcher adds, for `@record`
+LAUNCHER_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # that torch's launcher takes
+UNKNOWN_CODE: Final = 255  # the launcher died, and nobody can say how its child ended
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,16 +68,6 @@ class GroupSpec:
     master_addr: str
     master_port: int
     interface: str = ""  # where the other nodes reach this one; "": gloo looks the host name up, as under torchrun
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """How a rank ended. `exit_code` is negative for a signal; `kind` and `why` are empty after success."""
-
-    exit_code: int
-    kind: str
-    why: str
-    damaged: str
 
 
 def forget_main_module() -> None:
@@ -180,26 +151,44 @@ def host_store(address: str, parent: int, telling: Connection) -> None:
 
 
 class RankGroup:
-    """The processes of one attempt on this node: start, watch the sentinels, kill."""
+    """The processes of one attempt on this node, and their launcher: start, watch the sentinels, kill."""
 
     def __init__(self, group: GroupSpec) -> None:
         self.group = group
-        self._forkserver = forkserver_pid()
-        self._processes = _start(group, self._forkserver)
-        self.pids: tuple[int, ...] = tuple(process.pid or 0 for process in self._processes)
+        kill(strays_of_ranks(group.specs[0].scratch))  # older ranks are dead; what they started may hold a port or a GPU
+        for spec in group.specs:
+            Path(spec.error_path).unlink(missing_ok=True)
+        answer, telling = _CONTEXT.Pipe(duplex=False)
+        pipes = [_CONTEXT.Pipe(duplex=False) for _ in group.specs]
+        self._codes = [reading for reading, _ in pipes]
+        ends = tuple(writing for _, writing in pipes)
+        self._launcher = _CONTEXT.Process(target=launch, args=(group, forkserver_pid(), telling, ends))
+        self._launcher.start()
+        for end in (telling, *ends):
+            end.close()
+        self.pids: tuple[int, ...] = answer.recv()
+        answer.close()
+        self._exits: dict[int, Exit] = {}
         self._stopped: set[int] = set()
 
     @property
     def sentinels(self) -> dict[int, int]:
         """File descriptor that becomes readable when a rank has ended -> its local rank."""
-        return {process.sentinel: local_rank for local_rank, process in enumerate(self._processes)}
+        return {reading.fileno(): local_rank for local_rank, reading in enumerate(self._codes)}
 
     def ended(self, local_rank: int) -> Exit | None:
         """How this rank ended, None while it runs."""
-        code = self._processes[local_rank].exitcode
-        if code == UNKNOWN_CODE and not is_alive(self._forkserver):
-            return Exit(code, "signal", "died with the forkserver that it was forked from", "")
-        return None if code is None else _explain(code, self.group.specs[local_rank].error_path)
+        if local_rank not in self._exits and self._codes[local_rank].poll():
+            self._exits[local_rank] = self._read_exit(local_rank)
+        return self._exits.get(local_rank)
+
+    def _read_exit(self, local_rank: int) -> Exit:
+        with self._codes[local_rank] as reading:
+            try:
+                return explain(reading.recv(), self.group.specs[local_rank].error_path)
+            except EOFError:
+                kill_session(self.pids[local_rank])  # the kernel does so, too
+                return Exit(UNKNOWN_CODE, "signal", "died with its launcher", "")
 
     def kill(self) -> None:
         """SIGKILL to every rank's session, and to what ranks that ended left in theirs. The kernel's confirmation is the sentinel."""
@@ -215,14 +204,35 @@ class RankGroup:
         return local_rank in self._stopped
 
 
-def _start(group: GroupSpec, parent: int) -> tuple[ForkServerProcess, ...]:
-    for spec in group.specs:
-        Path(spec.error_path).unlink(missing_ok=True)
-    kill(strays_of_ranks(group.specs[0].scratch))  # older ranks are dead; what they started may hold a port or a GPU
-    processes = tuple(_CONTEXT.Process(target=rank_main, args=(group, i, parent)) for i in range(len(group.specs)))
-    for process in processes:
-        process.start()
-    return processes
+def launch(group: GroupSpec, parent: int, telling: Connection, exits: tuple[Connection, ...]) -> None:
+    """The launcher's process: torchrun's own library starts the ranks; tells their pids, and each one's exit code at once.
+
+    Torch's `poll` and `wait` are not used: they would end the other ranks in their own way, which takes up to 30 s for each.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
+
+    die_with_parent(parent)
+    handlers = {number: signal.getsignal(number) for number in LAUNCHER_SIGNALS}
+    context: Any = start_processes(
+        name=ROLE,
+        entrypoint=rank_main,
+        args={i: (group, i, os.getpid(), exits) for i in range(len(group.specs))},
+        envs={i: torchrun_environment(group, i) for i in range(len(group.specs))},
+        logs_specs=DefaultLogsSpecs(log_dir=str(Path(group.specs[0].scratch) / "elastic")),
+        start_method="fork",
+    )
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # torch's would end us, and the ranks, where a platform only asks the agent to leave
+    processes = context._pc.processes
+    waiting = {os.pidfd_open(process.pid): local_rank for local_rank, process in enumerate(processes)}
+    telling.send(tuple(process.pid for process in processes))
+    while waiting:
+        for ready in wait(list(waiting)):
+            assert isinstance(ready, int)
+            local_rank = waiting.pop(ready)
+            processes[local_rank].join()
+            exits[local_rank].send(processes[local_rank].exitcode)
+            exits[local_rank].close()
 
 
 def torchrun_environment(group: GroupSpec, local_rank: int) -> dict[str, str]:
@@ -245,7 +255,6 @@ def torchrun_environment(group: GroupSpec, local_rank: int) -> dict[str, str]:
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_RUN_ID": f"{group.specs[local_rank].run}-{group.specs[local_rank].attempt}",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_ERROR_FILE": str(Path(group.specs[local_rank].scratch) / f"error-torchelastic-{local_rank}.json"),
         "TORCHELASTIC_SIGNALS_TO_HANDLE": os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"),
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         **({"OMP_NUM_THREADS": threads} if threads else {}),
@@ -256,16 +265,16 @@ def torchrun_environment(group: GroupSpec, local_rank: int) -> dict[str, str]:
     }
 
 
-def rank_main(group: GroupSpec, local_rank: int, parent: int) -> None:
-    """The rank's process, forked from the forkserver: own session, own log, then the trainer or the user's script. Never returns."""
+def rank_main(group: GroupSpec, local_rank: int, parent: int, exits: tuple[Connection, ...]) -> None:
+    """The rank's process, forked from its launcher: own session, own log, then the trainer or the user's script. Never returns."""
     os.setsid()
     die_with_parent(parent)
+    for end in exits:
+        end.close()  # else the launcher's death would go unnoticed
     _take_forks_along()
     _redirect_output(group.log_paths[local_rank])
     _leave_signals_to_the_agent()
-    environment = torchrun_environment(group, local_rank)
-    os.environ.update(environment)
-    _forget_variables_of_preloaded_modules(environment)
+    _forget_variables_of_preloaded_modules({*torchrun_environment(group, local_rank), ENV_ERROR_FILE})
     spec = group.specs[local_rank]
     faulthandler.enable()
     stacks.answer_to(stacks.answer_path(spec.scratch, spec.attempt, local_rank))
@@ -326,10 +335,10 @@ def _give_signals_back() -> None:
     _let_signals_go()
 
 
-def _forget_variables_of_preloaded_modules(given: Mapping[str, str]) -> None:
+def _forget_variables_of_preloaded_modules(given: Set[str]) -> None:
     """Imports in the forkserver set variables of their own (torch's compiler its cache folder); a fresh process would not have them."""
     started_with = {entry.partition(b"=")[0].decode() for entry in Path("/proc/self/environ").read_bytes().split(b"\0")}
-    for name in set(os.environ) - started_with - set(given):
+    for name in set(os.environ) - started_with - given:
         del os.environ[name]
 
 
@@ -345,10 +354,10 @@ def _run_guarded(group: GroupSpec, error_path: Path) -> int:
     try:
         _run(group.script, group.script_args)
     except SystemExit as error:
-        return _exit_code(error)
+        return exit_code(error)
     except BaseException as error:  # noqa: BLE001  (the process entry: whatever it was becomes the verdict)
         traceback.print_exc()
-        _write_error(error_path, error)
+        write_error(error_path, error)
         return 1
     return 0
 
@@ -373,15 +382,6 @@ def _obey_thread_limit() -> None:
         torch.set_num_threads(int(threads))
 
 
-def _exit_code(error: SystemExit) -> int:
-    if error.code is None:
-        return 0
-    if isinstance(error.code, int):
-        return error.code
-    print(error.code, file=sys.stderr)  # noqa: T201  (what the interpreter itself does with sys.exit("text"))
-    return 1
-
-
 def _leave(code: int) -> None:
     """What interpreter shutdown does for a script; multiprocessing's children leave by os._exit without it."""
     threading._shutdown()  # type: ignore[attr-defined]
@@ -389,36 +389,3 @@ def _leave(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
-
-
-def _write_error(path: Path, error: BaseException) -> None:
-    text = str(error).strip()
-    first_line = text.splitlines()[0].partition(GLOO_ADVICE)[0] if text else ""
-    why = f"{type(error).__name__}: {first_line}".rstrip(": ")
-    kind = getattr(error, "kind", "") or ("peer-lost" if is_peer_lost(error) else "exception")
-    damaged = getattr(error, "directory", "") if kind == DAMAGED_KIND else ""
-    path.write_text(json.dumps({"kind": kind, "why": why[:500], "damaged": damaged}))
-
-
-def is_peer_lost(error: BaseException) -> bool:
-    """A collective that failed because somebody else died: torch raises RuntimeError subclasses with the transport's text."""
-    from torch.distributed import DistError
-
-    text = str(error).lower()
-    return isinstance(error, (RuntimeError, DistError)) and any(sign in text for sign in PEER_LOST)
-
-
-def _explain(code: int, error_path: str) -> Exit:
-    if code == 0:
-        return Exit(0, "", "", "")
-    if code < 0:
-        return Exit(code, "signal", signal_name(code), "")
-    return _from_error_file(code, error_path) or Exit(code, "exit", f"exit code {code}", "")
-
-
-def _from_error_file(code: int, error_path: str) -> Exit | None:
-    try:
-        body: Mapping[str, str] = json.loads(Path(error_path).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # it left through sys.exit, or died while writing
-        return None
-    return Exit(code, body["kind"], body["why"], body["damaged"])

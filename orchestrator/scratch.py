@@ -72,6 +72,7 @@ class Scratch:
         earlier = self._incarnations()
         for leftover in (*self.path.glob("progress-*"), *self.path.glob("stacks-*"), *self.path.glob("error-*.json")):
             leftover.unlink(missing_ok=True)
+        shutil.rmtree(self.path / "elastic", ignore_errors=True)
         self._remember((*earlier, incarnation)[-MAX_REMEMBERED:])
         return earlier
 

@@ -65,8 +65,11 @@ def environment_of(variables: Mapping[str, str]) -> dict[str, str]:
     return {**{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}, **variables}
 
 
+NO_HANG = "cluster.hang_s=100"  # whoever waits at a gate does not hang
+
+
 def gates(folder: Path, *steps: int) -> str:
-    """Faults: rank 0 stops itself once after each of these steps, so that all ranks wait there for whatever comes."""
+    """Faults: rank 0 stops itself once after each of these steps, so that all ranks wait there for whatever comes. With NO_HANG."""
     return ";".join(f"rank.step:rank=0:step={step}:signal=STOP:once={folder / f'gate-{step}'}" for step in steps)
 
 

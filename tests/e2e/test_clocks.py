@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.live import Outcome, gates, poll_until
+from e2e.live import NO_HANG, Outcome, gates, poll_until
 from e2e.parts import PartedRun
 from keepstep.storage.records import Quarantine, Retire
 from keepstep.storage.runlog import RunLog
@@ -37,7 +37,7 @@ def clock(library: str, offset: str) -> dict[str, str]:
 
 @pytest.fixture
 def run(config_file: Path, tmp_path: Path, short_folder: Path) -> Iterator[PartedRun]:
-    run = PartedRun(config_file, str(tmp_path / "root"), overrides=(f"checkpoint.keep={KEEP}",), scratch=short_folder).prepare()
+    run = PartedRun(config_file, str(tmp_path / "root"), overrides=(f"checkpoint.keep={KEEP}", NO_HANG), scratch=short_folder).prepare()
     yield run
     run.end()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from e2e.live import LiveRun, Outcome, poll_until
+from e2e.live import NO_HANG, LiveRun, Outcome, command_of, gates, poll_until
 from e2e.parts import Part, PartedRun
 from keepstep.storage.records import Opened
 from keepstep.storage.runlog import RunLog
@@ -15,11 +16,12 @@ from keepstep.storage.runlog import RunLog
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 EXIT_REQUEUE = 75
+Start = Callable[..., LiveRun]
 
 
 @pytest.fixture
 def run(config_file: Path, tmp_path: Path, short_folder: Path) -> Iterator[PartedRun]:
-    run = PartedRun(config_file, str(tmp_path / "root"), scratch=short_folder)
+    run = PartedRun(config_file, str(tmp_path / "root"), (NO_HANG,), scratch=short_folder)
     yield run
     run.end()
 
@@ -58,11 +60,52 @@ def test_three_coordinators_at_once_and_a_fourth_later(run: PartedRun, undisturb
     assert (run.result()["attempts"], run.result()["lost_steps"]) == (1, 0), "the ranks trained on"
 
 
+# Slow steps leave time for five coordinators; at step 18 all ranks wait until the last of them is there.
+SLOW = "rank.step:rank=0:action=pause:seconds=0.3"
+
+
+def rank_pids(status: dict[str, Any]) -> list[int]:
+    """By rank."""
+    return [
+        rank["pid"] for rank in sorted((rank for node in status["nodes"] for rank in node["ranks"]), key=lambda rank: int(rank["rank"]))
+    ]
+
+
+def test_five_coordinators_are_killed_in_one_run_and_nobody_waits_for_the_sixth(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
+    """In mid-step, in the middle of a commit, twice at once (the second while it starts), and in the middle of a restart decision."""
+    markers = [tmp_path / "commit", tmp_path / "attempt"]
+    points = f"coordinator.commit.before:once={markers[0]};coordinator.attempt.after:attempt=2:once={markers[1]}"
+    run = start(NO_HANG, faults=f"{SLOW};{points};{gates(tmp_path, 18)}")
+    before = run.wait_for_step(2)
+    run.kill(before["coordinator"]["pid"])
+    second = run.wait_until(lambda status: status["coordinator"]["term"] == 2 and status["phase"] == "TRAINING")
+    assert second["step"] > before["step"], "the ranks stepped on without a coordinator"
+    third = run.wait_until(lambda status: status["coordinator"]["term"] == 3 and status["phase"] == "TRAINING")
+    assert markers[0].exists(), "the second coordinator died in the middle of a commit"
+    run.kill(third["coordinator"]["pid"])
+    poll_until(lambda: newborn(run, third) is not None, "the fourth coordinator starts", run.said)
+    run.kill(newborn(run, third) or 0)
+    fifth = run.wait_until(lambda status: status["coordinator"]["term"] > 3 and status["phase"] == "TRAINING")
+    assert rank_pids(before) == rank_pids(second) == rank_pids(third) == rank_pids(fifth)
+    run.kill(rank_pids(run.wait_at_gate())[-1])
+    assert run.wait() == 0, run.said()
+    run.check_what_always_holds()
+    assert markers[1].exists(), "the fifth died when it had just logged the new attempt"
+    assert run.outcome() == undisturbed
+    assert run.result()["attempts"] == 2
+
+
+def newborn(run: LiveRun, dead: dict[str, Any]) -> int | None:
+    """The pid of a coordinator after this one, in whatever state it is."""
+    old = dead["coordinator"]["pid"]
+    return next((pid for pid in run.marked() if pid != old and "cli coordinator" in command_of(pid)), None)
+
+
 def test_two_coordinators_of_different_runs_on_an_empty_root(run: PartedRun) -> None:
     """Whoever comes second is told in one sentence, and the root stays the first one's."""
     first = run.coordinator("first")
     poll_until(lambda: bool(run.store.list("log")), "a term is open")
-    run.overrides = ("run.seed=9",)
+    run.overrides = (NO_HANG, "run.seed=9")
     second = run.coordinator("second")
     assert second.wait() == 2
     assert "holds another run" in "\n".join(second.output)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from e2e.live import STEPS, LiveRun, Outcome, gates, keepstep, poll_until
+from e2e.live import NO_HANG, STEPS, LiveRun, Outcome, gates, keepstep, poll_until
 from keepstep.storage.runlog import RunLog
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -31,7 +31,7 @@ def last_rank(status: dict[str, Any]) -> dict[str, Any]:
 
 def test_ranks_an_agent_a_node_and_the_coordinator_are_killed_in_one_run(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
     """Each has a record of its own: two ranks without a commit between them, an agent, a whole node; the coordinator has none."""
-    run = start(faults=gates(tmp_path, 8, 9, 13, 14, 20))
+    run = start(NO_HANG, faults=gates(tmp_path, 8, 9, 13, 14, 20))
     ranks = []
     for _ in range(2):
         ranks.append(last_rank(run.wait_at_gate()))
@@ -58,14 +58,14 @@ def test_the_same_command_continues_after_a_stop_and_after_everything_was_killed
 ) -> None:
     """First a person stops it, then its platform is killed, then every process at once."""
     root, faults = str(tmp_path / "root"), gates(tmp_path, 4, 11, 16)
-    first = start(root=root, faults=faults)
+    first = start(NO_HANG, root=root, faults=faults)
     first.wait_at_gate()
     assert keepstep("stop", root).returncode == 0
     first.open_gate()
     assert first.wait() == 75, first.said()
     stopped = first.result()
     assert (stopped["outcome"], stopped["lost_steps"]) == ("stopped", 0)
-    second = start(root=root, faults=faults)
+    second = start(NO_HANG, root=root, faults=faults)
     second.wait_at_gate()
     attempt = RunLog.open(second.store).newest_attempt()
     assert attempt
@@ -73,11 +73,11 @@ def test_the_same_command_continues_after_a_stop_and_after_everything_was_killed
     assert second.process
     second.kill(second.process.pid)
     second.check_what_always_holds()
-    third = start(root=root, faults=faults)
+    third = start(NO_HANG, root=root, faults=faults)
     third.wait_at_gate()
     third.kill_everything()
     third.check_what_always_holds()
-    ends_like(start(root=root, faults=faults), undisturbed)
+    ends_like(start(NO_HANG, root=root, faults=faults), undisturbed)
 
 
 # Every one of them kills the process that passes the point, once.

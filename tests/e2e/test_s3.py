@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from s3server import S3Server, running_s3_server
 
-from e2e.live import LiveRun, Outcome, gates, poll_until
+from e2e.live import NO_HANG, LiveRun, Outcome, gates, poll_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.s3]
 
@@ -24,9 +24,9 @@ def server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def on_s3(start: Start, server: S3Server) -> Start:
-    def begin(**kwargs: object) -> LiveRun:
+    def begin(*overrides: str, **kwargs: object) -> LiveRun:
         root = f"{server.url}/{uuid.uuid4().hex}"
-        return start(root=root, environment=server.environment, options=server.options, **kwargs)
+        return start(*overrides, root=root, environment=server.environment, options=server.options, **kwargs)
 
     return begin
 
@@ -35,7 +35,7 @@ def test_a_killed_rank_a_killed_node_and_kills_during_saves(on_s3: Start, undist
     """contract/test_kill_runs.py has a hundred more on this store, without ranks."""
     points = {"persister.shards.after:rank=1": tmp_path / "shards", "coordinator.commit.before": tmp_path / "commit"}
     faults = ";".join(f"{point}:once={marker}" for point, marker in points.items())
-    run = on_s3(faults=f"{faults};{gates(tmp_path, 8, 14)}")
+    run = on_s3(NO_HANG, faults=f"{faults};{gates(tmp_path, 8, 14)}")
     run.kill(run.wait_at_gate()["nodes"][-1]["ranks"][-1]["pid"])
     poll_until(lambda: run.stopped() == [], "the group of a killed rank is killed whole", run.said)
     node = run.wait_at_gate()["nodes"][0]

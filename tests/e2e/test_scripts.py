@@ -77,6 +77,7 @@ def test_a_script_has_torchruns_environment_and_one_that_fails_is_named_and_star
     for rank in range(4):
         mine, torchruns = facts_of(tmp_path / "ours", rank), facts_of(theirs, rank)
         assert mine["total"] == torchruns["total"] == 4.0
+        assert "TORCHELASTIC_ERROR_FILE" in launch_environment(mine)
         assert (mine["path"], mine["threads"]) == (torchruns["path"], torchruns["threads"])
         ours, reference = launch_variables(mine), launch_variables(torchruns)
         assert ours.keys() == reference.keys()
@@ -84,9 +85,14 @@ def test_a_script_has_torchruns_environment_and_one_that_fails_is_named_and_star
         assert ours == reference | on_two_nodes
 
 
-def launch_variables(facts: dict[str, object]) -> dict[str, str]:
+def launch_environment(facts: dict[str, object]) -> dict[str, str]:
     environment = facts["environment"]
     assert isinstance(environment, dict)
+    return environment
+
+
+def launch_variables(facts: dict[str, object]) -> dict[str, str]:
+    environment = launch_environment(facts)
     inherited = set(environment) & {"PATH", "HOME"}
     assert inherited
     return {

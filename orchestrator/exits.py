@@ -1,0 +1,83 @@
+"""How a rank ended: what it writes down itself when it fails, and what its exit code says to its agent."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from keepstep.trainer.contract import DAMAGED_KIND
+
+from .processes import signal_name
+
+GLOO_ADVICE: Final = " This is typically caused by"  # what follows in its messages is for people who have no verdict
+# What a rank says whose peer died: a victim, never the culprit. Texts of gloo, NCCL and c10d of torch 2.13.
+PEER_LOST: Final = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "socket closed",
+    "connection refused",
+    "connection was closed",
+    "failed to recv",
+    "sendbytes failed",
+    "recvvalue failed",
+    "remote process exited",
+    "ncclremoteerror",
+    "connectfullmesh failed",
+    "timed out waiting",
+    "application timeout caused pair closure",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a rank ended. `exit_code` is negative for a signal; `kind` and `why` are empty after success."""
+
+    exit_code: int
+    kind: str
+    why: str
+    damaged: str
+
+
+def exit_code(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code
+    print(error.code, file=sys.stderr)  # noqa: T201  (what the interpreter itself does with sys.exit("text"))
+    return 1
+
+
+def write_error(path: Path, error: BaseException) -> None:
+    text = str(error).strip()
+    first_line = text.splitlines()[0].partition(GLOO_ADVICE)[0] if text else ""
+    why = f"{type(error).__name__}: {first_line}".rstrip(": ")
+    kind = getattr(error, "kind", "") or ("peer-lost" if is_peer_lost(error) else "exception")
+    damaged = getattr(error, "directory", "") if kind == DAMAGED_KIND else ""
+    path.write_text(json.dumps({"kind": kind, "why": why[:500], "damaged": damaged}))
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """A collective that failed because somebody else died: torch raises RuntimeError subclasses with the transport's text."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in PEER_LOST)
+
+
+def explain(code: int, error_path: str) -> Exit:
+    if code == 0:
+        return Exit(0, "", "", "")
+    if code < 0:
+        return Exit(code, "signal", signal_name(code), "")
+    return _from_error_file(code, error_path) or Exit(code, "exit", f"exit code {code}", "")
+
+
+def _from_error_file(code: int, error_path: str) -> Exit | None:
+    try:
+        body: Mapping[str, str] = json.loads(Path(error_path).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # it left through sys.exit, or died while writing
+        return None
+    return Exit(code, body["kind"], body["why"], body["damaged"])
