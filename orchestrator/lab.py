@@ -30,7 +30,7 @@ from .cgroups import Cgroup
 from .processes import ENV_PARENT
 from .switch import CALL_S, MASK, Switch, SwitchError
 
-TOOLS: Final = ("ip", "nft", "nsenter", "unshare", "setpriv", "mount")
+TOOLS: Final = ("ip", "nft", "iptables", "nsenter", "unshare", "setpriv", "mount")
 PREFIX: Final = "keepstep-lab-"
 TMP_SIZE: Final = "256m"
 MAX_HOSTS: Final = 99
@@ -109,6 +109,7 @@ class Host:
     def kill(self) -> None:
         """A power cut: no packet leaves it any more, then every process is gone."""
         self.cut()
+        self.clear()
         self._group.kill()
         self.bury()
         self._lab.switch.unplug(self._port)
@@ -136,8 +137,12 @@ class Host:
         """So many packets are lost, in each direction."""
         self._lab.switch.lose(self._port, percent)
 
+    def delay(self, ms: float) -> None:
+        """Each IP packet that it sends to others is late by so much; none overtakes another."""
+        self._lab.switch.delay(self._port, self._pid1, ms)
+
     def clear(self) -> None:
-        """Ends `drop` and `loss`."""
+        """Ends `drop`, `loss` and `delay`."""
         self._lab.switch.clear(self._port)
 
     def freeze(self) -> None:
@@ -176,7 +181,7 @@ class Lab:
         if os.geteuid() != 0:
             return "not root"
         if absent := [tool for tool in TOOLS if not shutil.which(tool)]:
-            return f"no {', '.join(absent)} (Debian: apt-get install iproute2 nftables util-linux)"
+            return f"no {', '.join(absent)} (Debian: apt-get install iproute2 iptables nftables util-linux)"
         return cgroups.missing() or Switch.missing()
 
     def __enter__(self) -> Lab:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Final
 
@@ -30,8 +31,10 @@ class Switch:
         assert self._process.stdout
         if self._process.stdout.readline() != "up\n":
             raise SwitchError("cannot make a network namespace")
+        self._enter = enter
         self._interface = interface
         self._faults: dict[str, list[str]] = {}  # port -> rules
+        self._late: dict[str, tuple[int, subprocess.Popen[str]]] = {}  # port -> process in the host's namespace, who holds back
         self._ip(f"link add {BRIDGE} type bridge", f"link set {BRIDGE} up")
         _run(["ip", "link", "add", interface, "type", "veth", "peer", "name", UPLINK, "netns", str(self._process.pid)])
         self._ip(f"link set {UPLINK} master {BRIDGE} up")
@@ -78,14 +81,34 @@ class Switch:
         chance = f"numgen random mod {EVERY} < {share}" if share < EVERY else ""
         self._add(port, f'iifname "{port}" {chance} drop', f'oifname "{port}" {chance} drop')
 
+    def delay(self, port: str, pid: int, ms: float) -> None:
+        """What the namespace of process `pid` sends is late. It happens there: nftables cannot queue what a bridge forwards."""
+        self._end_delay(port)
+        hold = [*self._enter, "setpriv", "--pdeathsig", "KILL", *inside(pid, sys.executable, "-m", "keepstep.orchestrator.late", str(ms))]
+        holder = subprocess.Popen(hold, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        self._late[port] = (pid, holder)
+        assert holder.stdout
+        if holder.stdout.readline() != "up\n":
+            raise SwitchError("the kernel has no NFQUEUE")
+        _run(inside(pid, "iptables", "-A", "OUTPUT", "-o", "eth0", "-j", "NFQUEUE", "--queue-num", "0"))
+
+    def _end_delay(self, port: str) -> None:
+        if port in self._late:
+            pid, holder = self._late.pop(port)
+            _run(inside(pid, "iptables", "-F", "OUTPUT"))
+            holder.kill()
+            holder.communicate(timeout=CALL_S)
+
     def clear(self, port: str) -> None:
+        self._end_delay(port)
         if self._faults.pop(port, None):
             self._apply()
 
     def close(self) -> None:
-        """Its process must be dead."""
+        """Its processes must be dead."""
         subprocess.run(["ip", "link", "del", self._interface], capture_output=True, timeout=CALL_S, check=False)  # may be gone with it
-        self._process.communicate(timeout=CALL_S)
+        for process in (self._process, *(holder for _, holder in self._late.values())):
+            process.communicate(timeout=CALL_S)
 
     def _add(self, port: str, *rules: str) -> None:
         self._faults.setdefault(port, []).extend(rules)

@@ -71,6 +71,24 @@ def test_faults_hit_whom_they_name_until_they_end(lab: Lab) -> None:
     again(one, three)
 
 
+def test_a_delay_is_real_and_ends(lab: Lab) -> None:
+    one, two, _ = lab.hosts
+    again(one, two)
+    one.delay(100)
+    assert round_trip_ms(one, two) >= 100
+    two.delay(100)
+    assert round_trip_ms(one, two) >= 200
+    one.clear()
+    two.clear()
+    assert round_trip_ms(one, two) < 100
+
+
+def round_trip_ms(one: Host, other: Host) -> float:
+    """The shortest of some."""
+    said = said_by(one, "ping", "-q", "-c", "5", "-i", "0.05", other.address)
+    return float(said.rpartition("= ")[2].split("/")[0])
+
+
 def test_a_port_is_dropped_alone(lab: Lab) -> None:
     one, two, _ = lab.hosts
     listener = subprocess.Popen(
