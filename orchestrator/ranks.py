@@ -183,12 +183,12 @@ class RankGroup:
         return self._exits.get(local_rank)
 
     def _read_exit(self, local_rank: int) -> Exit:
-        with self._codes[local_rank] as reading:
-            try:
-                return explain(reading.recv(), self.group.specs[local_rank].error_path)
-            except EOFError:
-                kill_session(self.pids[local_rank])  # the kernel does so, too
-                return Exit(UNKNOWN_CODE, "signal", "died with its launcher", "")
+        """The pipe stays open, and readable: whoever watches the sentinel may not have looked yet."""
+        try:
+            return explain(self._codes[local_rank].recv(), self.group.specs[local_rank].error_path)
+        except EOFError:
+            kill_session(self.pids[local_rank])  # the kernel does so, too
+            return Exit(UNKNOWN_CODE, "signal", "died with its launcher", "")
 
     def kill(self) -> None:
         """SIGKILL to every rank's session, and to what ranks that ended left in theirs. The kernel's confirmation is the sentinel."""
