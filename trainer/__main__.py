@@ -31,10 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     from .run import open_run
 
     world = join(me)
-    try:
-        train(open_run(config, me, world))
-    finally:
-        dist.destroy_process_group()
+    train(open_run(config, me, world))
+    dist.destroy_process_group()  # not after a failure: that could wait for peers that wait for us
 
 
 def _config(me: Attached, arguments: list[str] | None) -> TrainerConfig:
