@@ -16,7 +16,7 @@ train: install; keepstep run examples/quickstart.toml --demo
 test: install; $(LINT) && pytest
 check: install; $(LINT) && pytest -q -m "not slow and not e2e and not s3"
 sim: install; pytest -q tests/simulation --seeds=$(SEEDS)
-bench: install; python benchmarks/recovery.py && python benchmarks/faults.py && python benchmarks/false_alarms.py && python benchmarks/preemption.py
+bench: install; for name in recovery faults false_alarms preemption coordinator_kills; do python benchmarks/$$name.py || exit 1; done
 clean: ; rm -rf .venv .build build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 .venv/.installed: pyproject.toml constraints.txt

@@ -188,7 +188,7 @@ class RankGroup:
             return explain(self._codes[local_rank].recv(), self.group.specs[local_rank].error_path)
         except EOFError:
             kill_session(self.pids[local_rank])  # the kernel does so, too
-            return Exit(UNKNOWN_CODE, "signal", "died with its launcher", "")
+            return Exit(UNKNOWN_CODE, "signal", "the death of its launcher", "")
 
     def kill(self) -> None:
         """SIGKILL to every rank's session, and to what ranks that ended left in theirs. The kernel's confirmation is the sentinel."""

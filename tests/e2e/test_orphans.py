@@ -73,18 +73,22 @@ def test_nothing_survives_whichever_process_is_killed(start: Start, undisturbed:
     environment = {"TMPDIR": str(temporary), "KEEPSTEP_SCRATCH_BASE": str(short_folder)}
     run = start("train.loader_workers=2", NO_HANG, root=root, faults=faults, environment=environment)
 
-    def at_gate(find: Callable[[Node, Node], int]) -> None:
-        """Kills what `find` finds on one of the two nodes; the whole attempt must be gone before the next begins."""
+    def at_gate(find: Callable[[Node, Node], int], *, opens: bool = False) -> None:
+        """Kills what `find` finds on one of the two nodes; the whole attempt must be gone before the next begins.
+
+        The gate is opened where somebody must run to notice.
+        """
         status = run.wait_at_gate()
         attempt = attempt_of(run, status)
         assert len(attempt) == 4 + 4 * 2, "four ranks with two loader workers each"
         victim = find(*status["nodes"])
         assert list(names_in_shared_memory(run)) == []
         run.kill(victim)
-        run.open_gate()
+        if opens:
+            run.open_gate()
         poll_until(lambda: not any(map(is_alive, attempt)), f"nothing survives {command_of(victim)}", run.said)
 
-    at_gate(lambda first, second: children_of(run, second["ranks"][0]["pid"])[0])
+    at_gate(lambda first, second: children_of(run, second["ranks"][0]["pid"])[0], opens=True)
     status = run.wait_at_gate()
     run.kill(*forked(run, status["nodes"][0], launches=False), helper(run, status["nodes"][0], "multiprocessing.resource_tracker"))
     run.open_gate()  # nobody needs them now
