@@ -80,6 +80,7 @@ class Coordinator:
         self._working: set[ev.Asking] = set()
         self._seen_off: set[str] = set()  # nodes that were told that the run is over
         self._news = asyncio.Event()
+        self._doubt = asyncio.Event()
         self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._log_thread = ThreadPoolExecutor(1, thread_name_prefix="run-log")
         self._event_thread = ThreadPoolExecutor(1, thread_name_prefix="events")
@@ -130,8 +131,9 @@ class Coordinator:
     async def _read_log(self) -> None:
         """Learns of a successor even when it has nothing to write."""
         while True:
+            self._doubt.clear()
             await self._read_log_once()
-            await asyncio.sleep(LOG_READ_PERIOD_S)
+            await is_set_within(self._doubt, LOG_READ_PERIOD_S)
 
     async def _read_log_once(self) -> None:
         began = time.monotonic()
@@ -281,6 +283,8 @@ class Coordinator:
         return self._told(node, current)
 
     def connection_broke(self, node: str) -> None:
+        """Its agent died, or has found our successor: the log says which, before drop_grace_s is over."""
+        self._doubt.set()
         self._apply(ev.Disconnected(time.monotonic(), node))
 
     def ask_stop(self, why: str) -> None:

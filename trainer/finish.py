@@ -36,33 +36,46 @@ def finish(run: Run) -> None:
     """Collective. Leaves with the final checkpoint durable and the progress page at DONE, or STOPPED before the last step."""
     is_done = run.step >= run.config.run.steps
     if not run.is_finished:  # else the result was committed with the checkpoint that this attempt began with
-        evaluation = evaluate_run(run) if is_done else None  # a node that was told to leave has no time for it
-        run.me.report(Phase.FINISH, run.step)
-        final = run.rank_state()
-        result = make_result(run, final, evaluation)
+        final = _complete(run) if is_done else _halfway(run)
         if run.checkpointer.can_save:
-            save_final(run, replace(final, result=result) if run.world.rank == 0 else final)
-        if run.world.rank == 0:
-            log.info("step %d: result %s", run.step, result)
+            save_final(run, final)
     run.me.report(Phase.DONE if is_done else Phase.STOPPED, run.step)
 
 
-def make_result(run: Run, final: RankState, evaluation: Evaluation | None) -> dict[str, Any]:
+def _complete(run: Run) -> RankState:
+    """Collective. The state after the last step; rank 0's carries the result."""
+    evaluation = evaluate_run(run)
+    run.me.report(Phase.FINISH, run.step)
+    final = run.rank_state()
+    result = make_result(run, final, evaluation)
+    if run.world.rank != 0:
+        return final
+    log.info("step %d: result %s", run.step, result)
+    return replace(final, result=result)
+
+
+def _halfway(run: Run) -> RankState:
+    """A node that was told to leave has time for its checkpoint and for nothing else: no evaluation, no digests of the whole state."""
+    run.me.report(Phase.FINISH, run.step)
+    return run.rank_state()
+
+
+def make_result(run: Run, final: RankState, evaluation: Evaluation) -> dict[str, Any]:
     """Collective. The trainer's part of result.json."""
     digests = state.digest(run.tensors, alive=lambda: run.me.report(Phase.FINISH, run.step))
     streams: list[str] = [""] * run.world.size
     dist.all_gather_object(streams, rng.digest(final.rng))
-    result: dict[str, Any] = {
+    return {
         "step": run.step,
         "model_sha256": digests["model"],
         "optimizer_sha256": digests["optimizer"],
         "state_sha256": state.state_digest(digests, streams, step=final.step, position=final.position),
         "final_loss_hex": run.loss_hex,
         "unigram_nats": run.tokens.index.held_out.unigram_nats,
+        "held_out_nats": evaluation.nats_per_token,
+        "held_out_tokens": evaluation.tokens,
+        "perplexity": evaluation.perplexity,
     }
-    if evaluation:
-        result |= {"held_out_nats": evaluation.nats_per_token, "held_out_tokens": evaluation.tokens, "perplexity": evaluation.perplexity}
-    return result
 
 
 def save_final(run: Run, final: RankState) -> None:

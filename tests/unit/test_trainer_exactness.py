@@ -180,7 +180,7 @@ def test_a_stop_saves_at_its_step_and_the_rest_follows_later_also_with_workers(s
     mine = with_workers(rooted(straight.config, tmp_path), 2)
     train_ranks(tmp_path, mine, world_size=WORLD, stop_at=3)
     assert sorted(losses_in(tmp_path)) == [1, 2, 3]
-    assert "perplexity" not in result_of(tmp_path, 1, 3)
+    assert result_of(tmp_path, 1, 3) is None, "a node that must leave has no time for digests"
     (folder,) = tmp_path.glob("data/a000001/s000000003-*")
     train_ranks(tmp_path, mine, world_size=WORLD, attempt=2, resume=commit(tmp_path, str(folder.relative_to(tmp_path))))
     assert losses_in(tmp_path) == straight.losses
