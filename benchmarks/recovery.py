@@ -55,7 +55,7 @@ class Page:
 def pages(folder: Path) -> dict[Path, Page]:
     """Every progress page below a folder, of living and dead ranks."""
     found = {}
-    for path in folder.rglob("progress-*"):
+    for path in (Path(place, name) for place, _, names in os.walk(folder) for name in names if name.startswith("progress-")):
         with contextlib.suppress(FileNotFoundError):  # a dead rank's page was cleared away between the listing and the reading
             content = path.read_bytes()
             if len(content) >= PROGRESS.size:
