@@ -74,6 +74,8 @@ class Steps:
         if not newest or len(ranks := newest[attempt := max(newest)]) < RANKS:
             return
         step, at = min(ranks)
+        if any(at <= 0 for _, at in ranks):
+            return  # a page that is being made or written
         if not self.finished or self.finished[-1][:2] != (attempt, step):
             self.finished.append((attempt, step, at))
 
@@ -249,7 +251,7 @@ def main() -> None:
         "summary": {
             "deaths": len(rows) + sum(row.moment == "while starting" for row in rows),  # two each where the successor died in its start
             "verdict": verdict(calm, result, rows),
-            "undisturbed gap p50, p99, longest s": [round(percentile(calm_gaps, share) or 0.0, 4) for share in (0.5, 0.99, 1.0)],
+            "undisturbed gap p50, p99 s": [round(percentile(calm_gaps, share) or 0.0, 4) for share in (0.5, 0.99)],
             "longest gap while a coordinator was dead, median and longest s": [percentile(gaps, 0.5), percentile(gaps, 1.0)],
             "successor's term after, median and longest s": [percentile([row.succeeded_s for row in rows], share) for share in (0.5, 1.0)],
         },
