@@ -70,9 +70,9 @@ def is_peer_lost(error: BaseException) -> bool:
 def explain(code: int, error_path: str) -> Exit:
     if code == 0:
         return Exit(0, "", "", "")
-    if code < 0:
-        return Exit(code, "signal", signal_name(code), "")
-    return _from_error_file(code, error_path) or Exit(code, "exit", f"exit code {code}", "")
+    """A rank that had told its error before a signal ended it, ours perhaps, failed by that error."""
+    by_itself = Exit(code, "signal", signal_name(code), "") if code < 0 else Exit(code, "exit", f"exit code {code}", "")
+    return _from_error_file(code, error_path) or by_itself
 
 
 def _from_error_file(code: int, error_path: str) -> Exit | None:

@@ -239,7 +239,7 @@ class NodeRanks:
         rank = attempt.ranks[local_rank]
         found = attempt.group.ended(local_rank)
         assert found is not None
-        rank.stopped = attempt.group.was_stopped(local_rank)
+        rank.stopped = attempt.group.was_stopped(local_rank) and found.kind == "signal"  # else it failed before we could stop it
         rank.order = sum(other.order is not None for other in attempt.ranks)
         if found.exit_code == -signal.SIGKILL and not rank.stopped and (why := self._witness.verdict(rank.pid)):
             found = replace(found, kind="oom", why=why)

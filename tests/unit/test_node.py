@@ -65,7 +65,7 @@ class Group:
 
     def ended(self, local_rank: int) -> Exit | None:
         code = self.processes[local_rank].poll()
-        return None if code is None else Exit(code, "" if code == 0 else "exit", f"exit code {code}", "")
+        return None if code is None else Exit(code, ("" if code == 0 else "signal" if code < 0 else "exit"), f"exit code {code}", "")
 
     def kill(self) -> None:
         for local_rank, process in enumerate(self.processes):
