@@ -341,6 +341,8 @@ class Bold(RunLog):
     [(Unfenced, OneLog), (Overwriting, OneLog), (Forgetful, OneLog), (Careless, OneLogMisread), (Bold, OneLogMisread)],
 )
 def test_a_log_without_one_of_its_safeguards_is_caught(mutant: type[RunLog], machine: type[OneLog]) -> None:
-    choice = settings(max_examples=100, stateful_step_count=25, derandomize=True, database=None, phases=[Phase.generate])
+    # Hypothesis draws from the constants of whatever modules are loaded, so "derandomized" is not "always the same". The search ends at the
+    # first find, and goes on for long where it is late.
+    choice = settings(max_examples=1500, stateful_step_count=25, derandomize=True, database=None, phases=[Phase.generate])
     with pytest.raises((AssertionError, ValueError)):
         explore(machine, choice, log_type=mutant)
