@@ -281,16 +281,19 @@ def main() -> None:
         row = run_one(case, chance.choice((signal.SIGTERM, signal.SIGUSR1)), chance, expected)
         print(f"{i + 1}/{arguments.runs} {row}", flush=True)
         rows.append(row)
-    lines = summary(rows)
-    print(markdown(lines))
+        _write(arguments.output, rows)  # after each: whoever interrupts the script keeps what it has
+    print(markdown(summary(rows)))
+
+
+def _write(path: Path, rows: list[Row]) -> None:
     document = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "summary": lines,
-        "rows": [asdict(r) for r in rows],
+        "summary": summary(rows),
+        "rows": [asdict(row) for row in rows],
     }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
