@@ -109,7 +109,6 @@ class Agent:
             ranks=self._ranks.reports(),
             store=self._ranks.store_address,
             persisted=self._persister.persisted,
-            autopsied=self._ranks.autopsied,
             leaving=self._going.why,
             leaves_in_s=self._going.left_s,
             save_s=round(self._persister.save_s, 3),

@@ -46,11 +46,11 @@ class _Rule:
     settled: float = math.inf  # with so many samples hang_s is the floor
 
 
-# What is rare must do with few samples, so its floor is higher: the next save may be the first on a machine that swaps. A start waits for
+# What is rare must do with one sample, so its floor is higher: the next save may be the first on a machine that swaps. A start waits for
 # what no silence so far has shown, however many there were: machines that boot, a compiler, a store each of whose calls may take
 # storage.timeout_s (a minute).
 _REGULAR: Final = _Rule(min_samples=8, floor=1.0)
-_RARE: Final = _Rule(min_samples=3, floor=2.5, settled=32)
+_RARE: Final = _Rule(min_samples=1, floor=2.5, settled=32)
 _START: Final = _Rule(min_samples=3, floor=15.0)
 _RULES: Final = {
     Activity.START: _START,

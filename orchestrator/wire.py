@@ -75,7 +75,6 @@ class AgentReport(Message):
     ranks: tuple[RankReport, ...] = ()
     store: StoreAddress | None = None
     persisted: tuple[Persisted, ...] = ()  # of every attempt, until the coordinator's directive says that they are settled
-    autopsied: int = 0  # newest attempt whose ranks' stacks were dumped
     leaving: str = ""  # the node is about to go: the reason (SIGTERM, spot notice)
     leaves_in_s: float | None = None  # how long it will still be there, as far as the notice says
     save_s: float = 0.0  # how long the newest saves of this node's ranks took until they were durable; 0: none did yet

@@ -29,7 +29,6 @@ class Agent:
         self.attempt = 0
         self.persisted: tuple[Persisted, ...] = ()
         self.leaving = ""
-        self.autopsied = 0
         self.store: StoreAddress | None = None
         self.request = 0
         self._newest = 0  # attempt launched or hosted
@@ -80,7 +79,6 @@ class Agent:
             buried=self.buried,
             attempt=self.attempt,
             ranks=tuple(_rank_report(rank, self.world.now) for rank in self.ranks),
-            autopsied=self.autopsied,
             store=self.store,
             persisted=self.persisted,
             leaving=self.leaving,
@@ -127,7 +125,6 @@ class Agent:
 
     def _dump_stacks(self, attempt: int) -> None:
         if attempt == self.attempt:
-            self.autopsied = attempt
             for rank in self.ranks:
                 rank.waits = not rank.hangs
 

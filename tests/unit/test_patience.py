@@ -109,13 +109,12 @@ def test_a_rare_silence_that_ended_by_itself_is_not_cut_short_when_it_comes_agai
 def test_phases_are_learnt_apart_and_rare_ones_have_a_higher_floor() -> None:
     rank = Rank()
     rank.steps(20, 0.1)
-    for _ in range(3):
-        rank.report(Phase.SAVE, rank.page.step)
-        assert rank.run(0.1).limit_s == 0
-        rank.steps(1, 0.1)
+    rank.report(Phase.SAVE, rank.page.step)
+    assert rank.run(0.1).limit_s == 0
+    rank.steps(1, 0.1)
     rank.report(Phase.SAVE, rank.page.step)
     assert rank.run(0.1).limit_s == 2.5 * HANG_S
-    for _ in range(30):
+    for _ in range(32):
         rank.steps(1, 0.1)
         rank.report(Phase.SAVE, rank.page.step)
         rank.run(0.1)
