@@ -125,20 +125,22 @@ def _quarantine(run: Run, phase: phases.Draining) -> Run:
     return ask(run, LogQuarantine(resume.directory, phase.culprit.why))
 
 
-def _note_quarantine(run: Run, node: str) -> Run:
-    host, policy = membership.host_of(node), run.policy
-    if not node or membership.num_strikes(run.members, policy, host, run.now) != policy.strikes:
+def _strike(run: Run, culprit: Evidence, nodes: set[str]) -> Run:
+    """What fails on several `nodes` alike is no node's fault."""
+    if not culprit.node or len(nodes) > 1:
+        return run
+    run = replace(run, members=membership.strike(run.members, culprit.node, run.now))
+    host, policy = membership.host_of(culprit.node), run.policy
+    if membership.num_strikes(run.members, policy, host, run.now) != policy.strikes:
         return run
     limits = f"it gets no ranks while {policy.min_nodes} other nodes are fit (`keepstep readmit` ends that)"
-    return say(run, "node-quarantined", f"{host} caused {policy.strikes} failures: {limits}", node=node)
+    return say(run, "node-quarantined", f"{host} caused {policy.strikes} failures: {limits}", node=culprit.node)
 
 
 def _charge(run: Run, culprit: Evidence, nodes: set[str]) -> Run:
-    """A failure costs one of the budget, and its node a strike; what fails on several `nodes` alike is no node's fault."""
+    """A failure costs one of the budget, and its node a strike."""
     again = run.policy.stop_at_same_error and culprit.sameness() is not None and culprit.sameness() == run.last_error
-    members = membership.strike(run.members, culprit.node, run.now) if culprit.node and len(nodes) == 1 else run.members
-    run = replace(run, failures=run.failures + 1, last_error=culprit.sameness(), members=members)
-    run = _note_quarantine(run, culprit.node)
+    run = _strike(replace(run, failures=run.failures + 1, last_error=culprit.sameness()), culprit, nodes)
     if run.stop:
         return stop_now(run)
     if again:
