@@ -73,6 +73,11 @@ class Cgroup:
         (self.path / "memory.max").write_text(str(num_bytes))
         (self.path / "memory.swap.max").write_text("0")
 
+    def enter(self, pid: int) -> None:
+        """Moves a process in; what it starts from then on is in, too."""
+        for folder in self.folders:
+            (folder / "cgroup.procs").write_text(str(pid))
+
     def memory_bytes(self) -> int:
         """What its processes use now, cached files included."""
         file = self._legacy / "memory.usage_in_bytes" if self._legacy else self.path / "memory.current"

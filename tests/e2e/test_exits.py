@@ -40,8 +40,7 @@ def group() -> Iterator[cgroups.Cgroup]:
 def test_every_way_to_end_is_named_and_costs_no_bit(group: cgroups.Cgroup, start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
     run = start(faults=";".join(f"rank.step:{fault.format(folder=tmp_path)}" for fault in FAULTS))
     assert run.process
-    for folder in group.folders:
-        (folder / "cgroup.procs").write_text(str(run.process.pid))
+    group.enter(run.process.pid)
     run.wait_for_step(3)
     group.limit_memory(group.memory_bytes() + ROOM_BYTES)
     (tmp_path / "eat").touch()

@@ -139,18 +139,13 @@ def tight() -> Iterator[cgroups.Cgroup]:
     group.remove()
 
 
-def enter(group: cgroups.Cgroup, pid: int) -> None:
-    for folder in group.folders:
-        (folder / "cgroup.procs").write_text(str(pid))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel_log", [KernelLog.open(), KernelLog()], ids=["with-the-kernels-log", "by-the-count-alone"])
 def test_a_real_oom_kill_is_told_from_a_kill_by_somebody(tight: cgroups.Cgroup, kernel_log: KernelLog) -> None:
     witness = OomWitness(kernel_log)
     eater, victim = (subprocess.Popen([sys.executable, "-c", EATER], stdin=subprocess.PIPE) for _ in range(2))
     for process in (eater, victim):
-        enter(tight, process.pid)
+        tight.enter(process.pid)
     witness.watch([eater.pid, victim.pid])
     os.kill(victim.pid, signal.SIGKILL)
     victim.communicate()
