@@ -165,7 +165,11 @@ class LiveRun:
     def wait_at_gate(self) -> dict[str, Any]:
         """The status while rank 0 stands still, see `gates`."""
         poll_until(lambda: bool(self.stopped()), "a rank has stopped itself", self.said)
-        return self.wait_until(lambda status: status["phase"] == "TRAINING")
+        return self.wait_until(lambda status: status["phase"] == "TRAINING" and self._stands_in(status))
+
+    def _stands_in(self, status: Mapping[str, Any]) -> bool:
+        stopped = set(self.stopped())
+        return any(rank["pid"] in stopped for node in status["nodes"] for rank in node["ranks"])
 
     def stopped(self) -> list[int]:
         """Those that SIGSTOP holds."""
