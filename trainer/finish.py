@@ -20,7 +20,7 @@ log = logging.getLogger("keepstep.trainer")
 def evaluate_run(run: Run) -> Evaluation:
     """Collective. Perplexity of the current model on the held-out text."""
     result = evaluate(
-        run.model,
+        run.engine.model,
         run.tokens.held_out,
         context=run.config.model.context,
         max_tokens=run.config.evaluate.max_tokens,

@@ -10,7 +10,6 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 
 from keepstep.storage.store import Store
 
@@ -21,8 +20,9 @@ from .checkpoint import Checkpointer
 from .config import TrainerConfig
 from .contract import Phase
 from .data import Feed, feed_for
+from .engine import Engine, FsdpEngine
 from .loader import Share
-from .models import Gpt, build_model, num_parameters
+from .models import build_model, num_parameters
 from .optim import ShardOptimizer, changed_hyper_parameters
 from .parallel import World, initialise, shard
 from .restore import resume
@@ -59,8 +59,7 @@ class Run:
     world: World
     tokens: Tokens
     feed: Feed
-    model: Gpt
-    optimizer: ShardOptimizer
+    engine: Engine
     tensors: NestedTensors  # the whole state by name, sharing memory with model and optimizer
     checkpointer: Checkpointer
     cadence: Cadence
@@ -80,11 +79,6 @@ class Run:
             micro_batch_samples=self.config.train.micro_batch_samples,
         )
 
-    @property
-    def sharded(self) -> FSDPModule:
-        assert isinstance(self.model, FSDPModule)
-        return self.model
-
     def rank_state(self) -> RankState:
         """What this rank keeps beside its tensors, as of now."""
         return RankState(
@@ -92,7 +86,7 @@ class Run:
             position=self.feed.positions(self.step)[1],
             rng=rng.capture(),
             loss_hex=self.loss_hex,
-            hyper_parameters=self.optimizer.hyper_parameters(),
+            hyper_parameters=self.engine.optimizer.hyper_parameters(),
             threads=torch.get_num_threads(),
         )
 
@@ -118,8 +112,7 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
         world=world,
         tokens=tokens,
         feed=feed,
-        model=model,
-        optimizer=optimizer,
+        engine=FsdpEngine(model, optimizer, batch_tokens=config.train.batch_tokens, device=world.device),
         tensors=tensors_of(model, optimizer),
         checkpointer=Checkpointer.of(me),
         cadence=Cadence(interval=interval, saved_step=0, saved_at=time.monotonic()),
@@ -146,7 +139,7 @@ def _begin(run: Run) -> None:
         run.me.report(Phase.LOAD, run.me.resume.step)
         _resume(run)
         return
-    initialise(run.model, seed=run.config.run.seed, layers=run.config.model.layers)
+    initialise(run.engine.model, seed=run.config.run.seed, layers=run.config.model.layers)
     rng.seed_everything(run.config.run.seed, 0, run.world.rank)
 
 
@@ -160,7 +153,7 @@ def _resume(run: Run) -> None:
     else:
         rng.seed_everything(run.config.run.seed, saved.step, run.world.rank)
         log.info("saved by %d ranks, resumed by %d: random streams follow from (seed, step, rank)", resumed.world_size, run.world.size)
-    for sentence in changed_hyper_parameters(saved.hyper_parameters, run.optimizer.hyper_parameters()):
+    for sentence in changed_hyper_parameters(saved.hyper_parameters, run.engine.optimizer.hyper_parameters()):
         log.warning("%s", sentence)
     run.step, run.loss_hex = saved.step, saved.loss_hex
     run.is_finished = resumed.first_state.get("result") is not None and saved.step >= run.config.run.steps

@@ -142,16 +142,15 @@ def poisoned(rank: int, world_size: int, root: str, config: dict[str, Any]) -> N
     """Rank 1's batch makes its third loss infinite."""
     import trainer_ranks
 
-    from keepstep.trainer import loop
+    from keepstep.trainer import guard, loop
 
-    backward = loop.backward
+    agree = loop.agree
 
-    def poison(run: Any, parts: Any) -> tuple[float, int]:
-        nll, tokens = backward(run, parts)
-        return (float("inf") if (rank, run.step + 1) == (1, 3) else nll), tokens
+    def poison(run: Any, step: int, sums: Any) -> Any:
+        return agree(run, step, sums._replace(nll=float("inf")) if (rank, step) == (1, 3) else sums)
 
-    loop.backward = poison
-    with pytest.raises(loop.NonFinite, match="step 3: the loss of rank 1 is inf"):
+    loop.agree = poison
+    with pytest.raises(guard.NonFinite, match="step 3: the loss of rank 1 is inf"):
         trainer_ranks._train(rank, world_size, root, config, 1, None, 0, "")
 
 
