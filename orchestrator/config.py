@@ -14,6 +14,7 @@ import json
 import textwrap
 import tomllib
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from pydantic_core import ErrorDetails
 
 from .errors import InputError
 from .relations import Problem, broken, nearest, shown
-from .sections import ClusterSection, RunConfig, StorageSection, known_keys, section_types, value_of
+from .sections import ClusterSection, RunConfig, StorageSection, keys_of, known_keys, section_types, value_of
 
 __all__ = ["ClusterSection", "RunConfig", "StorageSection", "explain_difference", "identity", "load", "parse", "to_toml"]
 
-Tables = dict[str, Any]  # as tomllib gives them: section -> {key: value}
+Tables = dict[str, Any]  # section -> {key: value}; a section inside another one has a name of its own: "train.spike"
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -42,7 +43,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse(text: str, name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a TOML text; `name` is what messages call it. Raises InputError with every problem that it finds."""
-    tables = _toml(text, name)
+    tables = _flat(_toml(text, name))
     overridden, malformed = _override(tables, overrides)
     known, unknown = _split(tables)
     config, wrong = _validated(known)
@@ -90,7 +91,7 @@ def _fixed_keys(config: RunConfig) -> Iterator[str]:
 
 def _section_toml(config: RunConfig, name: str) -> str:
     section = section_types()[name]
-    keys = (f"{_comment(field.description or '')}{_assignment(config, name, key)}" for key, field in section.model_fields.items())
+    keys = (f"{_comment(field.description or '')}{_assignment(config, name, key)}" for key, field in keys_of(name).items())
     return f"{_comment(section.__dict__.get('__doc__') or '')}[{name}]\n{''.join(keys)}"
 
 
@@ -116,11 +117,34 @@ def _read(path: Path) -> str:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _toml(text: str, name: str) -> Tables:
+def _toml(text: str, name: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{name}: not TOML: {error}") from None
+
+
+def _flat(tables: dict[str, Any], prefix: str = "") -> Tables:
+    """As tomllib gives them, {"train": {"script": ..., "spike": {...}}}, side by side: {"train": {"script": ...}, "train.spike": {...}}."""
+    flat: Tables = {}
+    for name, table in tables.items():
+        section = f"{prefix}{name}"
+        if not isinstance(table, dict):
+            flat[section] = table
+            continue
+        inner = {key: value for key, value in table.items() if isinstance(value, dict) and f"{section}.{key}" not in known_keys()}
+        if len(inner) < len(table) or not table:
+            flat[section] = {key: value for key, value in table.items() if key not in inner}
+        flat |= _flat(inner, f"{section}.")
+    return flat
+
+
+def _nested(flat: Tables) -> dict[str, Any]:
+    """Inverse of `_flat`."""
+    tables: dict[str, Any] = {}
+    for section, table in flat.items():
+        reduce(lambda outer, name: outer.setdefault(name, {}), section.split("."), tables).update(table)
+    return tables
 
 
 def _override(tables: Tables, overrides: Sequence[str]) -> tuple[frozenset[str], list[Problem]]:
@@ -129,7 +153,7 @@ def _override(tables: Tables, overrides: Sequence[str]) -> tuple[frozenset[str],
     malformed: list[Problem] = []
     for override in overrides:
         key, equals, text = override.partition("=")
-        section, dot, name = key.strip().partition(".")
+        section, dot, name = key.strip().rpartition(".")
         named.add(key.strip())
         if not (equals and dot and section and name):
             malformed.append(Problem(frozenset({key.strip()}), f"{override!r} must be section.key=value, for example run.steps=60"))
@@ -157,13 +181,15 @@ def _split(tables: Tables) -> tuple[Tables, list[Problem]]:
         if section not in section_types():
             problems.append(_unknown_section(section, table))
         elif not isinstance(table, dict):
-            problems.append(
-                Problem(frozenset({section}), f"{shown(section, table)} must be a section: write [{section}] and its keys below")
-            )
+            problems.append(_no_section(section, table))
         else:
             known[section] = {key: value for key, value in table.items() if f"{section}.{key}" in known_keys()}
-            problems += (_unknown_key(section, key) for key in table if key not in known[section])
+            problems += (_unknown_key(section, key, value) for key, value in table.items() if key not in known[section])
     return known, problems
+
+
+def _no_section(name: str, value: object) -> Problem:
+    return Problem(frozenset({name}), f"{shown(name, value)} must be a section: write [{name}] and its keys below")
 
 
 def _unknown_section(section: str, table: object) -> Problem:
@@ -171,14 +197,16 @@ def _unknown_section(section: str, table: object) -> Problem:
         keys = frozenset(f"{section}.{key}" for key in table)
         return Problem(keys, f"[{section}] is not a section; {nearest(f'[{section}]', (f'[{name}]' for name in section_types()))}")
     homes = [key for key in known_keys() if key.endswith(f".{section}")]
-    remedy = f"did you mean {homes[0]}? Write it below [{homes[0].partition('.')[0]}]" if homes else nearest(section, known_keys())
+    remedy = f"did you mean {homes[0]}? Write it below [{homes[0].rpartition('.')[0]}]" if homes else nearest(section, known_keys())
     return Problem(frozenset({section}), f"{shown(section, table)} stands outside every section; {remedy}")
 
 
-def _unknown_key(section: str, key: str) -> Problem:
+def _unknown_key(section: str, key: str, value: object) -> Problem:
     """Names the key that was meant: the like-named one of another section, else the nearest of this one."""
+    if f"{section}.{key}" in section_types():
+        return _no_section(f"{section}.{key}", value)
     homes = [known for known in known_keys() if known.endswith(f".{key}")]
-    remedy = f"did you mean {homes[0]}?" if homes else nearest(key, section_types()[section].model_fields, f"{section}.")
+    remedy = f"did you mean {homes[0]}?" if homes else nearest(key, keys_of(section), f"{section}.")
     return Problem(frozenset({f"{section}.{key}"}), f"{section}.{key} is not a key; {remedy}")
 
 
@@ -195,19 +223,25 @@ def _validated(known: Tables) -> tuple[RunConfig, list[Problem]]:
 
 def _strict(tables: Tables) -> RunConfig:
     # As JSON, because only there pydantic takes an array for a tuple while it refuses "2" and true for 2.
-    return RunConfig.model_validate_json(json.dumps(tables, default=str), strict=True)
+    return RunConfig.model_validate_json(json.dumps(_nested(tables), default=str), strict=True)
 
 
 def _wrong(errors: Sequence[ErrorDetails]) -> list[Problem]:
     by_key: dict[str, list[ErrorDetails]] = {}
     for error in errors:
-        by_key.setdefault(f"{error['loc'][0]}.{error['loc'][1]}", []).append(error)
+        by_key.setdefault(_key_of(error), []).append(error)
     return [_wrong_value(key, group) for key, group in by_key.items()]
+
+
+def _key_of(error: ErrorDetails) -> str:
+    """Of pydantic's path the part that is a key; what follows is inside its value."""
+    names = [str(part) for part in error["loc"]]
+    return next(key for end in range(2, len(names) + 1) if (key := ".".join(names[:end])) in known_keys())
 
 
 def _wrong_value(key: str, errors: Sequence[ErrorDetails]) -> Problem:
     """One problem per key, although a union fails once per member."""
-    index = "".join(f"[{part}]" for part in errors[0]["loc"][2:] if isinstance(part, int))
+    index = "".join(f"[{part}]" for part in errors[0]["loc"] if isinstance(part, int))
     must = " or ".join(error["msg"].partition(" should ")[2] or error["msg"] for error in errors)
     about = (known_keys()[key].description or "").removesuffix(".")
     return Problem(frozenset({key}), f"{shown(key + index, errors[0]['input'])} must {must} ({about})")

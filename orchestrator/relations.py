@@ -18,7 +18,7 @@ from keepstep.trainer.cadence import parse_interval
 
 from .sections import RunConfig, value_of, values
 
-_KEY = re.compile(r"<(\w+\.\w+)>")
+_KEY = re.compile(r"<(\w+(?:\.\w+)+)>")
 
 
 @dataclass(frozen=True, slots=True)

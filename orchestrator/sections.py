@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -85,13 +86,26 @@ class RunConfig(TrainerConfig):
 
 
 def section_types() -> Mapping[str, type[Section]]:
-    """Section name -> its class, in the order of run.toml."""
-    return {name: type(field.default) for name, field in RunConfig.model_fields.items()}
+    """Section name -> its class, in the order of run.toml: "train", then "train.spike" inside it."""
+    return {name: kind for field, info in RunConfig.model_fields.items() for name, kind in _sections(field, type(info.default))}
+
+
+def _sections(name: str, kind: type[Section]) -> Iterator[tuple[str, type[Section]]]:
+    """A section and those inside it."""
+    yield name, kind
+    for key, field in kind.model_fields.items():
+        if isinstance(field.default, Section):
+            yield from _sections(f"{name}.{key}", type(field.default))
+
+
+def keys_of(section: str) -> Mapping[str, FieldInfo]:
+    """The keys of a section, those of sections inside it excepted."""
+    return {key: field for key, field in section_types()[section].model_fields.items() if not isinstance(field.default, Section)}
 
 
 def known_keys() -> Mapping[str, FieldInfo]:
     """ "section.key" -> its field (type, default, docstring), in the order of run.toml."""
-    return {f"{name}.{key}": field for name, section in section_types().items() for key, field in section.model_fields.items()}
+    return {f"{section}.{key}": field for section in section_types() for key, field in keys_of(section).items()}
 
 
 def values(config: RunConfig) -> Iterator[tuple[str, Any]]:
@@ -100,5 +114,4 @@ def values(config: RunConfig) -> Iterator[tuple[str, Any]]:
 
 
 def value_of(config: RunConfig, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    return reduce(getattr, key.split("."), config)

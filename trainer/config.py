@@ -74,6 +74,25 @@ class OptimizerSection(Section):
     """Global gradient norm is clipped to this; 0 switches clipping off."""
 
 
+class SpikeSection(Section):
+    """Steps that must not become part of the training. A loss or gradient that is not finite always is one; here stands what else is,
+    and what is done about it."""
+
+    sigmas: float = Field(12, ge=0)
+    """A loss is a spike when it lies so many robust standard deviations (1.4826 times the median absolute deviation) above the median
+    of the recent steps; 0: no finite loss is one."""
+    nats: float = Field(1.5, ge=0)
+    """And at least so much above it, in nats per token."""
+    window: int = Field(64, ge=8, le=4096)
+    """How many recent steps that is; nothing is a spike before half of them were seen."""
+    gradient_factor: float = Field(0, ge=0)
+    """A gradient norm beyond so many times the median of the recent steps is a spike as well; 0: none is."""
+    skip: Literal["samples", "batch"] = "samples"
+    """What a rewind leaves out: the samples that are to blame (the whole batch where none can be), or always the whole batch."""
+    budget: int = Field(3, ge=0)
+    """Rewinds that a run may make by itself; the next bad step ends it with exit code 4."""
+
+
 class TrainSection(Section):
     script: str = ""
     """Run this Python script instead of the LM trainer, as torchrun would. Empty: the LM trainer."""
@@ -90,6 +109,8 @@ class TrainSection(Section):
     reshard: bool = False
     """Free a block's gathered parameters after its forward pass and gather them again for the backward pass: saves memory, costs
     communication."""
+    spike: SpikeSection = SpikeSection()
+    """Steps that must not become part of the training."""
 
 
 class CheckpointSection(Section):

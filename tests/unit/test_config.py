@@ -128,6 +128,52 @@ class TestUnknownKeys:
         assert problem("", "clutser.nodes=2") == "-o: [clutser] is not a section; did you mean [cluster]?"
 
 
+class TestSectionsInSections:
+    """[train.spike] is a section like the others, whichever way it is written."""
+
+    @pytest.mark.parametrize(
+        "text",
+        ["[train.spike]\nbudget = 7\n", "[train]\nspike.budget = 7\n", "train.spike.budget = 7\n", "[train]\nspike = {budget = 7}\n"],
+    )
+    def test_every_way_of_toml_to_write_it_is_the_same(self, text: str) -> None:
+        assert parse(text, "run.toml").train.spike.budget == 7
+        assert parse(text, "run.toml", ["train.loader_workers=2"]).train.spike.budget == 7
+
+    def test_its_keys_are_overridden_by_their_whole_name(self) -> None:
+        config = parse("[train.spike]\nbudget = 7\nnats = 2\n", "run.toml", ["train.spike.budget=9", "train.spike.skip=batch"])
+        assert (config.train.spike.budget, config.train.spike.nats, config.train.spike.skip) == (9, 2.0, "batch")
+
+    def test_it_is_written_below_its_own_name_and_read_back(self) -> None:
+        config = parse("", "run.toml", ["train.spike.sigmas=3", "train.loader_workers=1"])
+        assert "\n[train.spike]\n" in to_toml(config)
+        assert parse(to_toml(config), "run.toml") == config
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("[train.spike]\nbudgte = 3\n", "train.spike.budgte is not a key; did you mean train.spike.budget?"),
+            ("[train.spike]\nlr = 3\n", "train.spike.lr is not a key; did you mean optimizer.lr?"),
+            ("[train]\nsigmas = 3\n", "train.sigmas is not a key; did you mean train.spike.sigmas?"),
+            ("[train.spkie]\nbudget = 3\n", "[train.spkie] is not a section; did you mean [train.spike]?"),
+            ("[spike]\nbudget = 3\n", "[spike] is not a section; did you mean [train.spike]?"),
+            ("sigmas = 3\n", "sigmas = 3 stands outside every section; did you mean train.spike.sigmas? Write it below [train.spike]"),
+            ("[train]\nspike = 3\n", "train.spike = 3 must be a section: write [train.spike] and its keys below"),
+            ("[train]\nscript = {a = 1}\n", 'train.script = {"a": 1} must be a valid string'),
+            ("[train.spike]\nbudget = 'x'\n", 'train.spike.budget = "x" must be a valid integer'),
+            ("[train.spike]\nwindow = 1\n", "train.spike.window = 1 must be greater than or equal to 8"),
+            ("[train.spike]\nskip = 'all'\n", "train.spike.skip = \"all\" must be 'samples' or 'batch'"),
+            ("[train.spike]\nnats = inf\n", "train.spike.nats = Infinity must be finite"),
+        ],
+    )
+    def test_what_is_wrong_in_it_is_named_in_full(self, text: str, message: str) -> None:
+        assert problem(text).startswith(f"run.toml: {message}")
+
+    def test_an_unknown_override_is_refused_alike(self) -> None:
+        assert problem("", "train.spike.budgte=2") == "-o: train.spike.budgte is not a key; did you mean train.spike.budget?"
+        assert problem("", "train.spike=2").startswith("-o: train.spike = 2 must be a section")
+        assert problem("", "a.b.c.d=2").startswith("-o: [a.b.c] is not a section")
+
+
 class TestTypes:
     @pytest.mark.parametrize(
         ("assignment", "message"),
@@ -362,6 +408,8 @@ FREE = [
     "checkpoint.scrub=false",
     "evaluate.interval=5",
     "storage.endpoint_url=http://127.0.0.1:1",
+    "train.spike.sigmas=3",
+    "train.spike.budget=9",
 ]
 
 
