@@ -27,13 +27,13 @@ from live import HERE, Live, RunBroke, make_folder, median, percentile
 from recovery import Generation, machine
 
 from keepstep.orchestrator import cgroups, faultverdict
-from keepstep.orchestrator.archive import read_steps
 from keepstep.orchestrator.breaking import fault_points
 from keepstep.orchestrator.chaos import in_groups, node_groups, on_hosts_of
 from keepstep.orchestrator.conducting import Conductor
 from keepstep.orchestrator.faultkinds import KINDS, AtStep, Fault
 from keepstep.orchestrator.faultverdict import Judgement
 from keepstep.orchestrator.lab import Lab
+from keepstep.storage.steps import read_steps
 
 RANKS = 4
 STEPS_BETWEEN = 12

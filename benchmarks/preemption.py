@@ -31,9 +31,10 @@ from typing import Any
 from live import median, percentile
 from recovery import HERE, RANKS, Generation, keepstep, machine
 
-from keepstep.orchestrator.archive import read_events, read_result, read_steps
+from keepstep.orchestrator.archive import read_events, read_result
 from keepstep.storage.errors import StorageError
 from keepstep.storage.runlog import RunLog
+from keepstep.storage.steps import read_steps
 from keepstep.storage.store import Store
 from keepstep.storage.verify import verify_checkpoint
 from keepstep.trainer.contract import ENV_GRACE, EXIT_OK, EXIT_REQUEUE

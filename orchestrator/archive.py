@@ -14,10 +14,11 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from keepstep.storage.errors import NotFound, StoreError
-from keepstep.storage.layout import EVENTS_KEY, MANIFEST_NAME, RESULT_KEY, STEPS, parse_steps_key, steps_key
+from keepstep.storage.layout import EVENTS_KEY, MANIFEST_NAME, RESULT_KEY
 from keepstep.storage.lineage import HistoryStep, Lineage
 from keepstep.storage.manifest import Manifest
 from keepstep.storage.records import Commit, Failed, Finished
+from keepstep.storage.steps import read_steps
 from keepstep.storage.store import Store
 
 FAILURE: Final = "failure"  # kind of the event that carries an attempt's verdict
@@ -56,12 +57,6 @@ class EventFile:
 def read_events(store: Store) -> Sequence[dict[str, Any]]:
     """All events so far, oldest first."""
     return store.read_records(EVENTS_KEY)
-
-
-def read_steps(store: Store) -> dict[int, Sequence[dict[str, Any]]]:
-    """Step records by attempt, lost work included."""
-    attempts = {attempt for attempt in map(parse_steps_key, store.list(STEPS)) if attempt is not None}
-    return {attempt: store.read_records(steps_key(attempt)) for attempt in sorted(attempts)}
 
 
 def goodput(lineage: Lineage, steps: Mapping[int, Sequence[dict[str, Any]]], elapsed_s: float) -> dict[str, Any]:

@@ -21,12 +21,13 @@ from rich.console import Console
 from keepstep.storage.faults import ENV_FAULTS
 from keepstep.storage.records import Attempt
 from keepstep.storage.runlog import RunLog
+from keepstep.storage.steps import read_steps
 from keepstep.storage.store import Store
 from keepstep.trainer.contract import EXIT_FAILED, EXIT_OK, EXIT_REQUEUE
 
 from . import cgroups, faultplan
 from . import config as configs
-from .archive import read_result, read_steps
+from .archive import read_result
 from .breaking import Scene, fault_points
 from .cgroups import Cgroup
 from .commands import ready

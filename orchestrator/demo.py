@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from keepstep.storage.steps import read_steps
 from keepstep.storage.store import Store
 
-from .archive import read_steps
 from .breaking import Scene
 from .conducting import Conductor, Witness
 from .faultkinds import KINDS, AtStep, Fault

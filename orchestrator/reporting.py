@@ -10,11 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from keepstep.storage.steps import read_steps
 from keepstep.storage.store import Store
 from keepstep.trainer.contract import EXIT_OK
 
 from . import faultplan, faultverdict
-from .archive import read_result, read_steps
+from .archive import read_result
 from .conducting import Conductor
 from .faultkinds import Fault
 from .faultverdict import Event, History, Judgement

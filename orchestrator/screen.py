@@ -66,7 +66,8 @@ class Screen:
             records = self._store.read_records(steps_key(attempt))
         except StoreError:
             return ""  # the bar goes on without it
-        return f"loss {records[-1]['loss']:.4f}" if records else ""
+        losses = (record["loss"] for record in reversed(records) if isinstance(record.get("loss"), float))
+        return next((f"loss {loss:.4f}" for loss in losses), "")
 
 
 def _bar(console: Console) -> Progress:

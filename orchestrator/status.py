@@ -8,11 +8,12 @@ from typing import Any, Final
 
 from keepstep.storage.lineage import Lineage
 from keepstep.storage.runlog import RunLog
+from keepstep.storage.steps import read_steps
 from keepstep.storage.store import Store
 from keepstep.trainer.contract import Phase
 
 from . import membership, phases
-from .archive import elapsed_s, goodput, outcome_name, read_steps
+from .archive import elapsed_s, goodput, outcome_name
 from .machine import Run, describe
 from .roots import stored_config
 from .sections import RunConfig

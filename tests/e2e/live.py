@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keepstep.orchestrator.archive import read_events, read_result, read_steps
+from keepstep.orchestrator.archive import read_events, read_result
 from keepstep.orchestrator.processes import is_alive
 from keepstep.storage.errors import StorageError
 from keepstep.storage.runlog import RunLog
+from keepstep.storage.steps import read_steps
 from keepstep.storage.store import StorageOptions, Store
 
 ENV_MARK = "KEEPSTEP_TEST_MARK"

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from e2e.live import LiveRun
-from keepstep.orchestrator.archive import read_steps
 from keepstep.orchestrator.processes import strays
 from keepstep.orchestrator.scratch import default_scratch
 from keepstep.storage.runlog import RunLog
+from keepstep.storage.steps import read_steps
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -1,0 +1,39 @@
+"""What ranks wrote down of their steps, read back. See steplines.py for the writing side.
+
+A steps file holds one JSON object per line. Those with an int under "step" are the step records; others hold one object under their kind:
+{"evaluation": {...}}, {"rejected": {...}}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .layout import STEPS, parse_steps_key, steps_key
+from .store import Store
+
+
+def attempts_with_steps(store: Store) -> tuple[int, ...]:
+    """Ascending."""
+    return tuple(sorted({attempt for attempt in map(parse_steps_key, store.list(STEPS)) if attempt is not None}))
+
+
+def step_lines(store: Store, attempt: int) -> Iterator[dict[str, Any]]:
+    """Every object of an attempt's steps file, one at a time; a torn line is left out."""
+    for line in store.read_lines(steps_key(attempt)):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def is_step(record: dict[str, Any]) -> bool:
+    return isinstance(record.get("step"), int)
+
+
+def read_steps(store: Store) -> dict[int, Sequence[dict[str, Any]]]:
+    """Step records by attempt, lost work included."""
+    return {attempt: [record for record in step_lines(store, attempt) if is_step(record)] for attempt in attempts_with_steps(store)}
