@@ -47,7 +47,11 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats_per_token)
+        """Infinite where a diverged model leaves the range of floats."""
+        try:
+            return math.exp(self.nats_per_token)
+        except OverflowError:
+            return math.inf
 
 
 def nll_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

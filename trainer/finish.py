@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ def evaluate_run(run: Run) -> Evaluation:
         alive=lambda: run.me.report(Phase.EVALUATE, run.step),
     )
     if run.world.rank == 0:
+        run.me.record_step({"evaluation": {"step": run.step, **_figures(result)}})
         log.info("step %d: held-out loss %.4f nats per token, perplexity %.2f", run.step, result.nats_per_token, result.perplexity)
     return result
 
@@ -72,10 +74,14 @@ def make_result(run: Run, final: RankState, evaluation: Evaluation) -> dict[str,
         "state_sha256": state.state_digest(digests, streams, step=final.step, position=final.position),
         "final_loss_hex": run.loss_hex,
         "unigram_nats": run.tokens.index.held_out.unigram_nats,
-        "held_out_nats": evaluation.nats_per_token,
-        "held_out_tokens": evaluation.tokens,
-        "perplexity": evaluation.perplexity,
+        **_figures(evaluation),
     }
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    """None for what is not finite: JSON has no such numbers."""
+    nats, perplexity = (value if math.isfinite(value) else None for value in (evaluation.nats_per_token, evaluation.perplexity))
+    return {"held_out_nats": nats, "held_out_tokens": evaluation.tokens, "perplexity": perplexity}
 
 
 def save_final(run: Run, final: RankState) -> None:

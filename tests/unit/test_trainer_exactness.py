@@ -36,7 +36,8 @@ class Straight:
 
 
 def losses_in(root: Path) -> dict[int, str]:
-    return {record["step"]: record["loss_hex"] for record in map(json.loads, (root / "records.jsonl").read_text().splitlines())}
+    records = map(json.loads, (root / "records.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss_hex"] for record in records if "step" in record}
 
 
 def result_of(root: Path, attempt: int, step: int) -> dict[str, Any]:

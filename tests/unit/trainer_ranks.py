@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from keepstep.storage.arena import Buffer, StagedFile
+from keepstep.storage.canonical import canonical_json
+from keepstep.storage.layout import steps_key
 from keepstep.storage.manifest import FileEntry, Manifest, RankIndex, TensorEntry, hash_blocks, merge
 from keepstep.storage.records import Attempt, Commit
 from keepstep.storage.runlog import RunLog
@@ -84,6 +86,7 @@ class FolderStaging:
         self.records.append(dict(record))
         with (self.root / "records.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
+        Store.open(self.root).append(steps_key(self.attempt), canonical_json(dict(record)))
 
     def resident(self, directory: str, file_name: str) -> memoryview | None:
         return None
