@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("orchestrator", "trainer", "storage")
-TORCH_FREE_TRAINER = ("contract", "config", "attach")
+TORCH_FREE_TRAINER = ("contract", "config", "attach", "course")
 
 
 def torch_free_modules() -> list[str]:
