@@ -7,9 +7,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from keepstep.trainer.contract import DAMAGED_KIND
+from keepstep.trainer.contract import BAD_STEP_KIND, DAMAGED_KIND
 
 from .processes import signal_name
 
@@ -41,6 +41,9 @@ class Exit:
     kind: str
     why: str
     damaged: str
+    bad_step: int = -1  # what it refused, see `contract.BAD_STEP_KIND`
+    bad_ranks: tuple[int, ...] = ()
+    skips: tuple[str, ...] = ()
 
 
 def exit_code(error: SystemExit) -> int:
@@ -58,7 +61,10 @@ def write_error(path: Path, error: BaseException) -> None:
     why = f"{type(error).__name__}: {first_line}".rstrip(": ")
     kind = getattr(error, "kind", "") or ("peer-lost" if is_peer_lost(error) else "exception")
     damaged = getattr(error, "directory", "") if kind == DAMAGED_KIND else ""
-    path.write_text(json.dumps({"kind": kind, "why": why[:500], "damaged": damaged}))
+    told: dict[str, Any] = {"kind": kind, "why": why[:500], "damaged": damaged}
+    if kind == BAD_STEP_KIND:
+        told |= {"bad_step": error.step, "bad_ranks": getattr(error, "ranks", ()), "skips": error.skips}  # type: ignore[attr-defined]
+    path.write_text(json.dumps(told))
 
 
 def is_peer_lost(error: BaseException) -> bool:
@@ -77,7 +83,8 @@ def explain(code: int, error_path: str) -> Exit:
 
 def _from_error_file(code: int, error_path: str) -> Exit | None:
     try:
-        body: Mapping[str, str] = json.loads(Path(error_path).read_text())
+        body: Mapping[str, Any] = json.loads(Path(error_path).read_text())
     except (FileNotFoundError, json.JSONDecodeError):  # it left through sys.exit, or died while writing
         return None
-    return Exit(code, body["kind"], body["why"], body["damaged"])
+    bad_ranks, skips = tuple(body.get("bad_ranks", ())), tuple(body.get("skips", ()))
+    return Exit(code, body["kind"], body["why"], body["damaged"], body.get("bad_step", -1), bad_ranks, skips)

@@ -284,6 +284,7 @@ class NodeRanks:
             staging_socket=str(settings.staging_socket),
             error_path=str(settings.scratch / f"error-{local_rank}.json"),
             resume=None if resume is None else Resume(step=resume.step, directory=resume.directory, manifest_sha256=resume.manifest_sha256),
+            skips=launch.skips,
         )
 
     def _page_path(self, launch: Launch, local_rank: int) -> Path:
@@ -345,6 +346,9 @@ def _report(rank: _Rank, local_rank: int, step_s: float) -> RankReport:
         kind=kind,
         why=why,
         damaged=rank.exit.damaged,
+        bad_step=rank.exit.bad_step,
+        bad_ranks=rank.exit.bad_ranks,
+        skips=rank.exit.skips,
         tail=rank.tail,
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from keepstep.trainer.contract import DAMAGED_KIND, Phase
+from keepstep.trainer.contract import BAD_STEP_KIND, DAMAGED_KIND, Phase
 
 from .wire import AgentReport, RankReport
 
@@ -23,6 +23,7 @@ _WEIGHT: Final = {
     "signal": 1,
     "oom": 1,
     "exception": 2,
+    BAD_STEP_KIND: 2,
     "persister": 2,
     "abort": 2,
     "exit": 2,
@@ -41,7 +42,7 @@ _WEIGHT: Final = {
 _UNKNOWN_WEIGHT: Final = 2  # a kind that this version does not know: a rank's own failure
 
 # Nobody's fault: these cost neither budget nor strikes.
-_BLAMELESS: Final = frozenset({DAMAGED_KIND, "move", "stopped", "fenced"})
+_BLAMELESS: Final = frozenset({DAMAGED_KIND, BAD_STEP_KIND, "move", "stopped", "fenced"})
 # A program does these by itself; anybody may send SIGKILL, SIGTERM and SIGINT, so they prove nothing when they come twice.
 _OWN_DOING: Final = frozenset({"exception", "exit", "signal", "abort"})
 _OWN_FAILURE: Final = frozenset({"exception", "exit", "signal", "abort", "oom"})  # of single ranks, so that they can be counted
@@ -61,6 +62,7 @@ class Evidence:
     seen_at: float = 0.0
     order: int = 0  # of the exits on its node
     tail: tuple[str, ...] = ()  # the last lines that it printed
+    skips: tuple[str, ...] = ()  # of a bad step: the positions to leave out
 
     @property
     def blameless(self) -> bool:
@@ -133,7 +135,17 @@ def _of_exit(node: str, rank: RankReport, now: float, keeps_promises: bool) -> E
         how = f"left in phase {phase_name(rank.phase)} with exit code 0, before it had finished"
         return _exit_evidence(node, rank, now, "exit", how) if left_early else None
     kind = _kind_of(rank)
+    if kind == BAD_STEP_KIND:
+        return _bad_step(node, rank, now)
     return _exit_evidence(node, rank, now, kind, _how(kind, rank))
+
+
+def _bad_step(node: str, rank: RankReport, now: float) -> Evidence:
+    """All ranks refuse it with the same words, which say where it was found: that rank is named, whoever says it."""
+    evidence = _exit_evidence(node, rank, now, BAD_STEP_KIND, "refused it")
+    where = rank.bad_ranks[0] if rank.bad_ranks else rank.rank
+    sentence = rank.why.partition(": ")[2] or rank.why  # without the exception's name
+    return replace(evidence, why=sentence, node=node if where == rank.rank else "", rank=where, step=rank.bad_step, skips=rank.skips)
 
 
 def _exit_evidence(node: str, rank: RankReport, now: float, kind: str, how: str) -> Evidence:
@@ -152,6 +164,8 @@ def _exit_evidence(node: str, rank: RankReport, now: float, kind: str, how: str)
 
 def _kind_of(rank: RankReport) -> str:
     kind = rank.kind or ("signal" if (rank.exit_code or 0) < 0 else "exit")
+    if kind == BAD_STEP_KIND and not rank.skips:
+        return "exception"  # it cannot say what to leave out: nothing would change the next time
     return "abort" if kind == "signal" and rank.why == "SIGABRT" else kind
 
 

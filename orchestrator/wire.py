@@ -36,6 +36,9 @@ class RankReport(Message):
     kind: str = ""  # of a failure: "signal", "oom", "exit", "exception", "peer-lost", "damaged-checkpoint", "persister"
     why: str = ""  # one line: exception type and message, or signal name
     damaged: str = ""  # directory of the checkpoint that did not verify
+    bad_step: int = -1  # of a "bad-step": which one,
+    bad_ranks: tuple[int, ...] = ()  # where it was found, if the ranks know,
+    skips: tuple[str, ...] = ()  # and the positions to leave out ("FIRST:LAST")
     tail: tuple[str, ...] = ()  # after a failure: the last lines that it printed, its traceback among them
 
 
@@ -101,6 +104,8 @@ class Launch(Message):
     store_node: str  # the agent that hosts the TCPStore
     store: StoreAddress | None  # None: not known yet; the store node hosts and reports it, the others wait
     resume: ResumeFrom | None
+    skips: tuple[str, ...] = ()  # positions that it leaves out
+    overrides: tuple[str, ...] = ()  # "section.key=value" on top of the run's config
     request: int = 0  # contract.Request
     request_why: str = ""
 

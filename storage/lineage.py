@@ -1,7 +1,9 @@
 """What the records of the run log mean, folded one by one. Pure.
 
 The history is a chain of commits, oldest first, in which each commit's attempt resumed from the commit before it (or made it).
-A new attempt cuts the chain at the commit it resumes from; what came after leaves the history (a rewind, a damaged checkpoint).
+A new attempt cuts the chain at the commit it resumes from; what came after leaves the history (a damaged checkpoint). A rewind cuts it
+before the next attempt begins, and says what that attempt and all later ones leave out. Every attempt says so again, in full: a rewind that
+is lost brings no skipped sample back.
 A record that `refusal` objects to is void: it changes nothing, whoever wrote it.
 
 A lineage keeps what is alive: retired checkpoints are forgotten, but for the steps that their attempts computed. So it stays small
@@ -14,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
+from . import skips
 from .layout import parse_checkpoint_directory
-from .records import Attempt, Commit, Failed, Finished, Opened, Pin, Quarantine, Record, Retire, Verified
+from .records import Attempt, Commit, Failed, Finished, Opened, Pin, Quarantine, Record, Retire, Rewind, Verified
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +64,14 @@ class Lineage:
     quarantined: frozenset[str] = frozenset()  # directories of live commits, here and below
     pinned: frozenset[str] = frozenset()
     verified: frozenset[str] = frozenset()
-    ever_committed: bool = False
-    outcome: Finished | Failed | None = None  # since the newest attempt
+    ever_committed: bool = False  # since the beginning of the history, to which a rewind may have led back
+    outcome: Finished | Failed | None = None  # since the newest attempt, unless a rewind has made it void
+    is_ended: bool = False  # the newest attempt had an outcome, void or not: none of its ranks is to be looked for
+    skips: tuple[str, ...] = ()  # in force: for the next attempt, too
+    overrides: tuple[str, ...] = ()  # likewise
+    rewound: Rewind | None = None  # since the newest attempt: it commits nothing any more
+    num_bad_steps: int = 0  # rewinds that no person asked for
+    tips: frozenset[str] = frozenset()  # the last checkpoints of histories that rewinds have ended
 
     @property
     def term(self) -> int:
@@ -93,6 +102,10 @@ class Lineage:
         """The checkpoint to resume from: the newest live one of the history that is not quarantined."""
         return next((commit for commit in reversed(self.commits) if commit.directory not in self.quarantined), None)
 
+    def newest_until(self, step: int) -> Commit | None:
+        """Where a rewind to `step` leads: the newest usable commit of the history at or before it."""
+        return next((commit for commit in reversed(self.commits) if commit.step <= step and commit.directory not in self.quarantined), None)
+
     def is_usable(self, commit: Commit) -> bool:
         return commit.directory not in self.quarantined and self.commit_of(commit.directory) is not None
 
@@ -103,7 +116,7 @@ class Lineage:
     def segments(self) -> tuple[Segment, ...]:
         """Which attempt computed which steps of the history, split at live commits and at changes of the attempt.
 
-        The last one, if there is an attempt, is the running attempt's uncommitted part.
+        The last one, if there is an attempt that was not rewound, is the running attempt's uncommitted part.
         """
         attempt_of = {end.step: end.attempt for end in self.ends} | {commit.step: commit.attempt for commit in self.commits}
         lasts = sorted(attempt_of)
@@ -111,7 +124,9 @@ class Lineage:
             Segment(attempt=attempt_of[last], after=before, last=last) for before, last in zip((-1, *lasts), lasts, strict=False)
         )
         running = self.attempt
-        return (*committed, Segment(attempt=running.attempt, after=self.committed_step, last=None)) if running else committed
+        if running is None or self.rewound:
+            return committed
+        return (*committed, Segment(attempt=running.attempt, after=self.committed_step, last=None))
 
     def history(self, records: Mapping[int, Sequence[Mapping[str, Any]]]) -> tuple[HistoryStep, ...]:
         """The step records that count, in step order.
@@ -161,6 +176,12 @@ class Folding:
         self._verified = set(lineage.verified)
         self._ever_committed = lineage.ever_committed
         self._outcome = lineage.outcome
+        self._is_ended = lineage.is_ended
+        self._skips = lineage.skips
+        self._overrides = lineage.overrides
+        self._rewound = lineage.rewound
+        self._num_bad_steps = lineage.num_bad_steps
+        self._tips = set(lineage.tips)
 
     @property
     def opened(self) -> Opened | None:
@@ -185,6 +206,12 @@ class Folding:
             verified=frozenset(self._verified),
             ever_committed=self._ever_committed,
             outcome=self._outcome,
+            is_ended=self._is_ended,
+            skips=self._skips,
+            overrides=self._overrides,
+            rewound=self._rewound,
+            num_bad_steps=self._num_bad_steps,
+            tips=frozenset(self._tips),
         )
 
     def add(self, record: Record) -> str:
@@ -212,7 +239,10 @@ class Folding:
         if isinstance(record, Commit) and record.attempt > (self._attempt.attempt if self._attempt else 0):
             self._begin_attempt(self._implied_attempt(record))
         if isinstance(record, Attempt) and record.resume_directory and not self._is_live(record.resume_directory):
-            self._imply_commit(record)
+            self._imply_commit(record.resume_directory, record.resume_step, record.world_size)
+        if isinstance(record, Rewind) and record.directory and self._attempt and not self._is_live(record.directory):
+            self._go_back(next((commit for commit in reversed(self._commits.values()) if commit.step < record.step), None))
+            self._imply_commit(record.directory, record.step, self._attempt.world_size)
 
     def _implied_attempt(self, record: Commit) -> Attempt:
         """It resumed from the newest checkpoint that could be resumed from, on the nodes of the one before, as far as we know."""
@@ -226,24 +256,17 @@ class Folding:
             resume_step=source.step if source else -1,
             resume_directory=source.directory if source else "",
             nonce="",
+            skips=self._skips,
+            overrides=self._overrides,
         )
 
-    def _imply_commit(self, record: Attempt) -> None:
+    def _imply_commit(self, directory: str, step: int, world_size: int) -> None:
         """Whoever reads this checkpoint finds that it cannot be verified, and takes the one before it."""
-        newer = [commit for commit in self._commits.values() if commit.step >= record.resume_step]
-        made_by = parse_checkpoint_directory(record.resume_directory)
+        newer = [commit for commit in self._commits.values() if commit.step >= step]
+        made_by = parse_checkpoint_directory(directory)
         if newer or made_by is None:
             return
-        self._apply(
-            Commit(
-                term=record.term,
-                attempt=made_by[0],
-                step=record.resume_step,
-                directory=record.resume_directory,
-                manifest_sha256="",
-                world_size=record.world_size,
-            )
-        )
+        self._apply(Commit(term=self._term, attempt=made_by[0], step=step, directory=directory, manifest_sha256="", world_size=world_size))
 
     def _apply(self, record: Record) -> None:
         match record:
@@ -263,8 +286,10 @@ class Folding:
                 self._verified.add(record.directory)
             case Retire():
                 self._retire(record)
+            case Rewind():
+                self._rewind(record)
             case Finished() | Failed():
-                self._outcome = record
+                self._outcome, self._is_ended = record, True
             case _:
                 assert_never(record)
 
@@ -274,7 +299,23 @@ class Folding:
         self._attempt = record
         self._began_at = self._began_at if self._num_attempts else record.at
         self._num_attempts += 1
-        self._outcome = None
+        self._outcome, self._is_ended, self._rewound = None, False, None
+        self._skips, self._overrides = record.skips, record.overrides
+
+    def _rewind(self, record: Rewind) -> None:
+        self._go_back(self._commits.get(record.directory))
+        self._ever_committed = bool(record.directory)
+        self._skips, self._overrides = record.skips, record.overrides
+        self._num_bad_steps += record.bad_step >= 0
+        self._outcome, self._rewound = None, record
+
+    def _go_back(self, source: Commit | None) -> None:
+        """Cuts the history on purpose: the last checkpoint of what leaves it stays for people to look at."""
+        tip = next((commit for commit in reversed(self._commits.values()) if commit.directory not in self._quarantined), None)
+        if tip and tip is not source:
+            self._pinned.add(tip.directory)
+            self._tips.add(tip.directory)
+        self._cut(source)
 
     def _cut(self, source: Commit | None) -> None:
         """What came after `source` leaves the history; everything, for None."""
@@ -291,7 +332,7 @@ class Folding:
         for directory in record.directories:
             self._commits.pop(directory, None)
             self._abandoned.pop(directory, None)
-        for directories in (self._quarantined, self._pinned, self._verified):
+        for directories in (self._quarantined, self._pinned, self._verified, self._tips):
             directories.difference_update(record.directories)
 
     def refusal(self, record: Record) -> str:
@@ -307,6 +348,8 @@ class Folding:
                 return self._refuse_commit(record)
             case Retire():
                 return self._refuse_retire(record)
+            case Rewind():
+                return self._refuse_rewind(record)
             case Quarantine() | Pin() | Verified():
                 return "" if self._is_live(record.directory) else f"{record.directory} was never committed, or is retired"
             case Finished() | Failed():
@@ -329,6 +372,8 @@ class Folding:
         newest = self._attempt
         if newest and record.attempt <= newest.attempt:
             return f"attempt {record.attempt} came after attempt {newest.attempt}: numbers are never reused"
+        if why := self._refuse_settings(record):
+            return f"attempt {record.attempt} {why}"
         if not record.resume_directory:
             return (
                 "" if record.resume_step == -1 else f"attempt {record.attempt} resumes from step {record.resume_step} without a directory"
@@ -340,10 +385,38 @@ class Folding:
             return f"attempt {record.attempt} calls {source.directory} step {record.resume_step}, it was committed as step {source.step}"
         return ""
 
+    def _refuse_settings(self, record: Attempt) -> str:
+        """A record that is lost may have been a rewind: then more may be skipped, and other overrides may hold, than we know of."""
+        if why := self._refuse_skips(record.skips):
+            return why
+        if self._has_lost or (record.skips, record.overrides) == (self._skips, self._overrides):
+            return ""
+        return f"has skips {record.skips} and overrides {record.overrides}; in force are {self._skips} and {self._overrides}"
+
+    def _refuse_skips(self, given: tuple[str, ...]) -> str:
+        try:
+            return "" if skips.cover(given, self._skips) else f"skips {given}, fewer than are skipped already: {self._skips}"
+        except ValueError as error:
+            return f"skips {given}: {error}"
+
+    def _refuse_rewind(self, record: Rewind) -> str:
+        if self._attempt is None:
+            return "a rewind before the first attempt"
+        if why := self._refuse_skips(record.skips):
+            return f"a rewind {why}"
+        if not record.directory:
+            return "" if record.step == -1 else f"a rewind to step {record.step} without a directory"
+        target = self._commits.get(record.directory)
+        if target is None or target.directory in self._quarantined:
+            return f"a rewind to {record.directory}, which is not a usable commit of the history"
+        return "" if target.step == record.step else f"a rewind calls {target.directory} step {record.step}, it is step {target.step}"
+
     def _refuse_commit(self, record: Commit) -> str:
         newest = self._attempt
         if newest is None or record.attempt != newest.attempt:
             return f"commit of attempt {record.attempt} while attempt {newest.attempt if newest else 'none'} runs"
+        if self._rewound:
+            return f"commit of attempt {record.attempt}, which was rewound"
         committed_step = next(reversed(self._ends.values()), -1)
         if record.step <= committed_step:
             return f"commit of step {record.step} after step {committed_step}"
@@ -356,6 +429,8 @@ class Folding:
         attempt, source = self._attempt, self._resumed
         if attempt and source and source.directory in going and attempt.attempt not in self._ends:
             return f"it would retire {source.directory}, from which attempt {attempt.attempt} is starting"
+        if self._rewound and self._rewound.directory in going:
+            return f"it would retire {self._rewound.directory}, to which the run was rewound"
         usable = {directory for directory in self._commits if directory not in self._quarantined}
         if usable and usable <= going:
             return "it would retire the last usable checkpoint"

@@ -44,6 +44,8 @@ class Attempt:
     nonce: str
     unconfirmed: tuple[str, ...] = ()  # nodes that may still run an older attempt: a successor must wait for them too
     standing: str = ""  # JSON of the coordinator's own: what a successor should know of the run's past
+    skips: tuple[str, ...] = ()  # all positions "FIRST:LAST" that it leaves out, [data] skip of run.toml aside
+    overrides: tuple[str, ...] = ()  # all "section.key=value" that hold on top of run.toml
     at: str = ""
 
 
@@ -100,6 +102,23 @@ class Verified:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rewind:
+    """The history goes back to this checkpoint. What came after it leaves the history; its last checkpoint stays, as if it were pinned.
+
+    The newest attempt commits nothing any more, and what ended the run is void.
+    """
+
+    term: int
+    directory: str  # "": to the beginning
+    step: int  # -1: to the beginning
+    skips: tuple[str, ...] = ()  # of all later attempts, complete: they never become fewer
+    overrides: tuple[str, ...] = ()  # likewise
+    bad_step: int = -1  # the step that ranks refused; -1: people asked
+    why: str = ""
+    at: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """The run ended well."""
 
@@ -120,10 +139,10 @@ class Failed:
     at: str = ""
 
 
-Record = Opened | Attempt | Commit | Quarantine | Pin | Retire | Verified | Finished | Failed
+Record = Opened | Attempt | Commit | Quarantine | Pin | Retire | Verified | Rewind | Finished | Failed
 
 KINDS: Final[Mapping[str, type[Record]]] = {
-    kind.__name__.lower(): kind for kind in (Opened, Attempt, Commit, Quarantine, Pin, Retire, Verified, Finished, Failed)
+    kind.__name__.lower(): kind for kind in (Opened, Attempt, Commit, Quarantine, Pin, Retire, Verified, Rewind, Finished, Failed)
 }
 
 

@@ -98,12 +98,12 @@ def _came_after(one: Commit, other: Commit) -> bool:
 def garbage(lineage: Lineage, directories: Iterable[str]) -> tuple[str, ...]:
     """Those below data/ that are no live commit and that nobody can ever commit, whatever is appended to the log.
 
-    Only the newest attempt commits, and only steps beyond its newest commit: exactly what `lineage.refusal` objects to.
+    Only the newest attempt commits, unless it was rewound, and only steps beyond its newest commit: what `lineage.refusal` objects to.
     """
     newest = lineage.newest_attempt()
     if newest is None:
         return ()
     live = {commit.directory for commit in lineage.live}
-    reached = (newest.attempt, lineage.committed_step)
+    reached = (newest.attempt + 1, -1) if lineage.rewound else (newest.attempt, lineage.committed_step)
     found = ((directory, parse_checkpoint_directory(directory)) for directory in directories)
     return tuple(directory for directory, of in found if of and of <= reached and directory not in live)

@@ -17,13 +17,13 @@ from .canonical import seal, sha256_hex, unseal
 from .errors import CorruptRecord, StoreError, StoreUnavailable
 from .layout import HINT_KEY, SNAPSHOTS, log_key, parse_snapshot_key, snapshot_key
 from .lineage import End, Lineage
-from .records import Attempt, Commit, Failed, Finished, Opened, Record, fields_of, record_of
+from .records import Attempt, Commit, Failed, Finished, Opened, Record, Rewind, fields_of, record_of
 from .store import Store
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Raise it whenever records come to mean something else (a new kind, another rule in `Folding`): old snapshots say what they meant then."""
 PERIOD: Final = 256
 KEPT: Final = 2
@@ -185,6 +185,12 @@ def _fields_of_lineage(lineage: Lineage) -> dict[str, Any]:
         "verified": sorted(lineage.verified),
         "ever_committed": lineage.ever_committed,
         "outcome": _fields(lineage.outcome),
+        "is_ended": lineage.is_ended,
+        "skips": lineage.skips,
+        "overrides": lineage.overrides,
+        "rewound": _fields(lineage.rewound),
+        "num_bad_steps": lineage.num_bad_steps,
+        "tips": sorted(lineage.tips),
     }
 
 
@@ -207,6 +213,12 @@ def _lineage_of(fields: Mapping[str, Any], what: str) -> Lineage:
         verified=frozenset(_texts(fields, "verified", what)),
         ever_committed=_take(fields, "ever_committed", bool, what),
         outcome=_record(fields, "outcome", what, *OUTCOMES),
+        is_ended=_take(fields, "is_ended", bool, what),
+        skips=_texts(fields, "skips", what),
+        overrides=_texts(fields, "overrides", what),
+        rewound=_record(fields, "rewound", what, Rewind),
+        num_bad_steps=_take(fields, "num_bad_steps", int, what),
+        tips=frozenset(_texts(fields, "tips", what)),
     )
 
 

@@ -29,6 +29,9 @@ EXIT_BUG: Final = 70
 
 # How a rank says "this checkpoint is damaged": the exception carries it as `kind`, and the directory as `directory`.
 DAMAGED_KIND: Final = "damaged-checkpoint"
+# How all ranks say "this step must not become part of the training": the exception carries it as `kind`, the number of the step as `step`,
+# and as `skips` the positions ("FIRST:LAST") to leave out; none of them where it could not say. `ranks`: where it was found, if known.
+BAD_STEP_KIND: Final = "bad-step"
 
 
 class Phase(IntEnum):
@@ -75,6 +78,7 @@ class RankSpec:
     staging_socket: str  # the node's persister
     error_path: str  # where the reason of a failure goes, JSON
     resume: Resume | None
+    skips: tuple[str, ...] = ()  # positions "FIRST:LAST" that are never consumed, on top of [data] skip
 
     def to_json(self) -> str:
         """What goes into `KEEPSTEP_RANK_SPEC`."""
@@ -84,8 +88,8 @@ class RankSpec:
     def from_json(text: str) -> RankSpec:
         """Inverse of `to_json`; TypeError if a name is missing or unknown: agent and trainer are of different versions."""
         fields = json.loads(text)
-        resume = fields.pop("resume")
-        return RankSpec(resume=Resume(**resume) if resume else None, **fields)
+        resume, skips = fields.pop("resume"), tuple(fields.pop("skips", ()))
+        return RankSpec(resume=Resume(**resume) if resume else None, skips=skips, **fields)
 
 
 # The progress page: one small memory-mapped file per rank, written by the rank, read by its agent; `request` goes the other way.

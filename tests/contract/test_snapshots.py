@@ -16,9 +16,10 @@ from keepstep.storage.canonical import seal, sha256_hex, unseal
 from keepstep.storage.errors import CorruptRecord, Fenced, StoreForbidden, StoreFull, StoreUnavailable
 from keepstep.storage.layout import HINT_KEY, SNAPSHOTS, checkpoint_directory, log_key, parse_snapshot_key, snapshot_key
 from keepstep.storage.lineage import Lineage
-from keepstep.storage.records import Attempt, Commit, Failed, Pin, Quarantine, Retire, Verified
+from keepstep.storage.records import Attempt, Commit, Failed, Pin, Quarantine, Retire, Rewind, Verified
 from keepstep.storage.remote import MemoryStore
 from keepstep.storage.runlog import RunLog
+from keepstep.storage.skips import union
 from keepstep.storage.snapshots import FORMAT, Hint, Snapshot
 from keepstep.storage.store import Store
 
@@ -54,8 +55,13 @@ def _append_some(log: RunLog, term: int) -> None:
     lineage, number = log.lineage, log.count
     attempt, last = lineage.newest_attempt(), lineage.newest_committed()
     assert attempt
-    if number % 11 == 10 and last:
-        log.append(replace(attempt, attempt=attempt.attempt + 1, resume_step=last.step, resume_directory=last.directory))
+    if (number % 11 == 10 or lineage.rewound) and last:
+        settings = {"term": term, "skips": lineage.skips, "overrides": lineage.overrides}
+        log.append(replace(attempt, attempt=attempt.attempt + 1, resume_step=last.step, resume_directory=last.directory, **settings))
+    elif number % 17 == 15 and last:
+        back = next(commit for commit in lineage.commits if commit.directory not in lineage.quarantined)
+        skips, overrides = union(lineage.skips, [f"{number}:{number + 2}"]), (*lineage.overrides, f"optimizer.lr={number}")
+        log.append(Rewind(term=term, directory=back.directory, step=back.step, skips=skips, overrides=overrides, bad_step=number))
     elif number % 7 == 6:
         log.append(Quarantine(term=term, directory=lineage.live[0].directory, why="damaged"))
     elif number % 5 == 4 and last:
@@ -274,4 +280,4 @@ class TestFormat:
         """A snapshot says what its records meant to whoever wrote it. If this digest changes, FORMAT must change with it."""
         _, lineage = untouched()
         digest = sha256_hex(Snapshot(count=28, head="", num_corrupt=0, num_unread=0, lineage=lineage).body())
-        assert (FORMAT, digest[:16]) == (2, "572b46cef3f9eea5")
+        assert (FORMAT, digest[:16]) == (3, "7caf881d99dfee13")

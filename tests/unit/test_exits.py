@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from keepstep.orchestrator.exits import Exit, explain
+from keepstep.orchestrator.exits import Exit, explain, write_error
 
 ERROR = {"kind": "exception", "why": "ValueError: bad batch", "damaged": ""}
 
@@ -30,6 +30,17 @@ def test_what_a_rank_wrote_about_its_error_explains_more_than_its_exit_code(
     if error:
         path.write_text(json.dumps(error))
     assert explain(code, str(path)) == found
+
+
+class Refused(ArithmeticError):
+    kind, step, ranks, skips = "bad-step", 12, (2,), ("96:98",)
+
+
+def test_a_refused_step_tells_what_to_leave_out(tmp_path: Path) -> None:
+    path = tmp_path / "error-0.json"
+    write_error(path, Refused("step 12: the loss of rank 2 is nan"))
+    why = "Refused: step 12: the loss of rank 2 is nan"
+    assert explain(1, str(path)) == Exit(1, "bad-step", why, "", bad_step=12, bad_ranks=(2,), skips=("96:98",))
 
 
 def test_an_error_that_was_cut_off_explains_nothing(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from keepstep.storage.records import (
     Quarantine,
     Record,
     Retire,
+    Rewind,
     Verified,
     corrupt_entry,
     decode,
@@ -36,6 +37,7 @@ EXAMPLES: tuple[Record, ...] = (
     Pin(term=2, directory="data/y", pinned=False),
     Retire(term=2, directories=("data/x", "data/y")),
     Verified(term=2, directory="data/y", at="2026-11-22T00:00:00Z"),
+    Rewind(term=2, directory="data/x", step=20, skips=("96:104",), overrides=("optimizer.lr=0.001",), bad_step=25, why="a spike"),
     Finished(term=2, step=100, outcome="succeeded", why="all steps done"),
     Failed(term=2, why="budget spent", requeue=True),
 )
