@@ -1,13 +1,13 @@
 """What ranks wrote down of their steps, read back. See steplines.py for the writing side.
 
 A steps file holds one JSON object per line. Those with an int under "step" are the step records; others hold one object under their kind:
-{"evaluation": {...}}, {"rejected": {...}}.
+{"evaluation": {...}}, {"rejected": {...}}, {"surroundings": {...}}.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .layout import STEPS, parse_steps_key, steps_key
@@ -30,10 +30,16 @@ def step_lines(store: Store, attempt: int) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def is_step(record: dict[str, Any]) -> bool:
+def is_step(record: Mapping[str, Any]) -> bool:
     return isinstance(record.get("step"), int)
 
 
 def read_steps(store: Store) -> dict[int, Sequence[dict[str, Any]]]:
     """Step records by attempt, lost work included."""
     return {attempt: [record for record in step_lines(store, attempt) if is_step(record)] for attempt in attempts_with_steps(store)}
+
+
+def surroundings_of(store: Store, attempt: int) -> dict[str, str]:
+    """What computed an attempt, see trainer/surroundings.py; {} where it was not written down."""
+    found = (record["surroundings"] for record in step_lines(store, attempt) if isinstance(record.get("surroundings"), dict))
+    return next(found, {})

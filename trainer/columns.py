@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,10 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-NUMBERS = ("loss", "grad_norm", "param_norm", "update_ratio", "lr", "tokens", "seconds")
+_DTYPES: Mapping[str, Any] = {
+    "provisional": np.bool_,
+    **dict.fromkeys(("step", "attempt", "first_position", "last_position", "batch"), np.int64),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,8 +78,8 @@ class LayerSamples:
     def named(self, statistic: str) -> tuple[tuple[str, ...], Floats]:
         """The names that have this statistic, and their columns."""
         values = self.of(statistic)
-        there = ~np.isnan(values).all(axis=0) if len(values) else np.zeros(len(self.names), dtype=np.bool_)
-        return tuple(name for name, is_there in zip(self.names, there, strict=True) if is_there), values[:, there]
+        there = np.flatnonzero((~np.isnan(values)).any(axis=0))
+        return tuple(self.names[i] for i in there), values[:, there]
 
     def within(self, first: int, last: int) -> LayerSamples:
         chosen = (self.step >= first) & (self.step <= last)
@@ -121,8 +125,8 @@ class Incident:
 
 
 def no_steps() -> Steps:
-    kinds = {"provisional": np.bool_} | dict.fromkeys(("step", "attempt", "first_position", "last_position", "batch"), np.int64)
-    return Steps(**{column.name: np.zeros(0, dtype=kinds.get(column.name, np.float64)) for column in fields(Steps)})
+    columns: dict[str, Any] = {column.name: np.zeros(0, dtype=_DTYPES.get(column.name, np.float64)) for column in fields(Steps)}
+    return Steps(**columns)
 
 
 def no_layers() -> LayerSamples:

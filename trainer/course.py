@@ -21,10 +21,11 @@ from keepstep.storage.runlog import RunLog
 from keepstep.storage.steps import attempts_with_steps, is_step, step_lines
 from keepstep.storage.store import Store
 
-from .columns import AttemptCourse, Bools, Course, Evaluation, Floats, Incident, LayerSamples, Steps
+from .columns import AttemptCourse, Course, Evaluation, Floats, Incident, LayerSamples, Steps
 from .config import TrainerConfig
 
 MAX_SAMPLES: Final = 2000  # of layer statistics: of more, every second is dropped until they fit
+_INTS: Final = ("step", "attempt", "first_position", "last_position", "batch", "provisional")
 _PLAIN: Final = ("loss", "grad_norm", "param_norm", "lr", "tokens", "seconds")
 _RATIO: Final = "update_ratio_before"  # a record knows the update that came before its step
 _FAILURE: Final = "failure"  # kind of the event that carries an attempt's verdict
@@ -129,23 +130,22 @@ class _Columns:
     """Growing columns; 8 bytes a number."""
 
     def __init__(self) -> None:
-        self._ints = {name: array("q") for name in ("step", "attempt", "first_position", "last_position", "batch", "provisional")}
-        self._floats = {name: array("d") for name in (*_PLAIN, _RATIO)}
+        self._ints: dict[str, array[int]] = {name: array("q") for name in _INTS}
+        self._floats: dict[str, array[float]] = {name: array("d") for name in (*_PLAIN, _RATIO)}
 
     def add(self, attempt: int, line: Mapping[str, Any], *, provisional: bool) -> None:
         first, last = _span(line.get("samples"))
         values = (line["step"], attempt, first, last, _digest(line.get("ledger")), int(provisional))
         for column, value in zip(self._ints.values(), values, strict=True):
             column.append(value)
-        for name, column in self._floats.items():
-            column.append(_number(line.get(name)))
+        for name, numbers in self._floats.items():
+            numbers.append(_number(line.get(name)))
 
     def steps(self) -> Steps:
         """`update_ratio` is still that of the update before."""
-        ints = {name: np.array(column, dtype=np.int64) for name, column in self._ints.items()}
-        floats = {name: np.array(column, dtype=np.float64) for name, column in self._floats.items()}
-        provisional: Bools = ints.pop("provisional").astype(np.bool_)
-        return Steps(**ints, **{name: floats[name] for name in _PLAIN}, update_ratio=floats[_RATIO], provisional=provisional)
+        columns: dict[str, Any] = {name: np.array(column, dtype=np.int64) for name, column in self._ints.items()}
+        columns |= {name: np.array(column, dtype=np.float64) for name, column in self._floats.items()}
+        return Steps(update_ratio=columns.pop(_RATIO), provisional=columns.pop("provisional").astype(np.bool_), **columns)
 
 
 def _picked(steps: Steps, order: Any) -> Steps:
@@ -306,7 +306,10 @@ def _text(store: Store, config: TrainerConfig) -> dict[str, Any]:
     """What is known of the text that is trained on; a script brings its own."""
     from .tokens import read_index
 
-    index = read_index(store)
+    try:
+        index = read_index(store)
+    except ValueError:
+        return {}  # of another version, or damaged: then epochs and the unigram loss are unknown
     if index is None:
         return {}
     return {
