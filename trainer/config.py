@@ -28,14 +28,39 @@ class DataSection(Section):
     source: str = "installed-docs"
     """Text to train on: "installed-docs" (the English documentation installed with Python, PyTorch and NumPy), or a path or URL of a
     text file or a folder of text files."""
+    sources: tuple[str, ...] = ()
+    """Several of them, instead of `source`; each has its own epochs."""
+    weights: tuple[float, ...] = ()
+    """How often samples of each of the `sources` come, relative to each other, rounded to 65,536ths of all; empty: by their size."""
+    order: Literal["shuffled", "blocks", "sequential"] = "shuffled"
+    """Order of the samples of an epoch: "shuffled"; "blocks": blocks of consecutive samples in random order, shuffled inside, for text that
+    is read from far away; "sequential": as the source has them."""
+    block_samples: int = Field(1024, ge=1)
+    """Consecutive samples of a block, for order = "blocks"."""
+    pack: Literal["stream", "documents"] = "stream"
+    """"stream": documents follow each other, and samples are cut anywhere; "documents": no sample holds parts of two documents, and the
+    rest of its row is padding, which does not count."""
+    skip: tuple[str, ...] = ()
+    """Positions of the data order that are never trained on, "FIRST:LAST" each (half-open), for example ["1024:1040"]."""
+    streaming: bool = False
+    """Read the token file from the root block by block, each verified, instead of copying it to every node first."""
     tokenizer: Literal["bpe", "bytes"] = "bpe"
     """"bpe": byte-level BPE learnt from the text; "bytes": one token per byte."""
     vocabulary: int = Field(2048, ge=257, le=1 << 20)
     """Number of tokens of the BPE vocabulary, the 256 bytes and the end-of-text token included. Ignored for "bytes"."""
     held_out: float = Field(0.02, gt=0, lt=0.5)
-    """Share of the documents kept for evaluation."""
+    """Share of the documents of each source kept for evaluation."""
     max_bytes: int = Field(0, ge=0)
-    """Use at most so many bytes of text, 0 for all."""
+    """Use at most so many bytes of the text of each source, 0 for all."""
+
+    @property
+    def all_sources(self) -> tuple[str, ...]:
+        return self.sources or (self.source,)
+
+    def source_key(self, number: int) -> str:
+        """How messages call a source: key and value."""
+        key = f"data.sources[{number}]" if self.sources else "data.source"
+        return f"{key} = {self.all_sources[number]!r}"
 
 
 class ModelSection(Section):
@@ -138,6 +163,28 @@ class EvaluateSection(Section):
     """Evaluate on at most so many held-out tokens."""
 
 
+class TraceSection(Section):
+    """What is recorded of the inside of a step; no bit of the training depends on it."""
+
+    interval: int = Field(50, ge=0)
+    """Look into every layer at step 1 and at each multiple of this; 0: never."""
+    updates: bool = True
+    """Compare every update with the parameters that it changes; needs room for a copy of each rank's shard of them."""
+
+
+class ReductionSection(Section):
+    """What the trainer reads of [cluster]."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    exact_reduction: bool = False
+    """The same bits at every world size: gradients are those of `logical_ranks` parts of a batch, added in an order that does not depend on
+    how many ranks there are. Costs memory, communication and time, see trainer/README.md."""
+    logical_ranks: int = Field(0, ge=0)
+    """Parts of a batch under exact_reduction, fixed at the run's start; a rank computes several of them one after the other. 0: nodes x
+    ranks_per_node of the start."""
+
+
 class TrainerConfig(BaseModel):
     """What the trainer reads of the resolved run.toml; the sections it does not know are the orchestrator's."""
 
@@ -150,3 +197,5 @@ class TrainerConfig(BaseModel):
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluate: EvaluateSection = EvaluateSection()
+    trace: TraceSection = TraceSection()
+    cluster: ReductionSection = ReductionSection()

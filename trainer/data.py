@@ -1,73 +1,111 @@
-"""Which samples a rank trains on: pure functions of the step.
+"""Which samples a rank trains on: pure functions of the step. Pure.
 
-The canonical order is an endless sequence of positions. Position p is sample `order(p)`: the samples of an epoch in a seeded order,
-then those of the next epoch in another. Step n consumes the positions [(n - 1) B, n B), B = batch_tokens / context, whatever the world
-size. So the data position of a run is its step, and nothing about it needs to be saved.
+*Positions* count the canonical order (order.py), *turns* count what is consumed of it: all positions but those that are skipped. Step n
+consumes the turns [(n - 1) B, n B), B = batch_tokens / context, whatever the world size. So the data position of a run is its step and
+the list of skips. A skip changes nothing before its first position.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-from .tokens import TokenArray
+from keepstep.storage.skips import Range, ranges
 
-Positions = npt.NDArray[np.uint64]
-Batch = npt.NDArray[np.int64]
-_ROUNDS: Final = 6
-_U64: Final = (1 << 64) - 1
+from .config import TrainerConfig
+from .order import Order, Positions, apportion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feed:
     """Everything that decides what is consumed when."""
 
-    seed: int
-    num_samples: int  # of an epoch
+    order: Order
     samples_per_step: int
+    skips: tuple[Range, ...] = ()  # of positions; sorted, apart from each other
 
-    def positions(self, step: int) -> tuple[int, int]:
-        """[first, last) of the canonical order that the update number `step` (from 1) consumes."""
+    def __post_init__(self) -> None:
+        assert all(first < last for first, last in self.skips)
+        assert all(last < first for (_, last), (first, _) in pairwise(self.skips))
+
+    def turns(self, step: int) -> Range:
+        """[first, last) that the update number `step` (from 1) consumes."""
         return (step - 1) * self.samples_per_step, step * self.samples_per_step
 
-    def share(self, step: int, rank: int, world_size: int) -> tuple[int, int]:
-        """A rank's contiguous part of `positions(step)`; parts differ by one sample at most."""
-        first, _ = self.positions(step)
+    def share(self, step: int, rank: int, world_size: int) -> Range:
+        """A rank's contiguous part of `turns(step)`; parts differ by one sample at most."""
+        first, _ = self.turns(step)
         return tuple(first + self.samples_per_step * r // world_size for r in (rank, rank + 1))  # type: ignore[return-value]
 
+    def at(self, first: int, last: int) -> Positions:
+        """The positions of the turns [first, last), in O(log skips) each."""
+        turns = np.arange(first, last, dtype=np.uint64)
+        skipped_from, skipped = _skipped(self.skips)
+        return turns + skipped[np.searchsorted(skipped_from, turns, side="right")]
+
     def samples(self, first: int, last: int) -> Positions:
-        """The samples at the positions [first, last), uint64."""
-        positions = np.arange(first, last, dtype=np.uint64)
-        epochs, places = np.divmod(positions, np.uint64(self.num_samples))
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            places[chosen] = shuffled(places[chosen], self.num_samples, key=_mix_int(self.seed + 0x9E3779B97F4A7C15 * (int(epoch) + 1)))
-        return places
+        """The samples of the turns [first, last)."""
+        return self.order.samples(self.at(first, last))
+
+    def positions(self, step: int) -> Range:
+        """From the first position that the step consumes to behind its last; skipped ones may lie between."""
+        first, _ = self.turns(step)
+        return int(self.at(first, first + 1)[0]), self.end(step)
+
+    def end(self, step: int) -> int:
+        """Behind the last position that the first `step` steps consume. No skip that lies at or after it has changed them."""
+        last = step * self.samples_per_step
+        return int(self.at(last - 1, last)[0]) + 1 if last else 0
+
+    def turn(self, position: int) -> int | None:
+        """Inverse of `at`; None for a position that is skipped."""
+        starts, skipped_before = _starts(self.skips), _skipped(self.skips)[1]
+        i = int(np.searchsorted(starts, np.uint64(position), side="right"))
+        if i and position < self.skips[i - 1][1]:
+            return None
+        return position - int(skipped_before[i])
 
 
-def feed_for(tokens: TokenArray, *, seed: int, context: int, batch_tokens: int) -> Feed:
-    """Raises ValueError when the text is shorter than one sample or the batch is no whole number of samples."""
-    num_samples = (len(tokens) - 1) // context
-    if num_samples < 1:
-        raise ValueError(
-            f"data.source gave {len(tokens)} training tokens, fewer than one sample (model.context = {context}): give it more text"
-        )
+@lru_cache(maxsize=8)
+def _starts(skips: tuple[Range, ...]) -> Positions:
+    return np.array([first for first, _ in skips], dtype=np.uint64)
+
+
+@lru_cache(maxsize=8)
+def _skipped(skips: tuple[Range, ...]) -> tuple[Positions, Positions]:
+    """(the first turn behind each skip, positions skipped before the first of these, the second, ...: one more)."""
+    lengths = np.array([last - first for first, last in skips], dtype=np.uint64)
+    sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(lengths, dtype=np.uint64)])
+    return _starts(skips) - sums[:-1], sums
+
+
+def feed_for(sizes: Sequence[int], config: TrainerConfig, *, skips: Sequence[str] = ()) -> Feed:
+    """What run.toml says, with `skips` on top of its own.
+
+    Args:
+        sizes: samples of each source, see samples.py.
+
+    Raises:
+        ValueError: the batch is no whole number of samples, a source is too small for its weight, or a skip is malformed.
+    """
+    context, batch_tokens = config.model.context, config.train.batch_tokens
     if batch_tokens % context:
         raise ValueError(f"train.batch_tokens = {batch_tokens} must be a multiple of model.context = {context}")
-    return Feed(seed=seed, num_samples=num_samples, samples_per_step=batch_tokens // context)
+    quotas = apportion(config.data.weights or sizes)
+    if 0 in quotas:
+        raise ValueError(
+            f"data.weights: the share of data.sources[{quotas.index(0)}] is below 1/65536, and it would never be trained on; give it a "
+            "larger weight, or take it out"
+        )
+    order = Order(seed=config.run.seed, sizes=tuple(sizes), quotas=quotas, kind=config.data.order, block_samples=config.data.block_samples)
+    return Feed(order=order, samples_per_step=batch_tokens // context, skips=ranges((*config.data.skip, *skips)))
 
 
-def rows(tokens: TokenArray, samples: Positions, context: int) -> Batch:
-    """(samples, context + 1) token ids as int64: inputs are [:, :-1], targets [:, 1:]. Sample i starts at token i * context."""
-    starts = samples.astype(np.int64) * context
-    ids: Batch = tokens[starts[:, None] + np.arange(context + 1)].astype(np.int64)
-    return ids
-
-
-def micro_batches(first: int, last: int, largest_share: int, micro_batch_samples: int) -> list[tuple[int, int]]:
+def micro_batches(first: int, last: int, largest_share: int, micro_batch_samples: int) -> list[Range]:
     """[first, last) cut into parts of at most `micro_batch_samples` (0: any size).
 
     Every rank of a step gets equally many, because each forward pass communicates: a rank with fewer samples gets empty parts at the end.
@@ -75,34 +113,3 @@ def micro_batches(first: int, last: int, largest_share: int, micro_batch_samples
     size = micro_batch_samples or max(1, largest_share)
     count = -(-largest_share // size)
     return [(min(first + i * size, last), min(first + (i + 1) * size, last)) for i in range(count)]
-
-
-def shuffled(places: Positions, count: int, *, key: int) -> Positions:
-    """A keyed permutation of range(count), element by element and without a table: a balanced Feistel network over the next power of
-    four, walked until it falls below `count` (Black and Rogaway 2002). NumPy's own permutations may change between versions."""
-    half = np.uint64(max(1, (max(1, count - 1).bit_length() + 1) // 2))
-    out = places.astype(np.uint64)
-    todo = np.ones(out.shape, dtype=np.bool_)
-    while todo.any():
-        out[todo] = _feistel(out[todo], half, key)
-        todo &= out >= np.uint64(count)
-    return out
-
-
-def _feistel(values: Positions, half: np.uint64, key: int) -> Positions:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = values >> half, values & mask
-    for i in range(_ROUNDS):
-        left, right = right, left ^ (_mix(right + np.uint64(_mix_int(key + i))) & mask)
-    return (left << half) | right
-
-
-def _mix(values: Positions) -> Positions:
-    """SplitMix64's finaliser (Steele et al. 2014); arithmetic is modulo 2^64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _mix_int(value: int) -> int:
-    return int(_mix(np.array([(value + 0x9E3779B97F4A7C15) & _U64], dtype=np.uint64))[0])

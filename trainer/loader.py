@@ -23,36 +23,48 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from .data import Batch, Feed, micro_batches, rows
-from .tokens import TokenArray
+from keepstep.storage.skips import Range
+
+from .data import Feed, micro_batches
+from .samples import Batch, Samples
 
 AHEAD: Final = 2  # batches per worker that are read and wait, at the most
 
 
 class MicroBatch(NamedTuple):
-    rows: Batch  # (samples, context + 1) token ids
-    counts: bool  # False: this rank has no samples left, and goes along because the others wait for it in every layer
+    rows: Batch  # (samples, context + 1) token ids, see samples.py
+    turns: Range  # which samples these are
+    share: int = 0  # that it belongs to, of `Share.num_shares`
+
+    @property
+    def counts(self) -> bool:
+        """False: this rank has no samples left, and goes along because the others wait for it in every layer."""
+        first, last = self.turns
+        return last > first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """What one rank reads; as a mapping from the step to its micro-batches."""
+    """What one rank reads, one or more shares of each batch; as a mapping from the step to its micro-batches."""
 
-    tokens: TokenArray
+    samples: Samples
     feed: Feed
-    context: int
-    rank: int
-    world_size: int
+    shares: range
+    num_shares: int
     micro_batch_samples: int
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
-        first, last = self.feed.share(step, self.rank, self.world_size)
-        largest = -(-self.feed.samples_per_step // self.world_size)
-        parts = micro_batches(first, last, largest, self.micro_batch_samples)
-        return [MicroBatch(self._rows(start, max(end, start + 1)), end > start) for start, end in parts]
+        return [part for share in self.shares for part in self._parts(step, share)]
 
-    def _rows(self, first: int, last: int) -> Batch:
-        return rows(self.tokens, self.feed.samples(first, last), self.context)
+    def _parts(self, step: int, share: int) -> list[MicroBatch]:
+        first, last = self.feed.share(step, share, self.num_shares)
+        largest = -(-self.feed.samples_per_step // self.num_shares)
+        parts = micro_batches(first, last, largest, self.micro_batch_samples)
+        return [MicroBatch(self.rows(start, max(end, start + 1)), (start, end), share) for start, end in parts]
+
+    def rows(self, first: int, last: int) -> Batch:
+        """Of the turns [first, last)."""
+        return self.samples.rows(self.feed.samples(first, last))
 
 
 @contextlib.contextmanager

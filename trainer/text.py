@@ -37,7 +37,7 @@ _LITERAL_OR_COMMENT: Final = re.compile(
       | '[^'\\\n]*(?:\\.[^'\\\n]*)*'""",
     re.DOTALL | re.VERBOSE,
 )
-_REMEDY: Final = 'set data.source to a text file, a folder or URL of text files, or to "installed-docs"'
+_REMEDY: Final = 'name a text file, a folder or URL of text files, or to "installed-docs"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class Document:
     text: str
 
 
-def documents(source: str) -> Iterator[Document]:
-    """The documents of `source` in a fixed order. Raises ValueError naming data.source when there is nothing to read."""
+def documents(source: str, key: str) -> Iterator[Document]:
+    """The documents of `source` in a fixed order. Raises ValueError that begins with `key` (its key and value) if nothing can be read."""
     if source == INSTALLED_DOCS:
         return _installed_docs()
-    return _files(source)
+    return _files(source, key)
 
 
 def _installed_docs() -> Iterator[Document]:
@@ -125,7 +125,7 @@ def _value(literal: str) -> str:
     return inspect.cleandoc(value).encode(errors="replace").decode() if isinstance(value, str) else ""  # lone surrogates exist
 
 
-def _files(source: str) -> Iterator[Document]:
+def _files(source: str, key: str) -> Iterator[Document]:
     """The documents of a file or of all files below a folder, in the order of their names."""
     import fsspec
 
@@ -134,13 +134,13 @@ def _files(source: str) -> Iterator[Document]:
         names = sorted(filesystem.find(path)) if filesystem.isdir(path) else [path]
         contents = [(name, filesystem.cat_file(name)) for name in names]
     except FileNotFoundError:
-        raise ValueError(f"data.source = {source!r} does not exist; {_REMEDY}") from None
+        raise ValueError(f"{key} does not exist; {_REMEDY}") from None
     except (OSError, ImportError, ValueError) as error:  # the last two: a protocol that fsspec does not know or whose library is missing
-        raise ValueError(f"data.source = {source!r} cannot be read: {error}; {_REMEDY}") from error
+        raise ValueError(f"{key} cannot be read: {error}; {_REMEDY}") from error
     if not names:
-        raise ValueError(f"data.source = {source!r} is an empty folder; {_REMEDY}")
+        raise ValueError(f"{key} is an empty folder; {_REMEDY}")
     prefix = len(path.rstrip("/")) + 1
-    texts = ((name[prefix:] or Path(name).name, _decoded(source, name, content)) for name, content in contents)
+    texts = ((name[prefix:] or Path(name).name, _decoded(key, name, content)) for name, content in contents)
     return (Document(f"{name}#{i}", piece) for name, text in texts for i, piece in enumerate(_pieces(text)))
 
 
@@ -158,8 +158,8 @@ def _pieces(text: str) -> Iterator[str]:
         yield "".join(piece)
 
 
-def _decoded(source: str, name: str, content: bytes) -> str:
+def _decoded(key: str, name: str, content: bytes) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.source = {source!r}: {name} is not UTF-8 text (byte {error.start}); convert it or take it out") from None
+        raise ValueError(f"{key}: {name} is not UTF-8 text (byte {error.start}); convert it or take it out") from None

@@ -1,6 +1,8 @@
 """From text to token shards below the run's root, and back to memory-mapped arrays on every node.
 
-tokens/train.bin, tokens/held_out.bin    token ids, little-endian uint16 (uint32 for large vocabularies), documents end with end-of-text
+tokens/train.bin, tokens/held_out.bin    token ids, little-endian uint16 (uint32 for large vocabularies), documents end with end-of-text;
+                                         those of the first source, then those of the second, ...
+tokens/train-documents.bin               where each training document begins: tokens before it, little-endian uint64
 tokens/tokenizer.json                    of the `tokenizers` library, or {"kind": "bytes"}
 tokens/index.json                        written last, with put_new: what exists is complete, and its SHA-256 sums say what belongs to it
 """
@@ -8,34 +10,53 @@ tokens/index.json                        written last, with put_new: what exists
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from keepstep.storage.canonical import canonical_json, seal, sha256_hex, unseal
 from keepstep.storage.errors import CorruptRecord, NotFound
+from keepstep.storage.manifest import hash_blocks
 from keepstep.storage.store import Store
 
 from .config import DataSection
+from .streaming import StreamedTokens
 from .text import Document, documents
 from .tokenizer import Tokenizer, learn_tokenizer, load_tokenizer
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 FOLDER: Final = "tokens"
 INDEX: Final = f"{FOLDER}/index.json"
 TOKENIZER: Final = f"{FOLDER}/tokenizer.json"
+STARTS: Final = f"{FOLDER}/train-documents.bin"
 PARTS: Final = ("train", "held_out")
+HASHED_BYTES: Final = 1 << 20  # what streaming reads at once
 _BLOCK_BYTES: Final = 8 << 20
 _ENCODE_DOCUMENTS: Final = 256
 
 Progress = Callable[[str, float], None]  # (what is being done, share that is done)
 TokenArray = npt.NDArray[np.unsignedinteger[Any]]
+
+
+class TokenReader(Protocol):
+    """Token ids by place: a mapped file, or `StreamedTokens`."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, places: npt.NDArray[np.int64], /) -> TokenArray: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """What one source gave to a part."""
+
+    documents: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +67,8 @@ class Part:
     text_bytes: int
     tokens: int
     sha256: str  # of the .bin file
+    sources: tuple[Extent, ...]  # one after the other
+    blocks: tuple[str, ...]  # xxh3-64 of each HASHED_BYTES of the file
     unigram_nats: float  # cross-entropy per token under the train part's token frequencies: what a model that knows no context reaches
 
 
@@ -57,6 +80,8 @@ class TokenIndex:
     dtype: str  # numpy's name
     vocabulary: int
     tokenizer_sha256: str
+    starts_sha256: str  # of the file with the documents' starts
+    block_bytes: int
     train: Part
     held_out: Part
 
@@ -72,10 +97,15 @@ class TokenIndex:
             raise ValueError(f"{error}; delete the folder {FOLDER}/ and run `keepstep prepare` again") from None
         if fields.pop("format", None) != FORMAT:
             raise ValueError(f"{INDEX} is not of format {FORMAT}: it was written by another version of keepstep")
-        return TokenIndex(**fields | {name: Part(**fields[name]) for name in PARTS})
+        return TokenIndex(**fields | {name: _part(fields[name]) for name in PARTS})
 
     def part(self, name: str) -> Part:
         return {"train": self.train, "held_out": self.held_out}[name]
+
+
+def _part(fields: Mapping[str, Any]) -> Part:
+    sources = tuple(Extent(**source) for source in fields["sources"])
+    return Part(**{**fields, "sources": sources, "blocks": tuple(fields["blocks"])})
 
 
 @dataclass(frozen=True)
@@ -83,8 +113,9 @@ class Tokens:
     """What a rank trains and evaluates on; the arrays are memory-mapped, read-only."""
 
     index: TokenIndex
-    train: TokenArray
+    train: TokenReader
     held_out: TokenArray
+    starts: npt.NDArray[np.uint64]  # of the training documents, in tokens
     tokenizer_json: bytes
 
     @cached_property
@@ -95,7 +126,8 @@ class Tokens:
 
 def recipe_digest(config: DataSection) -> str:
     """Same digest, same tokens; the versions of the installed packages are not in it: what a root holds stays valid after an upgrade."""
-    return sha256_hex(canonical_json(config.model_dump()))
+    made_of = config.model_dump(include={"tokenizer", "vocabulary", "held_out", "max_bytes"})
+    return sha256_hex(canonical_json({**made_of, "sources": config.all_sources}))
 
 
 def read_index(store: Store) -> TokenIndex | None:
@@ -116,18 +148,15 @@ def prepare(config: DataSection, store: Store, progress: Progress = lambda what,
     if found:
         return _checked_recipe(found, config, store)
     progress("reading text", 0.0)
-    parts = dict(
-        zip(PARTS, split(_enough(config, list(_limited(documents(config.source), config.max_bytes))), config.held_out), strict=True)
-    )
+    by_source = [_split_source(config, number) for number in range(len(config.all_sources))]
     progress("learning the tokenizer", 0.1)
-    tokenizer = learn_tokenizer(config, (document.text for document in parts["train"]))
-    arrays = {name: _encode(tokenizer, parts[name], progress) for name in PARTS}
+    tokenizer = learn_tokenizer(config, (document.text for train, _ in by_source for document in train))
+    made = {name: _encode(tokenizer, [sides[side] for sides in by_source], progress) for side, name in enumerate(PARTS)}
     progress("writing tokens", 0.9)
-    index = _index(config, tokenizer, parts, arrays)
+    index = _index(config, tokenizer, made)
     for name in PARTS:
-        body = arrays[name].data.cast("B")
-        blocks = (body[start : start + _BLOCK_BYTES] for start in range(0, body.nbytes, _BLOCK_BYTES))
-        store.write_file(f"{FOLDER}/{name}.bin", blocks, num_bytes=body.nbytes)
+        _write(store, f"{FOLDER}/{name}.bin", made[name].tokens)
+    _write(store, STARTS, made["train"].starts)
     store.put(TOKENIZER, tokenizer.to_json())
     if not store.put_new(INDEX, index.body()):
         raise ValueError(
@@ -135,6 +164,12 @@ def prepare(config: DataSection, store: Store, progress: Progress = lambda what,
         )
     progress("tokens ready", 1.0)
     return index
+
+
+def _write(store: Store, key: str, array: npt.NDArray[Any]) -> None:
+    body = array.data.cast("B")
+    blocks = (body[start : start + _BLOCK_BYTES] for start in range(0, body.nbytes, _BLOCK_BYTES))
+    store.write_file(key, blocks, num_bytes=body.nbytes)
 
 
 def _checked_recipe(found: TokenIndex, config: DataSection, store: Store) -> TokenIndex:
@@ -154,15 +189,16 @@ def _limited(found: Iterable[Document], max_bytes: int) -> Iterable[Document]:
             return
 
 
-def _enough(config: DataSection, found: list[Document]) -> list[Document]:
-    """At least two documents with text: one to learn from, one to evaluate on."""
+def _split_source(config: DataSection, number: int) -> tuple[list[Document], list[Document]]:
+    """(train, held out) of one source: at least two documents with text, one to learn from, one to evaluate on."""
+    found = _limited(documents(config.all_sources[number], config.source_key(number)), config.max_bytes)
     kept = [document for document in found if document.text.strip()]
     if len(kept) < 2:
         raise ValueError(
-            f"data.source = {config.source!r} holds {'no text' if not kept else 'one short document only'}, and training needs "
+            f"{config.source_key(number)} holds {'no text' if not kept else 'one short document only'}, and training needs "
             "another document than evaluation: give it more text (a file counts as several documents from 8 KiB on)"
         )
-    return kept
+    return split(kept, config.held_out)
 
 
 def split(found: list[Document], held_out: float) -> tuple[list[Document], list[Document]]:
@@ -173,36 +209,65 @@ def split(found: list[Document], held_out: float) -> tuple[list[Document], list[
     return [d for i, d in enumerate(found) if i not in chosen], [d for i, d in enumerate(found) if i in chosen]
 
 
-def _encode(tokenizer: Tokenizer, part: list[Document], progress: Progress) -> TokenArray:
+@dataclass(frozen=True)
+class _Encoded:
+    """A part as it is written."""
+
+    tokens: TokenArray
+    starts: npt.NDArray[np.uint64]  # of its documents
+    sources: tuple[Extent, ...]
+    text_bytes: int
+
+
+def _encode(tokenizer: Tokenizer, by_source: Sequence[list[Document]], progress: Progress) -> _Encoded:
     """The ids of all documents, each followed by end-of-text."""
+    part = [document for found in by_source for document in found]
     pieces: list[npt.NDArray[np.uint32]] = []
     for start in range(0, len(part), _ENCODE_DOCUMENTS):
         encoded = tokenizer.encode_all([document.text for document in part[start : start + _ENCODE_DOCUMENTS]])
         pieces += [np.fromiter(chain(ids, [tokenizer.end_of_text]), np.uint32, len(ids) + 1) for ids in encoded]
         progress("encoding text", 0.4 + 0.5 * start / len(part))
-    return np.concatenate(pieces).astype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32)
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.uint64)
+    starts = np.concatenate([np.zeros(1, dtype=np.uint64), ends])
+    documents_before = np.cumsum([0, *map(len, by_source)])
+    return _Encoded(
+        tokens=np.concatenate(pieces).astype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32),
+        starts=starts[:-1],
+        sources=tuple(
+            Extent(documents=int(last - first), tokens=int(starts[last] - starts[first])) for first, last in pairwise(documents_before)
+        ),
+        text_bytes=sum(len(document.text.encode()) for document in part),
+    )
 
 
-def _index(config: DataSection, tokenizer: Tokenizer, parts: Mapping[str, list[Document]], arrays: Mapping[str, TokenArray]) -> TokenIndex:
-    counts = np.bincount(arrays["train"], minlength=tokenizer.size)
-    made = {
+def _index(config: DataSection, tokenizer: Tokenizer, made: Mapping[str, _Encoded]) -> TokenIndex:
+    counts = np.bincount(made["train"].tokens, minlength=tokenizer.size)
+    parts = {
         name: Part(
-            documents=len(parts[name]),
-            text_bytes=sum(len(document.text.encode()) for document in parts[name]),
-            tokens=len(arrays[name]),
-            sha256=hashlib.sha256(arrays[name].data.cast("B")).hexdigest(),
-            unigram_nats=unigram_nats(counts, arrays[name], smoothing=0 if name == "train" else 1),
+            documents=len(encoded.starts),
+            text_bytes=encoded.text_bytes,
+            tokens=len(encoded.tokens),
+            sha256=_sha256(encoded.tokens),
+            sources=encoded.sources,
+            blocks=hash_blocks(encoded.tokens.data.cast("B"), HASHED_BYTES),
+            unigram_nats=unigram_nats(counts, encoded.tokens, smoothing=0 if name == "train" else 1),
         )
-        for name in PARTS
+        for name, encoded in made.items()
     }
     return TokenIndex(
         recipe=recipe_digest(config),
-        dtype=str(arrays["train"].dtype),
+        dtype=str(made["train"].tokens.dtype),
         vocabulary=tokenizer.size,
         tokenizer_sha256=sha256_hex(tokenizer.to_json()),
-        train=made["train"],
-        held_out=made["held_out"],
+        starts_sha256=_sha256(made["train"].starts),
+        block_bytes=HASHED_BYTES,
+        train=parts["train"],
+        held_out=parts["held_out"],
     )
+
+
+def _sha256(array: npt.NDArray[Any]) -> str:
+    return hashlib.sha256(array.data.cast("B")).hexdigest()
 
 
 def unigram_nats(counts: npt.NDArray[np.int64], tokens: TokenArray, *, smoothing: int) -> float:
@@ -211,11 +276,14 @@ def unigram_nats(counts: npt.NDArray[np.int64], tokens: TokenArray, *, smoothing
     return float(-np.log(frequencies[tokens]).mean())
 
 
-def open_tokens(store: Store, scratch: Path | None = None, alive: Callable[[], None] = lambda: None) -> Tokens:
+def open_tokens(store: Store, scratch: Path | None = None, alive: Callable[[], None] = lambda: None, *, streaming: bool = False) -> Tokens:
     """The root's tokens, memory-mapped: in place on a file system, otherwise from a verified copy in this node's `scratch`.
 
-    Several ranks of a node may call it at once: each would write the same bytes, and renames them into place. `alive` is called for each
-    block that is read to be verified.
+    Several ranks of a node may call it at once: each would write the same bytes, and renames them into place.
+
+    Args:
+        alive: called for each block that is read to be verified.
+        streaming: the training tokens stay where they are, and are read and verified block by block.
 
     Raises:
         ValueError: nothing was prepared, or the bytes are not those that were.
@@ -223,35 +291,47 @@ def open_tokens(store: Store, scratch: Path | None = None, alive: Callable[[], N
     index = read_index(store)
     if index is None:
         raise ValueError(f"{store.name} holds no tokens yet: run `keepstep prepare` first")
-    arrays = {name: _map(_local(store, name, index.part(name), scratch, alive), index, name) for name in PARTS}
+
+    def mapped(key: str, sha256: str, dtype: str, count: int) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any] = np.memmap(_local(store, key, sha256, scratch, alive), dtype=np.dtype(dtype), mode="r")
+        assert len(array) == count
+        return array
+
+    held_out = mapped(f"{FOLDER}/held_out.bin", index.held_out.sha256, index.dtype, index.held_out.tokens)
+    starts = mapped(STARTS, index.starts_sha256, "uint64", index.train.documents)
+    train = _streamed(store, index) if streaming else mapped(f"{FOLDER}/train.bin", index.train.sha256, index.dtype, index.train.tokens)
     tokenizer_json = store.get(TOKENIZER)
     if sha256_hex(tokenizer_json) != index.tokenizer_sha256:
         raise _damaged(store, TOKENIZER)
-    return Tokens(index, arrays["train"], arrays["held_out"], tokenizer_json)
+    return Tokens(index, train, held_out, starts, tokenizer_json)
+
+
+def _streamed(store: Store, index: TokenIndex) -> StreamedTokens:
+    return StreamedTokens(store, f"{FOLDER}/train.bin", np.dtype(index.dtype), index.train.tokens, index.block_bytes, index.train.blocks)
 
 
 def _damaged(store: Store, key: str) -> ValueError:
     return ValueError(f"{store.name}: {key} is not what {INDEX} says; delete the folder {FOLDER}/ and run `keepstep prepare` again")
 
 
-def _local(store: Store, name: str, part: Part, scratch: Path | None, alive: Callable[[], None]) -> Path:
-    """A local file with the part's bytes, verified once per node: the copy or the marker is named after its hash."""
-    key = f"{FOLDER}/{name}.bin"
+def _local(store: Store, key: str, sha256: str, scratch: Path | None, alive: Callable[[], None]) -> Path:
+    """A local file with the object's bytes, verified once per node: the copy or the marker is named after its hash."""
     in_place = store.local_path(key)
     if scratch is None:
         if in_place is None:
             raise ValueError(f"{store.name} is remote: its tokens need a local folder for a copy")
-        return _verified(store, key, in_place, part, alive)
-    copy = scratch / FOLDER / f"{name}-{part.sha256[:16]}.bin"
+        return _verified(store, key, in_place, sha256, alive)
+    name = key.rpartition("/")[2].removesuffix(".bin")
+    copy = scratch / FOLDER / f"{name}-{sha256[:16]}.bin"
     if copy.exists():
         return copy.resolve()
     copy.parent.mkdir(parents=True, exist_ok=True)
     temporary = copy.with_suffix(f".{_unique()}")
     if in_place is not None:
-        temporary.symlink_to(_verified(store, key, in_place, part, alive).absolute())
+        temporary.symlink_to(_verified(store, key, in_place, sha256, alive).absolute())
     else:
         temporary.write_bytes(store.get(key))
-        _verified(store, key, temporary, part, alive)
+        _verified(store, key, temporary, sha256, alive)
     temporary.replace(copy)
     return copy.resolve()
 
@@ -262,21 +342,15 @@ def _unique() -> str:
     return uuid.uuid4().hex
 
 
-def _verified(store: Store, key: str, path: Path, part: Part, alive: Callable[[], None]) -> Path:
+def _verified(store: Store, key: str, path: Path, sha256: str, alive: Callable[[], None]) -> Path:
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             sha.update(block)
             alive()
-    if sha.hexdigest() != part.sha256:
+    if sha.hexdigest() != sha256:
         raise _damaged(store, key)
     return path
-
-
-def _map(path: Path, index: TokenIndex, name: str) -> TokenArray:
-    array: TokenArray = np.memmap(path, dtype=np.dtype(index.dtype), mode="r")
-    assert len(array) == index.part(name).tokens
-    return array
 
 
 def describe(index: TokenIndex) -> dict[str, Any]:

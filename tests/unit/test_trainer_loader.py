@@ -18,6 +18,9 @@ import pytest
 from trainer_ranks import run_ranks
 
 from keepstep.trainer.data import Feed
+from keepstep.trainer.order import Order
+from keepstep.trainer.samples import StreamSamples
+from keepstep.trainer.tokens import Extent
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +31,12 @@ def a_share() -> Any:
     """Rank 1 of 3 with unequal shares, in micro-batches."""
     from keepstep.trainer.loader import Share
 
-    feed = Feed(seed=3, num_samples=50, samples_per_step=10)
-    return Share(tokens=np.arange(999, dtype=np.uint16), feed=feed, context=8, rank=1, world_size=3, micro_batch_samples=2)
+    samples = StreamSamples(np.arange(999, dtype=np.uint16), (Extent(documents=1, tokens=999),), 8)
+    return Share(samples=samples, feed=a_feed(10), shares=range(1, 2), num_shares=3, micro_batch_samples=2)
+
+
+def a_feed(samples_per_step: int) -> Feed:
+    return Feed(order=Order(seed=3, sizes=(50,)), samples_per_step=samples_per_step)
 
 
 def plain(parts: Any) -> Any:
@@ -170,6 +177,6 @@ def test_workers_die_with_their_rank_at_once(tmp_path: Path) -> None:
 
 
 def test_a_rank_without_samples_goes_along_with_rows_that_do_not_count() -> None:
-    share = replace(a_share(), feed=Feed(seed=3, num_samples=50, samples_per_step=2), micro_batch_samples=0)
-    parts = [part for rank in range(3) for part in replace(share, rank=rank)[7]]
+    share = replace(a_share(), feed=a_feed(2), micro_batch_samples=0)
+    parts = [part for rank in range(3) for part in replace(share, shares=range(rank, rank + 1))[7]]
     assert [(len(part.rows), part.counts) for part in parts] == [(1, False), (1, True), (1, True)]

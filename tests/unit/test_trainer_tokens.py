@@ -15,7 +15,7 @@ from keepstep.trainer.config import DataSection
 from keepstep.trainer.text import Document
 from keepstep.trainer.tokens import FOLDER, TokenIndex, open_tokens, prepare, read_index, split, unigram_nats
 
-FILES = ("tokens/held_out.bin", "tokens/index.json", "tokens/tokenizer.json", "tokens/train.bin")
+FILES = ("tokens/held_out.bin", "tokens/index.json", "tokens/tokenizer.json", "tokens/train-documents.bin", "tokens/train.bin")
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_a_remote_root_is_copied_to_the_node_once(text: Path, tmp_path: Path) ->
     second = open_tokens(store, scratch)
     assert np.array_equal(first.train, second.train)
     assert len(first.train) == index.train.tokens
-    assert sorted(path.suffix for path in (scratch / FOLDER).iterdir()) == [".bin", ".bin"]
+    assert sorted(path.suffix for path in (scratch / FOLDER).iterdir()) == [".bin"] * 3
 
 
 def test_tokens_that_were_never_prepared_are_missed(tmp_path: Path) -> None:

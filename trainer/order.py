@@ -1,0 +1,150 @@
+"""The canonical order: which sample stands at which position. Pure.
+
+An endless sequence of positions, each computed in O(1) from its number: a position of 10^15 costs what position 0 costs.
+
+    position --(cycle of slots)--> source, how many of its samples came before --(divmod)--> epoch, place --(permutation)--> sample
+
+**Sources.** A cycle has `quotas[s]` slots of source s, spread evenly and alike in every cycle. The quotas are the weights, rounded by
+largest remainders to 65,536ths and reduced (weights 3 and 1: four slots). With share = quota / slots of a cycle, any window of W positions
+holds W * share samples of a source, off by 1 + num_sources * share at the most.
+
+**Epochs.** Each source has its own, of its own length, each in an order of its own: see `Kind`. Arithmetic is on integers only: NumPy's own
+permutations may change between versions (NEP 19), and floats would end at 2^53. tests/unit/test_trainer_order.py pins it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import gcd
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Positions = npt.NDArray[np.uint64]
+# shuffled: any sample may follow any other. blocks: blocks of consecutive samples in a seeded order, and a seeded order inside each: what
+# is read next lies close to what was read last. sequential: as the source has them.
+Kind = Literal["shuffled", "blocks", "sequential"]
+SLOTS: Final = 1 << 16  # the resolution of weights
+_ROUNDS: Final = 6
+_U64: Final = (1 << 64) - 1
+_GOLDEN: Final = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """Samples are numbered through: those of source 0, then those of source 1, ..."""
+
+    seed: int
+    sizes: tuple[int, ...]  # samples of each source, at least one
+    quotas: tuple[int, ...] = (1,)  # slots of each source in a cycle, at least one
+    kind: Kind = "shuffled"
+    block_samples: int = 1024  # of "blocks"
+
+    def samples(self, positions: Positions) -> Positions:
+        """The sample at each position."""
+        sources, drawn = self.sources(positions)
+        out = np.empty_like(drawn)
+        for source in np.unique(sources).tolist():
+            chosen = sources == source
+            out[chosen] = self._of_source(source, drawn[chosen]) + np.uint64(sum(self.sizes[:source]))
+        return out
+
+    def sources(self, positions: Positions) -> tuple[npt.NDArray[np.int64], Positions]:
+        """(source of each position, how many of that source's samples stand before it)."""
+        slot_sources, slot_ranks = _cycle(self.quotas)
+        cycles, slots = np.divmod(positions.astype(np.uint64), np.uint64(len(slot_sources)))
+        sources = slot_sources[slots]
+        return sources, cycles * np.array(self.quotas, dtype=np.uint64)[sources] + slot_ranks[slots]
+
+    def _of_source(self, source: int, drawn: Positions) -> Positions:
+        size = self.sizes[source]
+        seed = self.seed if source == 0 else _mix_int(self.seed + 0xD1342543DE82EF95 * source)
+        epochs, places = np.divmod(drawn, np.uint64(size))
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            places[chosen] = self._permuted(places[chosen], size, key=_mix_int(seed + _GOLDEN * (epoch + 1)))
+        return places
+
+    def _permuted(self, places: Positions, count: int, *, key: int) -> Positions:
+        if self.kind == "sequential":
+            return places
+        if self.kind == "blocks":
+            return in_blocks(places, count, self.block_samples, key=key)
+        return shuffled(places, count, key=key)
+
+
+def apportion(weights: Sequence[float | int]) -> tuple[int, ...]:
+    """Quotas for weights, by largest remainders (ties: the first source), reduced. 0 where a weight is below the resolution."""
+    total = sum(map(Fraction, weights))
+    exact = [SLOTS * Fraction(weight) / total for weight in weights]
+    quotas = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (quotas[i] - exact[i], i))
+    for i in by_remainder[: SLOTS - sum(quotas)]:
+        quotas[i] += 1
+    divisor = gcd(*quotas)
+    return tuple(quota // divisor for quota in quotas)
+
+
+@lru_cache(maxsize=8)
+def _cycle(quotas: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], Positions]:
+    """(source of each slot, how many slots of that source come before it in the cycle).
+
+    Slot j of a source with q slots is due at (j + 1/2) / q of the cycle; slots stand in the order in which they are due (ties: the first
+    source). The due times of two sources differ by 2^-34 at least, or not at all, so 2^-40 is fine enough to be exact.
+    """
+    sources = np.repeat(np.arange(len(quotas)), quotas)
+    ranks = np.concatenate([np.arange(quota) for quota in quotas])
+    due = ((2 * ranks + 1) << 40) // (2 * np.array(quotas)[sources])
+    by_due = np.argsort(due, kind="stable")
+    return sources[by_due], ranks[by_due].astype(np.uint64)
+
+
+def in_blocks(places: Positions, count: int, block: int, *, key: int) -> Positions:
+    """A keyed permutation of range(count) that keeps blocks of `block` consecutive numbers together. The last block may be short; it stands
+    at a keyed place among the others."""
+    num_whole, rest = divmod(count, block)
+    short_first = _mix_int(key) % (num_whole + 1) * block
+    is_short = (places >= short_first) & (places < short_first + rest)
+    blocks, offsets = np.divmod(np.where(places < short_first, places, places - np.uint64(rest)), np.uint64(block))
+    blocks[~is_short] = shuffled(blocks[~is_short], num_whole, key=key)
+    blocks[is_short], offsets[is_short] = num_whole, places[is_short] - np.uint64(short_first)
+    for number in np.unique(blocks).tolist():
+        chosen = blocks == number
+        size = block if number < num_whole else rest
+        offsets[chosen] = shuffled(offsets[chosen], size, key=_mix_int(key + _GOLDEN * (number + 1)))
+    return blocks * np.uint64(block) + offsets
+
+
+def shuffled(places: Positions, count: int, *, key: int) -> Positions:
+    """A keyed permutation of range(count), element by element and without a table: a balanced Feistel network over the next power of
+    four, walked until it falls below `count` (Black and Rogaway 2002)."""
+    half = np.uint64(max(1, (max(1, count - 1).bit_length() + 1) // 2))
+    out = places.astype(np.uint64)
+    todo = np.ones(out.shape, dtype=np.bool_)
+    while todo.any():
+        out[todo] = _feistel(out[todo], half, key)
+        todo &= out >= np.uint64(count)
+    return out
+
+
+def _feistel(values: Positions, half: np.uint64, key: int) -> Positions:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for i in range(_ROUNDS):
+        left, right = right, left ^ (_mix(right + np.uint64(_mix_int(key + i))) & mask)
+    return (left << half) | right
+
+
+def _mix(values: Positions) -> Positions:
+    """SplitMix64's finaliser (Steele et al. 2014); arithmetic is modulo 2^64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _mix_int(value: int) -> int:
+    return int(_mix(np.array([(value + _GOLDEN) & _U64], dtype=np.uint64))[0])
