@@ -66,12 +66,12 @@ def make_result(run: Run, final: RankState, evaluation: Evaluation) -> dict[str,
     """Collective. The trainer's part of result.json."""
     digests = state.digest(run.tensors, alive=lambda: run.me.report(Phase.FINISH, run.step))
     streams: list[str] = [""] * run.world.size
-    dist.all_gather_object(streams, rng.digest(final.rng))
+    dist.all_gather_object(streams, rng.digest(rng.streams_in(final.parts)))
     return {
         "step": run.step,
         "model_sha256": digests["model"],
         "optimizer_sha256": digests["optimizer"],
-        "state_sha256": state.state_digest(digests, streams, step=final.step, position=final.position),
+        "state_sha256": state.state_digest(digests, streams, **final.parts["position"]),
         "final_loss_hex": run.loss_hex,
         "unigram_nats": run.tokens.index.held_out.unigram_nats,
         **_figures(evaluation),

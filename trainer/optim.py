@@ -7,7 +7,7 @@ memory with the sharded model. The bits are the same, and a step costs microseco
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,12 +33,11 @@ class ShardOptimizer:
     def __init__(self, model: nn.Module, config: OptimizerSection) -> None:
         self.parameters = dict(model.named_parameters())
         self.shards = {name: nn.Parameter(local(parameter)) for name, parameter in self.parameters.items()}
-        # One group per kind; a group without parameters would lose its hyper-parameters on the way through a checkpoint.
-        groups = {
+        # One group per kind, also where a model has no parameter of it: its hyper-parameters are kept by the group's name.
+        self.group_names = {
             "decayed": [n for n, p in self.parameters.items() if p.ndim > 1],
             "exempt": [n for n, p in self.parameters.items() if p.ndim <= 1],
         }
-        self.group_names = {group: names for group, names in groups.items() if names}
         decay = {"decayed": config.weight_decay, "exempt": 0.0}
         self.adamw = torch.optim.AdamW(
             [{"params": [self.shards[n] for n in names], "weight_decay": decay[group]} for group, names in self.group_names.items()],
@@ -102,14 +101,22 @@ def local(tensor: Tensor) -> Tensor:
         return shard
 
 
-def changed_hyper_parameters(saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+def changed_hyper_parameters(saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Sentences about what differs, except the learning rate, which is a function of the step."""
-    for group, values in now.items():
-        for key, value in values.items():
-            before = saved.get(group, {}).get(key)
-            if key != "lr" and _plain(before) != _plain(value):
-                yield f"{key} of the {group} parameters was {before} and is {value} from here on"
+    for group in sorted({*saved, *now}):
+        before, after = ({key: value for key, value in there.get(group, {}).items() if key != "lr"} for there in (saved, now))
+        yield from changes(before, after, f"of the {group} parameters")
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
+def schedule_of(config: OptimizerSection, steps: int) -> dict[str, Any]:
+    """What decides the learning rate and the clipping of every step, as JSON."""
+    names = ("lr", "min_lr_ratio", "warmup_steps", "clip_norm")
+    return {name: getattr(config, name) for name in names} | {"steps": steps}
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any], what: str) -> Iterator[str]:
+    """A sentence per key whose value differs."""
+    for key in sorted({*saved, *now}):
+        before, after = (list(value) if isinstance(value, tuple) else value for value in (saved.get(key), now.get(key)))
+        if before != after:
+            yield f"{key} {what} was {before} and is {after} from here on"

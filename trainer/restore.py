@@ -35,6 +35,7 @@ from .contract import DAMAGED_KIND, Phase
 from .matching import skipped
 from .optim import local
 from .parallel import chunks_of
+from .registry import Registry
 from .state import NestedTensors, byte_view, flatten
 
 log = logging.getLogger("keepstep.trainer")
@@ -76,12 +77,16 @@ class Resumed:
     first_state: Mapping[str, Any]  # what rank 0 had saved
 
 
-def resume(me: Attached, tensors: NestedTensors) -> Resumed:
+def resume(me: Attached, tensors: NestedTensors, registry: Registry | None = None) -> Resumed:
     """Loads the one checkpoint that this attempt was told, from this node's memory where it still is, else from the root.
+
+    Args:
+        registry: what is put back beside the tensors; it is compared before a tensor is touched.
 
     Raises:
         ResumeDamaged: it does not verify.
         CheckpointMismatch: it is of another model.
+        StateMismatch: it does not hold the parts of `registry`.
         StoreError: the root cannot be read.
     """
     assert me.spec is not None
@@ -91,9 +96,14 @@ def resume(me: Attached, tensors: NestedTensors) -> Resumed:
         manifest = read_manifest(store, directory, me.resume.manifest_sha256)
         resident = me.staging.resident if me.staging else None
         reader = CheckpointReader(store, directory, manifest, resident, alive=lambda: me.report(Phase.LOAD, manifest.step))
+        states = [index.state for index in manifest.ranks]
+        if registry is not None:
+            registry.check(states)
         restored = restore(manifest, reader, tensors)
     except DamagedCheckpoint as error:
         raise ResumeDamaged(error) from error
+    if registry is not None:
+        registry.restore(states)
     for alarm in reader.alarms:
         log.warning("%s", alarm)
     log.info(

@@ -1,6 +1,8 @@
 """Every random stream of a rank: captured as JSON, restored exactly, or derived when there is nothing exact to restore.
 
-Python's random, NumPy's global generator, torch's CPU generator, the generator of every CUDA device of this process.
+Python's random, NumPy's global generator, torch's CPU generator, the generator of every CUDA device of this process, and whether
+DTensor's tracker exists. The tracker keeps no numbers of its own (torch 2.13), but its making is an event of the streams: the first random
+operation on a DTensor makes it, and that gives all ranks the stream of rank 0. Made once more after a restart, it would do so again.
 """
 
 from __future__ import annotations
@@ -8,19 +10,34 @@ from __future__ import annotations
 import base64
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import _random as dtensor
 
 from keepstep.storage.canonical import canonical_json, sha256_hex
 
-PARTS: Final = frozenset({"python", "numpy", "torch", "cuda"})
+from .registry import Part
+
+_PREFIX: Final = "rng."  # of the parts' names
 
 
 class RngMismatch(ValueError):
     """The saved streams are not those of this process; going on would silently train something else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """One generator, or all of one kind."""
+
+    capture: Callable[[], Any]
+    restore: Callable[[Any], None]
+    check: Callable[[Any], Iterable[str]] = lambda saved: ()
 
 
 def seed_everything(*facts: int) -> None:
@@ -32,29 +49,18 @@ def seed_everything(*facts: int) -> None:
 
 
 def capture() -> dict[str, Any]:
-    """All streams, as JSON."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    assert isinstance(keys, np.ndarray)
-    return {
-        "python": {"version": version, "words": _pack(np.array(words, dtype=np.uint32)), "gauss": _hex(gauss)},
-        "numpy": {"name": name, "keys": _pack(keys), "position": int(position), "has_gauss": int(has_gauss), "cached": float(cached).hex()},
-        "torch": _pack_tensor(torch.get_rng_state()),
-        "cuda": [_pack_tensor(state) for state in _cuda_states()],
-    }
+    """All streams by name, as JSON."""
+    return {name: stream.capture() for name, stream in STREAMS.items()}
 
 
 def restore(saved: Mapping[str, Any]) -> None:
-    """Puts all streams back. Raises RngMismatch, before it changes any, when a part is missing or of another machine."""
-    _check(saved)
-    python, numpy = saved["python"], saved["numpy"]
-    words = tuple(int(word) for word in _unpack(python["words"], np.uint32))
-    random.setstate((python["version"], words, None if python["gauss"] is None else float.fromhex(python["gauss"])))
-    keys = _unpack(numpy["keys"], np.uint32)
-    np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], float.fromhex(numpy["cached"])))
-    torch.set_rng_state(_unpack_tensor(saved["torch"]))
-    if saved["cuda"]:
-        torch.cuda.set_rng_state_all([_unpack_tensor(state) for state in saved["cuda"]])
+    """Puts all streams back. Raises RngMismatch, before it changes any, when one is missing or of another machine."""
+    if wrong := set(STREAMS) ^ set(saved):
+        raise RngMismatch(f"the checkpoint's random streams lack or add {sorted(wrong)}: refusing to train on with other ones")
+    if problems := [problem for name, stream in STREAMS.items() for problem in stream.check(saved[name])]:
+        raise RngMismatch(f"the checkpoint's random streams: {'; '.join(problems)}")
+    for name, stream in STREAMS.items():
+        stream.restore(saved[name])
 
 
 def digest(saved: Mapping[str, Any]) -> str:
@@ -62,25 +68,89 @@ def digest(saved: Mapping[str, Any]) -> str:
     return sha256_hex(canonical_json(saved))
 
 
-def _check(saved: Mapping[str, Any]) -> None:
-    if wrong := PARTS ^ set(saved):
-        raise RngMismatch(f"the checkpoint's random streams lack or add {sorted(wrong)}: refusing to train on with other ones")
-    if len(saved["cuda"]) != len(_cuda_states()):
-        raise RngMismatch(
-            f"the checkpoint holds random streams of {len(saved['cuda'])} CUDA devices, this process has {len(_cuda_states())}"
+def parts(derive: Callable[[], str] | None = None) -> list[Part]:
+    """A part per stream, named "rng.python" and so on.
+
+    Args:
+        derive: at another world size: makes all streams anew and says how. None: such a checkpoint is refused.
+    """
+    elsewhere = None if derive is None else lambda saved: derive()
+    return [
+        Part(
+            name=f"{_PREFIX}{name}",
+            capture=stream.capture,
+            restore=stream.restore,
+            check=stream.check,
+            per_rank=name != "dtensor",
+            elsewhere=elsewhere,
         )
+        for name, stream in STREAMS.items()
+    ]
+
+
+def streams_in(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `restore` takes, out of the parts of a rank's state in a checkpoint."""
+    return {name.removeprefix(_PREFIX): saved for name, saved in parts.items() if name.startswith(_PREFIX)}
+
+
+def _capture_python() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    return {"version": version, "words": _pack(np.array(words, dtype=np.uint32)), "gauss": None if gauss is None else float(gauss).hex()}
+
+
+def _restore_python(saved: Mapping[str, Any]) -> None:
+    words = tuple(int(word) for word in _unpack(saved["words"]))
+    random.setstate((saved["version"], words, None if saved["gauss"] is None else float.fromhex(saved["gauss"])))
+
+
+def _capture_numpy() -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
+    return {"name": name, "keys": _pack(keys), "position": int(position), "has_gauss": int(has_gauss), "cached": float(cached).hex()}
+
+
+def _restore_numpy(saved: Mapping[str, Any]) -> None:
+    keys = _unpack(saved["keys"])
+    np.random.set_state((saved["name"], keys, saved["position"], saved["has_gauss"], float.fromhex(saved["cached"])))
 
 
 def _cuda_states() -> list[torch.Tensor]:
     return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
+def _restore_cuda(saved: list[str]) -> None:
+    if saved:
+        torch.cuda.set_rng_state_all([_unpack_tensor(state) for state in saved])
+
+
+def _check_cuda(saved: list[str]) -> Iterable[str]:
+    if len(saved) != (here := len(_cuda_states())):
+        yield f"it holds streams of {len(saved)} CUDA devices, this process has {here}"
+
+
+def _capture_tracker() -> dict[str, Any] | None:
+    return None if dtensor._rng_tracker is None else {"distributes": dtensor._rng_tracker.distribute_region_enabled}
+
+
+def _restore_tracker(saved: Mapping[str, Any] | None) -> None:
+    dtensor._rng_tracker = None
+    if saved is not None:
+        mesh = init_device_mesh("cuda", (dist.get_world_size(),))
+        dtensor._rng_tracker = dtensor.OffsetBasedRNGTracker(mesh, run_state_sync=False)
+        dtensor._rng_tracker.distribute_region_enabled = saved["distributes"]
+
+
+def _check_tracker(saved: Mapping[str, Any] | None) -> Iterable[str]:
+    if saved is not None and not _cuda_states():
+        yield "DTensors drew numbers on CUDA devices, and this process has none"
+
+
 def _pack(array: np.ndarray[Any, Any]) -> str:
     return base64.b64encode(np.ascontiguousarray(array, dtype="<u4").tobytes()).decode()
 
 
-def _unpack(text: str, dtype: type[np.uint32]) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    return np.frombuffer(base64.b64decode(text), dtype="<u4").astype(dtype)
+def _unpack(text: str) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    return np.frombuffer(base64.b64decode(text), dtype="<u4").astype(np.uint32)
 
 
 def _pack_tensor(state: torch.Tensor) -> str:
@@ -91,5 +161,10 @@ def _unpack_tensor(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def _hex(value: float | None) -> str | None:
-    return None if value is None else float(value).hex()
+STREAMS: Final[Mapping[str, Stream]] = {
+    "python": Stream(capture=_capture_python, restore=_restore_python),
+    "numpy": Stream(capture=_capture_numpy, restore=_restore_numpy),
+    "torch": Stream(capture=lambda: _pack_tensor(torch.get_rng_state()), restore=lambda saved: torch.set_rng_state(_unpack_tensor(saved))),
+    "cuda": Stream(capture=lambda: [_pack_tensor(state) for state in _cuda_states()], restore=_restore_cuda, check=_check_cuda),
+    "dtensor": Stream(capture=_capture_tracker, restore=_restore_tracker, check=_check_tracker),
+}

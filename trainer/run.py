@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import torch
 import torch.distributed as dist
 
 from keepstep.storage.store import Store
@@ -23,8 +22,10 @@ from .data import Feed, feed_for
 from .engine import Engine, FsdpEngine
 from .loader import Share
 from .models import build_model, num_parameters
-from .optim import ShardOptimizer, changed_hyper_parameters
+from .optim import ShardOptimizer
 from .parallel import World, initialise, shard
+from .parts import registry_of
+from .registry import Registry
 from .restore import resume
 from .state import NestedTensors, RankState, tensors_of
 from .tokens import Tokens, open_tokens, prepare, read_index
@@ -61,6 +62,7 @@ class Run:
     feed: Feed
     engine: Engine
     tensors: NestedTensors  # the whole state by name, sharing memory with model and optimizer
+    registry: Registry = field(init=False)  # the state beside it
     checkpointer: Checkpointer
     cadence: Cadence
     save_requests: SaveRequests
@@ -81,14 +83,7 @@ class Run:
 
     def rank_state(self) -> RankState:
         """What this rank keeps beside its tensors, as of now."""
-        return RankState(
-            step=self.step,
-            position=self.feed.positions(self.step)[1],
-            rng=rng.capture(),
-            loss_hex=self.loss_hex,
-            hyper_parameters=self.engine.optimizer.hyper_parameters(),
-            threads=torch.get_num_threads(),
-        )
+        return RankState(parts=self.registry.capture())
 
 
 def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
@@ -118,6 +113,7 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
         cadence=Cadence(interval=interval, saved_step=0, saved_at=time.monotonic()),
         save_requests=SaveRequests(),
     )
+    run.registry = registry_of(run)
     _begin(run)
     log.info("rank %d of %d: %d parameters, from step %d", world.rank, world.size, parameters, run.step)
     return run
@@ -144,24 +140,6 @@ def _begin(run: Run) -> None:
 
 
 def _resume(run: Run) -> None:
-    resumed = resume(run.me, run.tensors)
-    same_world = resumed.world_size == run.world.size
-    saved = RankState.from_json(resumed.state)
-    if same_world:
-        rng.restore(saved.rng)
-        _compute_like(saved)
-    else:
-        rng.seed_everything(run.config.run.seed, saved.step, run.world.rank)
-        log.info("saved by %d ranks, resumed by %d: random streams follow from (seed, step, rank)", resumed.world_size, run.world.size)
-    for sentence in changed_hyper_parameters(saved.hyper_parameters, run.engine.optimizer.hyper_parameters()):
-        log.warning("%s", sentence)
-    run.step, run.loss_hex = saved.step, saved.loss_hex
-    run.is_finished = resumed.first_state.get("result") is not None and saved.step >= run.config.run.steps
-    run.cadence = run.cadence.saved(saved.step, time.monotonic(), run.cadence.stall_s)
-
-
-def _compute_like(saved: RankState) -> None:
-    """A node with another number of cores would add up in another order."""
-    if saved.threads != torch.get_num_threads():
-        log.info("computing with %d threads as before; this node would take %d", saved.threads, torch.get_num_threads())
-        torch.set_num_threads(saved.threads)
+    resumed = resume(run.me, run.tensors, run.registry)
+    run.is_finished = resumed.first_state.get("result") is not None and run.step >= run.config.run.steps
+    run.cadence = run.cadence.saved(run.step, time.monotonic(), run.cadence.stall_s)

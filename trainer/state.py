@@ -3,9 +3,9 @@
     model.<parameter>                        sharded tensors, in the parameter's own dtype
     optimizer.<parameter>.exp_avg[_sq]       sharded like the parameter
     optimizer.<parameter>.step               updates so far, replicated
-    RankState                                per rank, JSON: random streams, the last loss, hyper-parameters. Never under shared keys
+    RankState.parts                          per rank, JSON: random streams, position, the last loss, ... Never under shared keys
 
-The data position is the step (data.py), so nothing else is state.
+All that is no tensor is a part of the registry (registry.py, parts.py); nothing else is state.
 """
 
 from __future__ import annotations
@@ -30,21 +30,11 @@ NestedTensors = dict[str, dict[str, Any]]  # {"model": {name: tensor}, "optimize
 class RankState:
     """What a rank keeps beside its tensors; the JSON under "state" of its rank index."""
 
-    step: int
-    position: int  # of the canonical order: the next sample to consume
-    rng: Mapping[str, Any]
-    loss_hex: str  # of the last step
-    hyper_parameters: Mapping[str, Any]
-    threads: int  # of PyTorch: how many a sum is split over decides its last bits
+    parts: Mapping[str, Any]  # see registry.py
     result: Mapping[str, Any] | None = None  # rank 0, final checkpoint: what result.json says
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @staticmethod
-    def from_json(fields: Mapping[str, Any]) -> RankState:
-        """Raises TypeError when a part is missing: another version of keepstep wrote it."""
-        return RankState(**fields)
 
 
 def tensors_of(model: nn.Module, optimizer: ShardOptimizer) -> NestedTensors:

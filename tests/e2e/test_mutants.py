@@ -36,7 +36,10 @@ sys.meta_path.insert(0, Mutate())
 """
 
 MUTANTS = {
-    "random streams are not restored": ("keepstep.trainer.rng", "module.restore = lambda saved: None"),
+    "random streams are not restored": (
+        "keepstep.trainer.rng",
+        "from dataclasses import replace; module.STREAMS = {n: replace(s, restore=lambda saved: None) for n, s in module.STREAMS.items()}",
+    ),
     "the optimizer is not restored": (
         "keepstep.trainer.restore",
         "whole = module.restore; module.restore = lambda m, r, tensors: whole(m, r, {'model': tensors['model']})",

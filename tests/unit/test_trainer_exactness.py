@@ -84,7 +84,7 @@ def test_a_node_with_more_cores_computes_with_as_many_threads_as_the_run_began_w
     assert losses == {step: loss for step, loss in straight.losses.items() if step > 2}
     assert result == straight.result
     (folder,) = straight.root.glob(f"data/a000007/s{STEPS:09d}-*")
-    assert json.loads((folder / "rank-00000.json").read_text())["state"]["threads"] == 1
+    assert json.loads((folder / "rank-00000.json").read_text())["state"]["parts"]["threads"] == 1
 
 
 def with_workers(config: dict[str, Any], workers: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_ranks_and_steps_draw_different_numbers() -> None:
     assert len({number for numbers in drawn for number in numbers}) == 4 * len(drawn[0])
 
 
-@pytest.mark.parametrize("part", sorted(rng.PARTS))
+@pytest.mark.parametrize("part", sorted(rng.STREAMS))
 def test_a_missing_part_refuses_to_load_and_changes_nothing(part: str) -> None:
     saved = rng.capture()
     expected = draw()

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +166,12 @@ def _mutate(mutant: str) -> None:
     from keepstep.trainer import rng, run
 
     if mutant == "rng":
-        rng.restore = lambda saved: rng.seed_everything(0)
+        rng.STREAMS = {name: replace(stream, restore=lambda saved: None) for name, stream in rng.STREAMS.items()}
     if mutant == "cores":
         os.environ["OMP_NUM_THREADS"] = "2"
     if mutant == "optimizer":
         whole = run.resume
-        run.resume = lambda me, tensors: whole(me, {"model": tensors["model"]})
+        run.resume = lambda me, tensors, registry: whole(me, {"model": tensors["model"]}, registry)
 
 
 def spec_of(root: Path, rank: int, attempt: int, resume: Resume | None) -> RankSpec:

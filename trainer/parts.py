@@ -1,0 +1,115 @@
+"""The parts of a training run: what must survive a restart beside the tensors, in the order in which it is put back.
+
+Whoever adds state to a run adds a part here; test_trainer_state_mutants.py then asks for a mutant that shows that it matters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from . import rng
+from .optim import changed_hyper_parameters, changes, schedule_of
+from .registry import Part, Registry
+
+if TYPE_CHECKING:
+    from .run import Run
+
+log = logging.getLogger("keepstep.trainer")
+
+BY_STEP: Final = "by step"  # a loader whose index is the step: its workers have nothing that a restart could lose, see loader.py
+
+
+def registry_of(run: Run) -> Registry:
+    """Every part of `run`."""
+    registry = Registry(rank=run.world.rank, world_size=run.world.size)
+    registry.add(
+        _progress(run),
+        _position(run),
+        _loader(),
+        _optimizer(run),
+        _schedule(run),
+        threads(),
+        *rng.parts(derive=lambda: _new_streams(run)),
+    )
+    return registry
+
+
+def _progress(run: Run) -> Part:
+    def restore(saved: dict[str, Any]) -> None:
+        run.step, run.loss_hex = saved["step"], saved["loss_hex"]
+
+    return Part(name="progress", capture=lambda: {"step": run.step, "loss_hex": run.loss_hex}, restore=restore)
+
+
+def _position(run: Run) -> Part:
+    """Of the canonical order: a function of the step, so there is nothing to put back; another one would repeat or leave out samples."""
+
+    def check(saved: dict[str, Any]) -> Iterable[str]:
+        if saved["position"] != (here := run.feed.positions(saved["step"])[1]):
+            where = f"step {saved['step']} stood at position {saved['position']} of the samples' order"
+            yield f"{where}, with this batch and these skips it stands at {here}"
+
+    return Part(
+        name="position",
+        capture=lambda: {"step": run.step, "position": run.feed.positions(run.step)[1]},
+        restore=lambda saved: None,
+        check=check,
+    )
+
+
+def _loader() -> Part:
+    def check(saved: Any) -> Iterable[str]:
+        if saved != BY_STEP:
+            yield f"its loader had a state of its own ({saved!r}), this one reads by step and has none"
+
+    return Part(name="loader", capture=lambda: BY_STEP, restore=lambda saved: None, check=check)
+
+
+def _optimizer(run: Run) -> Part:
+    """Hyper-parameters of every group, also of one without parameters. Moments are tensors. run.toml wins, and what it changes is told."""
+
+    def capture() -> dict[str, Any]:
+        return run.engine.optimizer.hyper_parameters()
+
+    def restore(saved: dict[str, Any]) -> None:
+        for sentence in changed_hyper_parameters(saved, capture()):
+            log.warning("%s", sentence)
+
+    return Part(name="optimizer", capture=capture, restore=restore)
+
+
+def _schedule(run: Run) -> Part:
+    """What the learning rate follows beside the step. run.toml wins, and what it changes is told."""
+
+    def capture() -> dict[str, Any]:
+        return schedule_of(run.config.optimizer, run.config.run.steps)
+
+    def restore(saved: dict[str, Any]) -> None:
+        for sentence in changes(saved, capture(), "of the schedule"):
+            log.warning("%s", sentence)
+
+    return Part(name="schedule", capture=capture, restore=restore)
+
+
+def threads() -> Part:
+    """Of PyTorch: how many a sum is split over decides its last bits, and nodes have different numbers of cores."""
+
+    def restore(saved: int) -> None:
+        if saved != torch.get_num_threads():
+            log.info("computing with %d threads as before; this node would take %d", saved, torch.get_num_threads())
+            torch.set_num_threads(saved)
+
+    def as_rank_0(saved: Sequence[int]) -> str:
+        restore(saved[0])
+        return ""
+
+    return Part(name="threads", capture=torch.get_num_threads, restore=restore, per_rank=True, elsewhere=as_rank_0)
+
+
+def _new_streams(run: Run) -> str:
+    rng.seed_everything(run.config.run.seed, run.step, run.world.rank)
+    return "random streams follow from (seed, step, rank)"
