@@ -53,7 +53,7 @@ def run_locally(config: RunConfig, *, demo: bool) -> int:
 def ready(config: RunConfig) -> tuple[Store, Path]:
     """The root claimed for this run, its tokens there; and the resolved config for the coordinator. Raises InputError."""
     store = open_root(config)
-    claim(store, config)
+    config = claim(store, config)
     if not config.train.script:
         prepare_tokens(config, store)  # a user's script brings its own data
     return store, _write_resolved(config)
@@ -83,7 +83,7 @@ def coordinate(config: RunConfig, *, managed: bool) -> int:
 
     die_with_parent_if_told()
     store = open_root(config)
-    claim(store, config)
+    config = claim(store, config)
     end = serve(config, store, _tell_json if managed else _tell_person)
     if not managed:
         print(f"keepstep: {end.why}", flush=True)

@@ -2,7 +2,9 @@
 
 load(path, overrides)       a person's file and `-o section.key=value`
 parse(text, name, ...)      the same from text, e.g. the resolved run.toml of a root
+overridden(config, ...)     the same with what rewinds have put on top of it
 to_toml(config)             resolved, with each key's docstring as a comment
+settled(config, stored)     with what is decided at a run's start and stays so
 identity(config)            what may not change within a run, as one hash
 explain_difference(a, b)    the same as sentences
 """
@@ -26,7 +28,7 @@ from .errors import InputError
 from .relations import Problem, broken, nearest, shown
 from .sections import ClusterSection, RunConfig, StorageSection, keys_of, known_keys, section_types, value_of
 
-__all__ = ["ClusterSection", "RunConfig", "StorageSection", "explain_difference", "identity", "load", "parse", "to_toml"]
+__all__ = ["ClusterSection", "RunConfig", "StorageSection", "explain_difference", "identity", "load", "overridden", "parse", "settled", "to_toml"]
 
 Tables = dict[str, Any]  # section -> {key: value}; a section inside another one has a name of its own: "train.spike"
 
@@ -55,16 +57,34 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def overridden(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """With the overrides of a run log's rewinds. Raises InputError where they do not fit together."""
+    return parse(to_toml(config), "run.toml", overrides) if overrides else config
+
+
 def to_toml(config: RunConfig) -> str:
     """Every key with its value, its docstring above it."""
     return "\n".join(_section_toml(config, name) for name in section_types())
+
+
+def settled(config: RunConfig, stored: RunConfig | None) -> RunConfig:
+    """With the number of logical ranks where it was left open: that of the run that is there (`stored`), else one per rank of a full gang.
+
+    So a run that goes on with more or fewer nodes keeps its number.
+    """
+    cluster = config.cluster
+    if not cluster.exact_reduction or cluster.logical_ranks:
+        return config
+    begun = stored.cluster.logical_ranks if stored else 0
+    cluster = cluster.model_copy(update={"logical_ranks": begun or cluster.nodes * cluster.ranks_per_node})
+    return config.model_copy(update={"cluster": cluster})
 
 
 def identity(config: RunConfig) -> str:
     """SHA-256 over what may not change within a run: two configs with the same identity continue each other's history.
 
     The rule: whatever decides the bits of the history on a gang of unchanged size. So not where the run lives (root, storage), what
-    it runs on (cluster), or what it is asked for beside training (checkpoint, evaluate).
+    it runs on (cluster, but for the order in which gradients are added), or what it is asked for beside training (checkpoint, evaluate).
     """
     fixed = {key: value_of(config, key) for key in _fixed_keys(config)}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -82,9 +102,11 @@ def _fixed_keys(config: RunConfig) -> Iterator[str]:
     if config.train.script:
         yield "train.script_args"  # the script's text may change: its owner may mend a bug and go on
         return
-    yield from (key for key in known_keys() if key.startswith(("data.", "model.", "optimizer.")))
+    fixed = (key for key in known_keys() if key.startswith(("data.", "model.", "optimizer.")))
+    yield from (key for key in fixed if key != "data.streaming")  # how the same tokens are read
     # Dropout draws by micro batch and sums have an order, so this one is not only about memory.
     yield from ("train.batch_tokens", "train.micro_batch_samples", "train.precision")
+    yield from ("cluster.exact_reduction", "cluster.logical_ranks")
     if config.optimizer.min_lr_ratio != 1:
         yield "run.steps"  # the cosine's length: another one would have had other learning rates from the first step on
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from math import isfinite
 from typing import Any
 
+from keepstep.storage import skips
 from keepstep.trainer.cadence import parse_interval
+from keepstep.trainer.config import DataSection
 
 from .sections import RunConfig, value_of, values
 
@@ -81,6 +84,14 @@ def _is_interval(value: int | str) -> bool:
     return True
 
 
+def _are_skips(texts: Sequence[str]) -> bool:
+    try:
+        found = sorted(map(skips.parse, texts))
+    except ValueError:
+        return False
+    return all(last <= first for (_, last), (first, _) in pairwise(found))
+
+
 def _is_address(listen: str) -> bool:
     match = re.fullmatch(r"(?:\[[0-9a-fA-F:]+\]|[^\s:\[\]]+):(\d{1,5})", listen)
     return match is not None and int(match[1]) <= 65535
@@ -139,6 +150,44 @@ RULES = (
         lambda c: not _trains_lm(c) or _samples(c) >= c.cluster.nodes * max(1, c.cluster.ranks_per_node),
         "<train.batch_tokens> with <model.context> gives fewer samples than there are ranks (<cluster.nodes>, <cluster.ranks_per_node>): "
         "every rank needs at least one per step, so raise train.batch_tokens",
+    ),
+    Rule(
+        lambda c: not _trains_lm(c) or not c.cluster.exact_reduction or _samples(c) >= c.cluster.logical_ranks,
+        "<train.batch_tokens> with <model.context> gives fewer samples than there are logical ranks (<cluster.logical_ranks>): every one "
+        "needs at least one per step",
+    ),
+    Rule(
+        lambda c: _trains_lm(c) or not c.cluster.exact_reduction,
+        "<cluster.exact_reduction> is an order in which the LM trainer adds gradients: <train.script> adds its own",
+    ),
+    Rule(
+        lambda c: not c.cluster.exact_reduction or c.cluster.logical_ranks > 0 or c.cluster.ranks_per_node > 0,
+        "<cluster.exact_reduction> needs a number of logical ranks that no machine decides: <cluster.logical_ranks> and "
+        "<cluster.ranks_per_node> leave it open, so give one of them",
+    ),
+    Rule(
+        lambda c: c.cluster.exact_reduction or not c.cluster.logical_ranks,
+        "<cluster.logical_ranks> is given, but <cluster.exact_reduction>: switch it on, or remove them",
+    ),
+    Rule(
+        lambda c: not c.data.sources or c.data.source == DataSection().source,
+        "<data.source> and <data.sources> are both given: name all texts in data.sources",
+    ),
+    Rule(
+        lambda c: len(c.data.weights) in (0, len(c.data.sources)),
+        "<data.weights> must be as many as <data.sources>, or none (then samples come by the size of their source)",
+    ),
+    Rule(
+        lambda c: all(isfinite(weight) and weight > 0 for weight in c.data.weights),
+        "<data.weights> must be above 0 each; take a source out that is not to be trained on",
+    ),
+    Rule(
+        lambda c: _are_skips(c.data.skip),
+        '<data.skip> must be ranges of positions, "FIRST:LAST" with FIRST below LAST, that do not overlap, for example ["1024:1040"]',
+    ),
+    Rule(
+        lambda c: not c.data.streaming or not c.train.loader_workers,
+        "<data.streaming> reads ahead by itself, with connections that its forks cannot use: <train.loader_workers> must be 0",
     ),
     Rule(
         lambda c: not _trains_lm(c) or c.optimizer.warmup_steps <= c.run.steps,

@@ -39,12 +39,13 @@ def open_root(config: RunConfig) -> Store:
 
 
 def claim(store: Store, config: RunConfig) -> RunConfig:
-    """Makes the root this run's, or checks that it is already. Raises InputError with the remedy.
+    """Makes the root this run's, or checks that it is already; returns the config to go on with. Raises InputError with the remedy.
 
     The resolved config of the newest `run` is what stands in run.toml; the identity never changes.
     """
     try:
         stored = _stored_config(store)
+        config = configs.settled(config, stored)
         if stored is None:
             store.probe()
         elif differences := configs.explain_difference(stored, config):

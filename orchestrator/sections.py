@@ -9,11 +9,13 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from keepstep.trainer.config import Section, TrainerConfig
+from keepstep.trainer.config import ReductionSection, Section, TrainerConfig
 
 
-class ClusterSection(Section):
+class ClusterSection(ReductionSection):
     """The nodes, and how patient keepstep is with them. Times are seconds."""
+
+    model_config = ConfigDict(extra="forbid")
 
     nodes: int = Field(1, ge=1)
     """Nodes of a full gang."""

@@ -37,7 +37,7 @@ def prepare_data(config: RunConfig) -> None:
     from keepstep.trainer.tokens import describe
 
     store = open_root(config)
-    claim(store, config)
+    config = claim(store, config)
     for name, value in describe(prepare_tokens(config, store)).items():
         print(f"{name}: {value}")
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .contract import Request
-from .engine import Sums
+from .ledger import Entry, entry_of
+from .loader import MicroBatch
 from .run import Run
+from .sums import Sums, total
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,25 +19,40 @@ class Agreed:
     """What all ranks know after the exchange of a step, bit by bit the same."""
 
     loss: float  # mean over the global batch, nats per token
-    grad_norm: float  # before clipping; NaN where it is not finite
+    tokens: int  # of the global batch that count: padding does not
+    gradient_scale: float  # from the gradient that the engine holds to that of `loss`; 1 where every token counts
+    grad_norm: float  # of the gradient of `loss`, before clipping; NaN where it is not finite
     save: bool
     stop: bool
     losses: tuple[float, ...]  # sums, by rank
     gradient_squares: tuple[float, ...]  # by rank
+    ledger: tuple[Entry, ...]  # by rank: which samples it consumed
+    param_norm: float  # of the parameters that this step computed with; NaN where they are not finite
+    update_ratio_before: float  # norm of the update before this step, over that of the parameters it changed; NaN where unknown
 
 
-def agree(run: Run, step: int, sums: Sums) -> Agreed:
-    """Collective. Sums run in rank order, so they are the same everywhere and in every repetition."""
+def agree(run: Run, step: int, sums: Sums, parts: Sequence[MicroBatch]) -> Agreed:
+    """Collective. Sums are rounded once, so they are the same everywhere, in every repetition, and in whatever order."""
     due = run.world.rank == 0 and run.cadence.is_due(step, time.monotonic())
-    rows = run.world.gather([*sums, run.me.request(), due, run.checkpointer.busy])
-    losses, counts, squares, requests, dues, busy = rows.T.tolist()
+    traced = run.trace.parameter_square(), run.trace.ratio_square()
+    told = [run.me.request(), due, run.checkpointer.busy, *entry_of(parts)]
+    rows = run.world.gather([*sums[:3], *sums.nll_rests, *sums.gradient_square_rests, *traced, *told])
+    losses, counts, squares, loss_rest, loss_rest2, square_rest, square_rest2, *rest = rows.T.tolist()
+    parameter_squares, ratio_squares, requests, dues, busy, *entries = rest
+    square = total((*squares, *square_rest, *square_rest2))
     request = Request(int(max(requests)))
     asked = run.save_requests.is_new(request is Request.SAVE)
+    gradient_scale = run.config.train.batch_tokens / sum(counts)
     return Agreed(
-        loss=sum(losses) / sum(counts),
-        grad_norm=math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.nan,
+        loss=total((*losses, *loss_rest, *loss_rest2)) / sum(counts),
+        tokens=int(sum(counts)),
+        gradient_scale=gradient_scale,
+        grad_norm=math.sqrt(square) * gradient_scale if math.isfinite(square) else math.nan,
         save=run.checkpointer.can_save and not any(busy) and (any(dues) or asked),
         stop=request is Request.STOP,
         losses=tuple(losses),
         gradient_squares=tuple(squares),
+        ledger=tuple((int(first), int(last), int(crc)) for first, last, crc in zip(*entries, strict=True)),
+        param_norm=math.sqrt(total(parameter_squares)),
+        update_ratio_before=math.sqrt(total(ratio_squares)),
     )

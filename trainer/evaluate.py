@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .sums import exact, total
 from .tokens import TokenArray
 
 _IGNORED = -100  # cross_entropy's mark for targets that do not count
@@ -70,27 +71,30 @@ def evaluate(
 ) -> Evaluation:
     """Collective. Windows of `context` tokens, one after the other; the first token of the text is given, not predicted.
 
-    Draws no random number and leaves the model in the mode it was in.
+    The windows' batches are the same in any world, a rank computes some of them whole, and their sums are added without rounding: equal
+    parameters have an equal perplexity, to the bit. Draws no random number and leaves the model in the mode it was in.
 
     Args:
         alive: called before each batch.
     """
     count = min(max_tokens, len(held_out) - 1)
     windows = -(-count // context)
-    share = range(windows * company.rank // company.size, windows * (company.rank + 1) // company.size)
-    largest = -(-windows // company.size)
-    total, tokens = 0.0, 0
+    batches = [range(first, min(first + _BATCH_SAMPLES, windows)) for first in range(0, windows, _BATCH_SAMPLES)]
+    share = batches[len(batches) * company.rank // company.size : len(batches) * (company.rank + 1) // company.size]
+    largest = -(-len(batches) // company.size)
+    sums, tokens = list[float](), 0
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for start in range(0, largest, _BATCH_SAMPLES):  # equally many on every rank: a forward pass communicates
+        for i in range(largest):  # equally many on every rank: a forward pass communicates
             alive()
-            inputs_BT, targets_BT = _windows(held_out, share[start : start + _BATCH_SAMPLES], context, count)
-            total += float(nll_sum(model(inputs_BT.to(company.device)), targets_BT.to(company.device)))
+            inputs_BT, targets_BT = _windows(held_out, share[i] if i < len(share) else range(0), context, count)
+            sums.append(float(nll_sum(model(inputs_BT.to(company.device)), targets_BT.to(company.device))))
             tokens += int((targets_BT != _IGNORED).sum())
     model.train(was_training)
-    sums = company.gather([total, float(tokens)]).sum(0).tolist()  # in rank order
-    return Evaluation(nats_per_token=sums[0] / sums[1], tokens=int(sums[1]))
+    nll, rests = exact(sums)
+    *nlls, counts = company.gather([nll, *rests, float(tokens)]).T.tolist()
+    return Evaluation(nats_per_token=total(term for column in nlls for term in column) / sum(counts), tokens=int(sum(counts)))
 
 
 def _windows(held_out: TokenArray, windows: range, context: int, count: int) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,9 @@ class Share:
     micro_batch_samples: int
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
+        if not self.shares:  # more ranks than shares: nothing counts, at the place where it would
+            turn, _ = self.feed.share(step, self.shares.start, self.num_shares)
+            return [MicroBatch(self.rows(turn, turn + 1), (turn, turn), self.shares.start)]
         return [part for share in self.shares for part in self._parts(step, share)]
 
     def _parts(self, step: int, share: int) -> list[MicroBatch]:

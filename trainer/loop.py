@@ -41,19 +41,22 @@ def train(run: Run) -> None:
 
 
 def advance(run: Run, parts: Sequence[MicroBatch]) -> Agreed:
-    """Collective. One step: `run` stands at the next one afterwards. Raises NonFinite, and nothing has changed."""
+    """Collective. One step: `run` stands at the next one afterwards. Raises BadStep, and nothing has changed."""
     started_at = time.monotonic()
     config, step = run.config, run.step + 1
 
-    sums = run.engine.backward(parts)
-    agreed = agree(run, step, sums)
-    guard.check(step, agreed)
+    with run.trace.activations(step, run.engine.model, parts):
+        sums = run.engine.backward(parts, step=step)
+    agreed = agree(run, step, sums, parts)
+    guard.check(run, step, agreed, parts)
 
     lr = learning_rate(config.optimizer, step, config.run.steps)
-    run.engine.update(lr=lr, scale=clip_scale(agreed.grad_norm, config.optimizer.clip_norm))
+    with run.trace.update(step, agreed.param_norm):
+        run.engine.update(lr=lr, scale=agreed.gradient_scale * clip_scale(agreed.grad_norm, config.optimizer.clip_norm))
     run.step, run.loss_hex = step, agreed.loss.hex()
+    run.window.add(agreed.loss, agreed.grad_norm)
     run.me.report(Phase.STEP, step)
-    record_step(run, agreed, lr=lr, seconds=time.monotonic() - started_at)
+    record_step(run, agreed, lr=lr, started_at=started_at)
     return agreed
 
 

@@ -28,9 +28,14 @@ def learning_rate(config: OptimizerSection, step: int, steps: int) -> float:
 
 
 class ShardOptimizer:
-    """AdamW on the local shards of `model`, by parameter name. Matrices decay, vectors do not."""
+    """AdamW on the local shards of `model`, by parameter name. Matrices decay, vectors do not.
 
-    def __init__(self, model: nn.Module, config: OptimizerSection) -> None:
+    Args:
+        fused: one kernel per tensor. On a CPU with vector units it rounds the last elements of a shard, those that do not fill a vector,
+            otherwise than it would elsewhere; without it an element's update does not depend on its place.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerSection, *, fused: bool = True) -> None:
         self.parameters = dict(model.named_parameters())
         self.shards = {name: nn.Parameter(local(parameter)) for name, parameter in self.parameters.items()}
         # One group per kind, also where a model has no parameter of it: its hyper-parameters are kept by the group's name.
@@ -44,7 +49,8 @@ class ShardOptimizer:
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
-            fused=True,
+            fused=fused,
+            foreach=not fused,
         )
         for shard in self.shards.values():  # made here, not in the first step: a checkpoint needs something to be read into
             self.adamw.state[shard] = {

@@ -19,15 +19,19 @@ from .checkpoint import Checkpointer
 from .config import TrainerConfig
 from .contract import Phase
 from .data import Feed, feed_for
-from .engine import Engine, FsdpEngine
+from .engine import Engine
+from .engines import open_engine
 from .loader import Share
-from .models import build_model, num_parameters
-from .optim import ShardOptimizer
-from .parallel import World, initialise, shard
+from .models import num_parameters
+from .parallel import World, initialise
 from .parts import registry_of
 from .registry import Registry
+from .poison import poison
 from .restore import resume
+from .samples import Samples, samples_of
+from .spikes import Window
 from .state import NestedTensors, RankState, tensors_of
+from .steptrace import StepTrace
 from .tokens import Tokens, open_tokens, prepare, read_index
 
 log = logging.getLogger("keepstep.trainer")
@@ -59,6 +63,7 @@ class Run:
     me: Attached
     world: World
     tokens: Tokens
+    samples: Samples
     feed: Feed
     engine: Engine
     tensors: NestedTensors  # the whole state by name, sharing memory with model and optimizer
@@ -66,18 +71,20 @@ class Run:
     checkpointer: Checkpointer
     cadence: Cadence
     save_requests: SaveRequests
+    trace: StepTrace
+    window: Window  # of recent losses: what is usual
     step: int = 0
     loss_hex: str = ""
     is_finished: bool = False  # the checkpoint that was resumed from is that of the last step
 
     @property
     def share(self) -> Share:
+        shares, num_shares = self.engine.shares
         return Share(
-            tokens=self.tokens.train,
+            samples=self.samples,
             feed=self.feed,
-            context=self.config.model.context,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            shares=shares,
+            num_shares=num_shares,
             micro_batch_samples=self.config.train.micro_batch_samples,
         )
 
@@ -95,27 +102,30 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
     """
     store = Store.open(config.run.root)
     tokens = _tokens(config, me, world, store)
-    feed = feed_for(tokens.train, seed=config.run.seed, context=config.model.context, batch_tokens=config.train.batch_tokens)
-    model = build_model(config.model, tokens.index.vocabulary)
-    parameters = num_parameters(model)
-    shard(model, world, precision=config.train.precision, reshard=config.train.reshard)
-    optimizer = ShardOptimizer(model, config.optimizer)
+    samples = samples_of(tokens, config.data, config.model.context)
+    feed = feed_for(samples.sizes, config, skips=me.spec.skips if me.spec else ())
+    engine = open_engine(config, world, tokens.index.vocabulary)
     interval = parse_interval(config.checkpoint.interval, attempt=me.spec.attempt if me.spec else 1)
     run = Run(
         config=config,
         me=me,
         world=world,
         tokens=tokens,
+        samples=samples,
         feed=feed,
-        engine=FsdpEngine(model, optimizer, batch_tokens=config.train.batch_tokens, device=world.device),
-        tensors=tensors_of(model, optimizer),
+        engine=engine,
+        tensors=tensors_of(engine.sharded, engine.optimizer),
         checkpointer=Checkpointer.of(me),
         cadence=Cadence(interval=interval, saved_step=0, saved_at=time.monotonic()),
         save_requests=SaveRequests(),
+        trace=StepTrace(config.trace, engine.optimizer, world),
+        window=Window(config.train.spike.window),
     )
+    poison(engine.model, samples, feed)
     run.registry = registry_of(run)
     _begin(run)
-    log.info("rank %d of %d: %d parameters, from step %d", world.rank, world.size, parameters, run.step)
+    engine.settle()
+    log.info("rank %d of %d: %d parameters, from step %d", world.rank, world.size, num_parameters(engine.sharded), run.step)
     return run
 
 
@@ -127,7 +137,8 @@ def _tokens(config: TrainerConfig, me: Attached, world: World, store: Store) -> 
             prepare(config.data, store, lambda what, share: me.report(Phase.INIT, 0, within_s=_TOKENS_S))
         dist.barrier()
     step = me.resume.step if me.resume else 0
-    return open_tokens(store, Path(me.spec.scratch) if me.spec else None, alive=lambda: me.report(Phase.INIT, step))
+    scratch = Path(me.spec.scratch) if me.spec else None
+    return open_tokens(store, scratch, alive=lambda: me.report(Phase.INIT, step), streaming=config.data.streaming)
 
 
 def _begin(run: Run) -> None:
@@ -135,7 +146,7 @@ def _begin(run: Run) -> None:
         run.me.report(Phase.LOAD, run.me.resume.step)
         _resume(run)
         return
-    initialise(run.engine.model, seed=run.config.run.seed, layers=run.config.model.layers)
+    initialise(run.engine.sharded, seed=run.config.run.seed, layers=run.config.model.layers)
     rng.seed_everything(run.config.run.seed, 0, run.world.rank)
 
 

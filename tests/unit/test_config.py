@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepstep.orchestrator.config import RunConfig, explain_difference, identity, load, parse, to_toml
+from keepstep.orchestrator.config import RunConfig, explain_difference, identity, load, parse, settled, to_toml
 from keepstep.orchestrator.errors import InputError
 from keepstep.orchestrator.relations import RULES, shown
 from keepstep.orchestrator.sections import known_keys, section_types, value_of
@@ -240,7 +240,40 @@ BREAKING: Mapping[str, tuple[str, str]] = {
         "train.batch_tokens = 384 with model.context = 128 gives fewer samples than there are ranks "
         "(cluster.nodes = 2, cluster.ranks_per_node = 2): every rank needs at least one",
     ),
+    "data.source or data.sources": (
+        'data.source = "a"\ndata.sources = ["b"]',
+        'data.source = "a" and data.sources = ["b"] are both given: name all texts in data.sources',
+    ),
+    "as many data.weights as data.sources": (
+        'data.sources = ["a", "b"]\ndata.weights = [1.0]',
+        'data.weights = [1.0] must be as many as data.sources = ["a", "b"], or none',
+    ),
+    "data.weights > 0": (
+        'data.sources = ["a", "b"]\ndata.weights = [1.0, 0.0]',
+        "data.weights = [1.0, 0.0] must be above 0 each",
+    ),
+    "data.skip": ('data.skip = ["9:8"]', 'data.skip = ["9:8"] must be ranges of positions, "FIRST:LAST" with FIRST below LAST'),
+    "data.streaming without train.loader_workers": (
+        "data.streaming = true\ntrain.loader_workers = 2",
+        "data.streaming = true reads ahead by itself, with connections that its forks cannot use: train.loader_workers = 2 must be 0",
+    ),
     "optimizer.warmup_steps <= run.steps": ("run.steps = 10", "optimizer.warmup_steps = 20 must not exceed run.steps = 10"),
+    "samples >= logical ranks": (
+        "cluster.exact_reduction = true\ncluster.logical_ranks = 40",
+        "train.batch_tokens = 4096 with model.context = 128 gives fewer samples than there are logical ranks (cluster.logical_ranks = 40)",
+    ),
+    "cluster.exact_reduction is the LM trainer's": (
+        'train.script = "a.py"\ncluster.exact_reduction = true\ncluster.logical_ranks = 2',
+        "cluster.exact_reduction = true is an order in which the LM trainer adds gradients",
+    ),
+    "cluster.exact_reduction needs cluster.logical_ranks": (
+        "cluster.exact_reduction = true",
+        "cluster.exact_reduction = true needs a number of logical ranks that no machine decides: cluster.logical_ranks = 0",
+    ),
+    "cluster.logical_ranks need cluster.exact_reduction": (
+        "cluster.logical_ranks = 4",
+        "cluster.logical_ranks = 4 is given, but cluster.exact_reduction = false",
+    ),
     "checkpoint.interval": ('checkpoint.interval = "often"', 'checkpoint.interval = "often" must be a number of steps'),
     "train.script is Python": ('train.script = "a.sh"', 'train.script = "a.sh" must be a Python file'),
     "train.script_args need train.script": ('train.script_args = ["x"]', 'train.script_args = ["x"] are given, but train.script = ""'),
@@ -276,6 +309,13 @@ class TestRelations:
     def test_a_script_needs_no_batch_that_fits_the_model(self) -> None:
         text = 'train.script = "mine.py"\nmodel.width = 130\ntrain.batch_tokens = 1000\nrun.steps = 1\n'
         assert parse(text, "run.toml").train.script == "mine.py"
+
+    @pytest.mark.parametrize("skips", ['["0:5", "4:6"]', '["5"]', '["1:2", "x:y"]', '["2:2"]'])
+    def test_skips_are_ranges_apart_from_each_other(self, skips: str) -> None:
+        assert problem(f"data.skip = {skips}").startswith(f"run.toml: data.skip = {skips} must be ranges of positions")
+
+    def test_skips_may_touch_and_come_in_any_order(self) -> None:
+        assert parse('data.skip = ["4:6", "0:4"]', "run.toml").data.skip == ("4:6", "0:4")
 
     def test_as_many_samples_as_ranks_are_enough(self) -> None:
         text = "train.batch_tokens = 512\ncluster.nodes = 2\ncluster.ranks_per_node = 2"
@@ -389,6 +429,10 @@ FIXED = [
     "run.steps=300",
     "data.source=text",
     "data.max_bytes=9",
+    'data.sources=["a"]',
+    'data.skip=["1:2"]',
+    "data.order=blocks",
+    "data.pack=documents",
     "model.layers=2",
     "model.dropout=0.2",
     "optimizer.lr=0.1",
@@ -408,6 +452,7 @@ FREE = [
     "checkpoint.scrub=false",
     "evaluate.interval=5",
     "storage.endpoint_url=http://127.0.0.1:1",
+    "data.streaming=true",
     "train.spike.sigmas=3",
     "train.spike.budget=9",
 ]
@@ -433,6 +478,17 @@ class TestIdentity:
     @pytest.mark.parametrize("override", FIXED)
     def test_a_difference_is_explained_exactly_where_there_is_one(self, override: str) -> None:
         assert any(override.partition("=")[0] in line for line in explain_difference(config(), config(override)))
+
+    def test_the_number_of_logical_ranks_is_that_of_the_start_on_any_nodes(self) -> None:
+        exact = ("cluster.exact_reduction=true", "cluster.ranks_per_node=2")
+        begun = settled(config(*exact, "cluster.nodes=2"), None)
+        assert begun.cluster.logical_ranks == 4
+        later = settled(config(*exact, "cluster.nodes=3"), begun)
+        assert later.cluster.logical_ranks == 4
+        assert identity(later) == identity(begun)
+        assert identity(settled(config(*exact, "cluster.nodes=3", "cluster.logical_ranks=6"), begun)) != identity(begun)
+        assert identity(begun) != identity(config("cluster.ranks_per_node=2", "cluster.nodes=2"))
+        assert settled(config(), None) == config()
 
     def test_the_explanation_shows_both_values(self) -> None:
         assert explain_difference(config("optimizer.lr=0.5"), config("run.name=b")) == [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from keepstep.trainer.config import ModelSection
 from keepstep.trainer.evaluate import Evaluation, evaluate
 from keepstep.trainer.models import build_model, initial_value
+from keepstep.trainer.tokens import TokenArray
 
 VOCABULARY = 11
 TEXT = np.random.default_rng(0).integers(0, VOCABULARY, 150).astype(np.uint16)
@@ -37,14 +38,14 @@ class OneByOne:
 
     def gather(self, row: Sequence[float]) -> Tensor:
         self.rows.append(row)
-        return torch.tensor(self.rows if len(self.rows) == self.size else [[0.0, 1.0]], dtype=torch.float64)
+        return torch.tensor(self.rows if len(self.rows) == self.size else [[0.0, 0.0, 0.0, 1.0]], dtype=torch.float64)
 
 
-def measured(model: nn.Module, world_size: int, max_tokens: int = 10**6) -> Evaluation:
+def measured(model: nn.Module, world_size: int, max_tokens: int = 10**6, text: TokenArray = TEXT) -> Evaluation:
     """All ranks one after the other; the last one sees the rows of all."""
     rows: list[Sequence[float]] = []
     for rank in range(world_size):
-        result = evaluate(model, TEXT, context=8, max_tokens=max_tokens, company=OneByOne(rank, world_size, rows))
+        result = evaluate(model, text, context=8, max_tokens=max_tokens, company=OneByOne(rank, world_size, rows))
     return result
 
 
@@ -67,6 +68,11 @@ def test_every_token_but_the_first_counts_once_on_any_number_of_ranks(model: nn.
     assert result.tokens == len(TEXT) - 1
     assert result.nats_per_token == pytest.approx(by_hand(model, len(TEXT) - 1), rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(result.nats_per_token))
+
+
+def test_perplexity_does_not_depend_on_the_number_of_ranks(model: nn.Module) -> None:
+    long = np.tile(TEXT, 9)  # five whole batches and a part of one
+    assert len({measured(model, world_size, text=long) for world_size in (1, 2, 3, 4, 7)}) == 1
 
 
 def test_max_tokens_limits_it(model: nn.Module) -> None:
