@@ -195,6 +195,29 @@ def resize(nodes: Annotated[int, typer.Argument(metavar="NODES", min=1)], where:
     print(post(where, "/v1/resize", nodes=str(nodes)), end="")
 
 
+@app.command()
+def rewind(
+    where: Where,
+    to: Annotated[
+        int, typer.Option("--to", metavar="STEP", min=0, help="A step; the newest committed one at or before it; 0: the beginning.")
+    ],
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="FIRST:LAST", help="Leave out the samples at these positions; may be given again.")
+    ] = None,
+    override: Overrides = None,
+) -> None:
+    """Go back to a checkpoint and on from there: without some samples, with another learning rate. Live or not, ended or not.
+
+    The steps after it leave the history; their records stay, and so does their last checkpoint until it is unpinned. Skips and overrides
+    (optimizer.*, train.*, evaluate.*, run.steps) hold for the rest of the run, on top of run.toml.
+
+    Example: keepstep rewind runs/quickstart --to 120 --skip 1024:1040 -o optimizer.lr=0.001
+    """
+    from .rewinding import rewind as go_back
+
+    print(go_back(where, to=to, skip=skip or [], override=override or []))
+
+
 @checkpoints.command("list")
 def checkpoints_list(root: Root, as_json: AsJson = False) -> None:
     """Every checkpoint that exists: step, attempt, state (verified: every byte was read back), size, age, directory.
@@ -329,6 +352,50 @@ def generate(
 
     settings = {"max_tokens": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
     generate_text(root, prompt=prompt, step=step, partial=partial or [], **settings)
+
+
+@app.command()
+def replay(
+    root: Root,
+    step: Annotated[int, typer.Option(min=1, help="The step to compute again.")],
+    rank: Annotated[int | None, typer.Option(min=0, help="Only the samples and activations of this rank.")] = None,
+    attempt: Annotated[int | None, typer.Option(help="As this attempt computed it, also if that was lost; default: the history's.")] = None,
+    dump: Annotated[str, typer.Option(metavar="gradients,activations,parameters", help="Write these tensors down as safetensors.")] = "",
+    out: Annotated[str, typer.Option(metavar="DIR", help="New folder for them; default: replay-stepN.")] = "",
+    processes: Annotated[int, typer.Option(min=0, help="1: one process does the work of all ranks; 0: as many as there were.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compute a step again, from the checkpoint before it, and look into it. Exit code 3 unless the recorded loss comes out, to the bit.
+
+    Example: keepstep replay runs/quickstart --step 57 --dump gradients --out step57
+    """
+    from .replaycommand import Asked
+    from .replaycommand import replay as compute_again
+
+    asked = Asked(root=root, step=step, attempt=attempt, rank=rank, dump=dump, out=out, processes=processes, as_json=as_json)
+    raise typer.Exit(compute_again(asked))
+
+
+@app.command()
+def trace(
+    root: Root,
+    attempt: Annotated[int, typer.Option(metavar="A", min=0, help="As it stood at the end of this attempt; default: now.")] = 0,
+    first: Annotated[int, typer.Option("--from", metavar="STEP", help="Show from this step on.")] = 0,
+    last: Annotated[int, typer.Option("--to", metavar="STEP", help="Show up to this step.")] = 0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page, with heat maps by layer.")] = None,
+    parquet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all steps and layer statistics for pandas and others.")
+    ] = None,
+    tensorboard: Annotated[Path | None, typer.Option(metavar="DIR", help="Write event files for TensorBoard.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The training's course: loss, gradients, updates, speed, attempts and lost work; and what is wrong with it, with a remedy.
+
+    Example: keepstep trace runs/quickstart --html trace.html
+    """
+    from .tracing import trace as show
+
+    show(root, attempt=attempt, first=first, last=last, html=html, parquet=parquet, tensorboard=tensorboard, as_json=as_json)
 
 
 @app.command()
