@@ -25,7 +25,7 @@ from .client import CALL_TIMEOUT_S, CoordinatorClient, CoordinatorRefused, Coord
 from .contact import Contact, address_towards
 from .going import Going, signal_grace_s
 from .lookout import Lookout
-from .node import NodeRanks, NodeSettings, write_config
+from .node import NodeRanks, NodeSettings
 from .patience import PERIOD_S, Patience
 from .persisting import PersisterProcess
 from .processes import ENV_SCRATCH, adopt_orphans, bury, die_with_parent_if_told, kill, print_or_lose, strays, wait_ended
@@ -88,8 +88,8 @@ class Agent:
             address=self._address,
             config_path=self.scratch.path / "config.json",
             staging_socket=self.scratch.staging_socket,
+            config=self.config,
         )
-        write_config(settings.config_path, self.config.model_dump(mode="json"))
         return NodeRanks(self.id, settings, self._store, self._patience, self._changed)
 
     def _report(self) -> AgentReport:
@@ -361,6 +361,8 @@ def replaced(lineage: Lineage, attempt: int) -> str:
     newest = lineage.newest_attempt()
     if newest and newest.attempt > attempt:
         return f"attempt {newest.attempt} has replaced attempt {attempt}"
+    if newest and newest.attempt == attempt and lineage.rewound:
+        return f"attempt {attempt} was rewound: {lineage.rewound.why}"
     return f"the run is over: {lineage.outcome.why}" if lineage.outcome else ""
 
 

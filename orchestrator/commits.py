@@ -54,7 +54,7 @@ def complete_newest(store: Store, lineage: Lineage) -> Manifest | None:
         StoreError: the storage was in the way.
     """
     attempt = lineage.newest_attempt()
-    if attempt is None:
+    if attempt is None or lineage.rewound:
         return None
     for directory in _whole_directories(store, attempt, lineage.committed_step):
         try:

@@ -28,7 +28,18 @@ from .errors import InputError
 from .relations import Problem, broken, nearest, shown
 from .sections import ClusterSection, RunConfig, StorageSection, keys_of, known_keys, section_types, value_of
 
-__all__ = ["ClusterSection", "RunConfig", "StorageSection", "explain_difference", "identity", "load", "overridden", "parse", "settled", "to_toml"]
+__all__ = [
+    "ClusterSection",
+    "RunConfig",
+    "StorageSection",
+    "explain_difference",
+    "identity",
+    "load",
+    "overridden",
+    "parse",
+    "settled",
+    "to_toml",
+]
 
 Tables = dict[str, Any]  # section -> {key: value}; a section inside another one has a name of its own: "train.spike"
 

@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,7 +21,9 @@ from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 from keepstep.trainer.contract import EXIT_REQUEUE
 
+from . import config as configs
 from . import events as ev
+from . import phases, rewinding
 from .archive import EventFile, write_result
 from .client import LONG_POLL_S
 from .commits import InvalidCheckpoint, write_manifest
@@ -60,13 +62,14 @@ class Coordinator:
     """One term. `serve()` returns when the run is over, or a newer coordinator reigns."""
 
     def __init__(self, config: RunConfig, store: Store, log: RunLog, tell: Callable[[dict[str, Any]], None]) -> None:
-        self.config = config
+        self._given = config
+        self.config = configs.overridden(config, log.lineage.overrides)
         self.log = log
         opened = log.newest_opened()
         assert opened, "the term is opened first"
         self.term, self._url = opened.term, opened.url
         self.store = store
-        self.run: Run = begin(policy_of(config))
+        self.run: Run = begin(policy_of(self.config))
         self._logbook = Logbook(log, self.term)
         self._janitor = Janitor(store, log, config.checkpoint, self._hooks())
         self._events = EventFile(store, config.run.name)
@@ -205,7 +208,14 @@ class Coordinator:
         answer = await self._in_log_thread(self._logbook.carry_out, request)
         if isinstance(request, ev.LogEnd):
             await self._end(request)
+        if isinstance(request, ev.LogRewind):
+            self._reconfigure()
         return answer
+
+    def _reconfigure(self) -> None:
+        """What the overrides in force make of run.toml: agents hear of it with their next launch."""
+        self.config = configs.overridden(self._given, self.log.lineage.overrides)
+        self._apply(ev.Reconfigured(time.monotonic(), policy_of(self.config)))
 
     async def _commit(self, request: ev.Commit) -> ev.Event:
         manifest = await asyncio.to_thread(write_manifest, self.store, request)
@@ -305,6 +315,16 @@ class Coordinator:
         if problems := [problem.text for problem in broken(self.config.model_copy(update={"cluster": cluster}))]:
             raise InputError(*problems)
         self._apply(ev.ResizeAsked(time.monotonic(), nodes))
+
+    def ask_rewind(self, *, to: int, skip: Sequence[str], override: Sequence[str]) -> str:
+        """What will be done. Raises InputError where it cannot be."""
+        if isinstance(self.run.phase, (phases.Opening, phases.Ending, *phases.TERMINAL)):
+            raise InputError("this coordinator is just beginning or ending; ask again in a few seconds")
+        lineage = self.log.lineage
+        wanted = rewinding.order(lineage, self._given, to=to, skip=skip, override=override)
+        self._apply(ev.RewindAsked(at=time.monotonic(), to=wanted.to, skips=tuple(skip), overrides=tuple(override), why=wanted.why))
+        where = rewinding.where_to(lineage.newest_until(wanted.to), wanted)
+        return f"going back {where}: ranks that run are stopped at once, the next attempt begins there"
 
     async def status(self) -> dict[str, Any]:
         """The document of `keepstep status --json`. It never waits for storage: what is read from files may be a little old."""

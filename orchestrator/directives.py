@@ -74,6 +74,8 @@ def _make(run: Run, record: AttemptRecord, seat: phases.Seat) -> Launch:
         store_node=record.gang[0],
         store=_store(run, record),
         resume=ResumeFrom(step=resume.step, directory=resume.directory, manifest_sha256=resume.manifest_sha256) if resume else None,
+        skips=record.skips,
+        overrides=record.overrides,
         request=request,
         request_why=why,
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from keepstep.trainer.contract import DAMAGED_KIND
+from keepstep.trainer.contract import BAD_STEP_KIND, DAMAGED_KIND
 
 from . import asking, hangs, membership, phases, saves, verdict
 from .events import Commit, Event, LogQuarantine, Reported
 from .policy import restart_pause_s
+from .rewinds import is_wanted, rewind_past
 from .run import Failure, Run, ask, end, heard, progress_sentence, say, say_verdict, stop_now, wait
 from .running import lost_evidence
 from .verdict import Evidence
@@ -74,7 +75,7 @@ def _may_still_commit(run: Run, phase: phases.Draining) -> bool:
 
 def _may_come(run: Run, phase: phases.Draining, rank: int) -> bool:
     """The rank had finished the step that is being saved, and the node whose persister holds its part is there."""
-    node = next((node for node, seat in phase.seats.items() if seat.first_rank <= rank < seat.first_rank + seat.num_ranks), "")
+    node = _node_of(phase, rank)
     report = run.members.report_of(node)
     if report is None or node in phase.unseen:
         return False
@@ -95,9 +96,11 @@ def _conclude(run: Run, phase: phases.Draining) -> Run:
         run = _quarantine(run, phase)
     if culprit.kind != "move":
         run = replace(run, failed=(*run.failed, Failure(attempt=phase.record.attempt, culprit=culprit)))
+    if culprit.kind == BAD_STEP_KIND and not run.stop:
+        return rewind_past(run, culprit)
     if not culprit.blameless:
         return _charge(run, culprit, {culprit.node, *(other.node for other in others)})
-    return stop_now(run) if run.stop else wait(run, f"after attempt {run.attempt}: {culprit.why}")
+    return stop_now(run) if run.stop and not is_wanted(run) else wait(run, f"after attempt {run.attempt}: {culprit.why}")
 
 
 def _culprit(run: Run, phase: phases.Draining) -> Evidence:
@@ -107,7 +110,15 @@ def _culprit(run: Run, phase: phases.Draining) -> Evidence:
     if phase.culprit.kind == "peer-lost":
         leavers = (verdict.early_leaver(report, run.now) for report, _ in heard(run, phase.record))
         return next((found for found in leavers if found), phase.culprit)
+    if phase.culprit.kind == BAD_STEP_KIND and not phase.culprit.node:
+        return replace(phase.culprit, node=_node_of(phase, phase.culprit.rank))
     return phase.culprit
+
+
+def _node_of(phase: phases.Draining, rank: int) -> str:
+    """Where a rank runs; "" where the seats were never known."""
+    seats = phase.seats.items()
+    return next((node for node, seat in seats if seat.first_rank <= rank < seat.first_rank + seat.num_ranks), "")
 
 
 def _all_evidence(run: Run, phase: phases.Draining) -> Iterator[Evidence]:
@@ -141,6 +152,8 @@ def _charge(run: Run, culprit: Evidence, nodes: set[str]) -> Run:
     """A failure costs one of the budget, and its node a strike."""
     again = run.policy.stop_at_same_error and culprit.sameness() is not None and culprit.sameness() == run.last_error
     run = _strike(replace(run, failures=run.failures + 1, last_error=culprit.sameness()), culprit, nodes)
+    if is_wanted(run):
+        return wait(run, f"after attempt {run.attempt}: {culprit.why}")
     if run.stop:
         return stop_now(run)
     if again:

@@ -5,8 +5,9 @@ elapsed time into events, hands them to `machine.step` one after the other, and 
 
 What the shell promises:
 
-* It answers a log request (`LogAttempt`, `LogQuarantine`, `LogEnd`) with `Logged` or `LogFailed` (`LogAttempt` also with
-  `AttemptVoid`), a `Commit` with `Committed` or `CommitFailed`, and only when it knows: an ambiguous write is read back first.
+* It answers a log request (`LogAttempt`, `LogQuarantine`, `LogRewind`, `LogEnd`) with `Logged` or `LogFailed` (`LogAttempt` also with
+  `AttemptVoid`, `LogRewind` with `RewindVoid`), a `Commit` with `Committed` or `CommitFailed`, and only when it knows: an ambiguous write
+  is read back first.
   `LogFailed` means "it is not in the log".
 * Records are appended one at a time. A commit of an attempt is refused once a newer attempt is in the log.
 * A request may come again (same value) before it is answered: one that is still being worked on is ignored, one whose record is
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from . import wire
+from .policy import Policy
 
 Outcome: TypeAlias = Literal["succeeded", "stopped", "failed"]
 
@@ -47,6 +49,8 @@ class AttemptRecord:
     resume: Checkpoint | None
     unconfirmed: tuple[str, ...] = ()
     standing: str = ""
+    skips: tuple[str, ...] = ()  # positions that it leaves out
+    overrides: tuple[str, ...] = ()  # "section.key=value" on top of run.toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,17 @@ class QuarantineRecord:
     """This checkpoint is never resumed from again."""
 
     directory: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewindRecord:
+    """The history has gone back. `skips` and `overrides`: all that are in force from here on."""
+
+    resume: Checkpoint | None  # None: to the beginning
+    skips: tuple[str, ...]
+    overrides: tuple[str, ...]
+    bad_step: int  # -1: people asked
+    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +81,7 @@ class EndRecord:
     requeue: bool
 
 
-Record: TypeAlias = AttemptRecord | QuarantineRecord | EndRecord
+Record: TypeAlias = AttemptRecord | QuarantineRecord | RewindRecord | EndRecord
 
 
 # Events.
@@ -89,6 +104,10 @@ class Opened:
     ever_committed: bool = False  # also True when all that was committed is quarantined: never a silent start from scratch
     attempts_below: int = 0  # records were lost, one of them may have been an attempt: all that can be are below this number
     ended: bool = False  # an end record follows the last attempt: nothing to adopt
+    rewound: bool = False  # a rewind follows the last attempt: nothing to adopt either, but its ranks may live
+    skips: tuple[str, ...] = ()  # in force
+    overrides: tuple[str, ...] = ()  # likewise
+    rewinds: int = 0  # for bad steps, so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +171,23 @@ class AttemptVoid:
     at: float
     attempt: int
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RewindVoid:
+    """There is no checkpoint to go back to. Nothing is in the log."""
+
+    at: float
+    request: LogRewind
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reconfigured:
+    """Other overrides are in force: these are the numbers now. A record of a rewind follows."""
+
+    at: float
+    policy: Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +277,18 @@ class ResizeAsked:
     nodes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewindAsked:
+    """Go back to the newest checkpoint at or before step `to` (0: to the beginning) and go on from there, with these skips and overrides
+    beside those in force."""
+
+    at: float
+    to: int
+    skips: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    why: str
+
+
 Event: TypeAlias = (
     Opened
     | Tick
@@ -250,6 +298,8 @@ Event: TypeAlias = (
     | Logged
     | LogFailed
     | AttemptVoid
+    | RewindVoid
+    | Reconfigured
     | LogRead
     | Committed
     | CommitFailed
@@ -260,6 +310,7 @@ Event: TypeAlias = (
     | DrainAsked
     | ReadmitAsked
     | ResizeAsked
+    | RewindAsked
 )
 
 
@@ -281,6 +332,22 @@ class LogAttempt:
     resume: Checkpoint | None
     unconfirmed: tuple[str, ...] = ()  # nodes that may still run an older attempt; a successor must wait for them too
     standing: str = ""  # what a successor should know of the run's past, see standing.py
+    skips: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogRewind:
+    """Commit what is whole, choose the newest usable checkpoint at or before step `to`, append the rewind to it.
+
+    A bad step leads to the beginning where nothing was committed before it; people must say so (`to` 0), else the answer is RewindVoid.
+    """
+
+    to: int
+    skips: tuple[str, ...] = ()  # all that shall be in force
+    overrides: tuple[str, ...] = ()  # likewise
+    bad_step: int = -1
+    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,5 +388,5 @@ class Say:
     detail: tuple[str, ...] = ()  # of a failure: the last lines that the rank printed
 
 
-Asking: TypeAlias = FindCheckpoint | LogAttempt | Commit | LogQuarantine | LogEnd  # what is answered
+Asking: TypeAlias = FindCheckpoint | LogAttempt | Commit | LogQuarantine | LogRewind | LogEnd  # what is answered
 Request: TypeAlias = Asking | Say

@@ -15,8 +15,10 @@ from .events import (
     Found,
     LogAttempt,
     LogQuarantine,
+    LogRewind,
     Reported,
 )
+from .rewinds import ask_rewind
 from .run import Run, ask, drop_asks, end, enter, progress_sentence, say, start, stop_now, wait
 from .standing import standing
 
@@ -24,11 +26,15 @@ from .standing import standing
 
 
 def advance_waiting(run: Run, phase: phases.Waiting, event: Event) -> Run:
-    if run.stop and not asking.pending(run.asks, Commit):
+    if asking.pending(run.asks, Commit) or asking.pending(run.asks, LogRewind):
+        return run
+    if run.rewind:
+        return ask_rewind(run)
+    if run.stop:
         return stop_now(run)
     if not isinstance(event, Reported) and (why := _why_give_up(run)):
         return end(run, "stopped", f"{why}; {progress_sentence(run)}", requeue=True)
-    if run.now < phase.not_before or asking.pending(run.asks, Commit) or _is_old_news(run, phase, event):
+    if run.now < phase.not_before or _is_old_news(run, phase, event):
         return run
     ready = membership.candidates(run.members, run.policy, run.now)
     run = _note_shortage(run, len(ready))
@@ -49,7 +55,7 @@ def _is_old_news(run: Run, phase: phases.Waiting, event: Event) -> bool:
 def _why_give_up(run: Run) -> str:
     """The machines are being taken away, and those that stay are too few: whoever queues the run again gives it new ones."""
     policy, noticed = run.policy, membership.noticed(run.members)
-    if policy.waits_when_preempted or not noticed or asking.pending(run.asks, Commit):
+    if policy.waits_when_preempted or not noticed:
         return ""
     staying = membership.staying(run.members, policy, run.now, run.opened_at)
     if len(staying) >= policy.min_nodes:
@@ -94,6 +100,8 @@ def advance_choosing(run: Run, phase: phases.Choosing) -> Run:
     """Nothing but the log's answer leads on once the attempt is asked for: it may be in the log already."""
     if phase.wanted is not None:
         return run
+    if run.rewind:
+        return wait(drop_asks(run, FindCheckpoint), f"another checkpoint is to be chosen: {run.rewind.why}")
     if run.stop:
         return stop_now(drop_asks(run, FindCheckpoint))
     busy = asking.pending(run.asks, FindCheckpoint) or asking.pending(run.asks, LogQuarantine)
@@ -131,6 +139,8 @@ def _ask_for_attempt(run: Run, phase: phases.Choosing, resume: Checkpoint | None
         resume=resume,
         unconfirmed=tuple(sorted(run.members.suspects)),
         standing=standing(run),
+        skips=run.skips,
+        overrides=run.overrides,
     )
     source = f"step {resume.step}" if resume else "scratch"
     why = f"attempt {wanted.attempt} is to run on {', '.join(gang)} from {source}"
@@ -193,6 +203,8 @@ def _fencing_sentence(run: Run, record: AttemptRecord) -> str:
 
 
 def advance_fencing(run: Run, phase: phases.Fencing, event: Event) -> Run:
+    if run.rewind:
+        return wait(run, f"attempt {run.attempt} was not launched: {run.rewind.why}")
     if run.stop:
         return stop_now(run)
     if why := _why_not_launch(run, phase, event):

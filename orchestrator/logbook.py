@@ -10,8 +10,9 @@ import time
 from typing import assert_never
 
 from keepstep.storage.faults import fault_point
+from keepstep.storage.lineage import Lineage
 from keepstep.storage.manifest import Manifest
-from keepstep.storage.records import Attempt, Commit, Failed, Finished, Quarantine
+from keepstep.storage.records import Attempt, Commit, Failed, Finished, Quarantine, Rewind
 from keepstep.storage.runlog import RunLog
 
 from . import events as ev
@@ -26,7 +27,7 @@ class Logbook:
         self._log = log
         self._term = term
 
-    def carry_out(self, request: ev.FindCheckpoint | ev.LogAttempt | ev.LogQuarantine | ev.LogEnd) -> ev.Event:
+    def carry_out(self, request: ev.FindCheckpoint | ev.LogAttempt | ev.LogQuarantine | ev.LogRewind | ev.LogEnd) -> ev.Event:
         match request:
             case ev.FindCheckpoint():
                 return self._find()
@@ -34,6 +35,8 @@ class Logbook:
                 return self._attempt(request)
             case ev.LogQuarantine():
                 return ev.Logged(time.monotonic(), self._quarantine(request))
+            case ev.LogRewind():
+                return self._rewind(request)
             case ev.LogEnd():
                 return ev.Logged(time.monotonic(), self._end(request))
             case _:
@@ -68,12 +71,15 @@ class Logbook:
 
     def _find(self) -> ev.Found:
         """A predecessor may have died between the last part of a save and its commit record: that checkpoint counts."""
+        rolled_forward = self._roll_forward()
+        quarantined = self._log.lineage.quarantined
+        return ev.Found(time.monotonic(), newest_checkpoint(self._log), rolled_forward=rolled_forward, quarantined=quarantined)
+
+    def _roll_forward(self) -> bool:
         self._log.refresh()
         if whole := complete_newest(self._log.store, self._log.lineage):
             self._append_commit(whole, whole.sha256())
-        return ev.Found(
-            time.monotonic(), newest_checkpoint(self._log), rolled_forward=whole is not None, quarantined=self._log.lineage.quarantined
-        )
+        return whole is not None
 
     def _attempt(self, request: ev.LogAttempt) -> ev.Logged | ev.AttemptVoid:
         """Asked twice, it is logged once: an earlier answer may have been lost after the record was written."""
@@ -105,6 +111,8 @@ class Logbook:
                 nonce=secrets.token_hex(8),
                 unconfirmed=request.unconfirmed,
                 standing=request.standing,
+                skips=request.skips,
+                overrides=request.overrides,
                 at=utc_now(),
             )
         )
@@ -118,6 +126,29 @@ class Logbook:
         if lineage.commit_of(request.directory) and request.directory not in lineage.quarantined:
             self._log.append(Quarantine(term=self._term, directory=request.directory, why=request.why, at=utc_now()))
         return ev.QuarantineRecord(request.directory)
+
+    def _rewind(self, request: ev.LogRewind) -> ev.Logged | ev.RewindVoid:
+        """Asked twice, it is logged once."""
+        self._roll_forward()
+        record = self._logged_rewind(request)
+        if record is None:
+            if why := why_no_rewind(self._log.lineage, request):
+                return ev.RewindVoid(time.monotonic(), request, why)
+            fault_point("coordinator.rewind.before", step=request.to)
+            record = self._log.append(rewind_record(self._log.lineage, request, self._term))
+            fault_point("coordinator.rewind.after", step=request.to)
+        return ev.Logged(time.monotonic(), self._rewound(record))
+
+    def _logged_rewind(self, request: ev.LogRewind) -> Rewind | None:
+        known = self._log.lineage.rewound
+        asked = (self._term, request.skips, request.overrides, request.bad_step, request.why)
+        return known if known and asked == (known.term, known.skips, known.overrides, known.bad_step, known.why) else None
+
+    def _rewound(self, record: Rewind) -> ev.RewindRecord:
+        commit = self._log.lineage.commit_of(record.directory)
+        assert commit or not record.directory, "nobody retires what a run was rewound to"
+        resume = _checkpoint(commit) if commit else None
+        return ev.RewindRecord(resume=resume, skips=record.skips, overrides=record.overrides, bad_step=record.bad_step, why=record.why)
 
     def _end(self, request: ev.LogEnd) -> ev.EndRecord:
         if self._log.lineage.outcome is None:
@@ -134,12 +165,41 @@ def _outcome(request: ev.LogEnd, term: int) -> Finished | Failed:
 def newest_checkpoint(log: RunLog) -> ev.Checkpoint | None:
     """The one place that chooses a checkpoint."""
     commit = log.lineage.newest_committed()
-    return ev.Checkpoint(step=commit.step, directory=commit.directory, manifest_sha256=commit.manifest_sha256) if commit else None
+    return _checkpoint(commit) if commit else None
+
+
+def _checkpoint(commit: Commit) -> ev.Checkpoint:
+    return ev.Checkpoint(step=commit.step, directory=commit.directory, manifest_sha256=commit.manifest_sha256)
+
+
+def why_no_rewind(lineage: Lineage, request: ev.LogRewind) -> str:
+    """Why there is nothing to go back to; "" if there is, be it the beginning."""
+    if request.to <= 0 or lineage.newest_until(request.to):
+        return ""
+    if request.bad_step >= 0 and (not lineage.ever_committed or lineage.newest_committed()):
+        return ""  # nothing was committed before that step
+    usable = ", ".join(str(commit.step) for commit in lineage.commits if lineage.is_usable(commit)) or "none"
+    return f"there is no usable checkpoint at or before step {request.to} in the history; there are: {usable}; step 0 is the beginning"
+
+
+def rewind_record(lineage: Lineage, request: ev.LogRewind, term: int) -> Rewind:
+    """Where there is something to go back to."""
+    target = lineage.newest_until(request.to)
+    return Rewind(
+        term=term,
+        directory=target.directory if target else "",
+        step=target.step if target else -1,
+        skips=request.skips,
+        overrides=request.overrides,
+        bad_step=request.bad_step,
+        why=request.why,
+        at=utc_now(),
+    )
 
 
 def attempt_record(record: Attempt, log: RunLog) -> ev.AttemptRecord:
     commit = log.lineage.resumed  # it may have been retired since
-    resume = None if commit is None else ev.Checkpoint(step=commit.step, directory=commit.directory, manifest_sha256=commit.manifest_sha256)
+    resume = None if commit is None else _checkpoint(commit)
     return ev.AttemptRecord(
         attempt=record.attempt,
         gang=record.nodes,
@@ -148,6 +208,8 @@ def attempt_record(record: Attempt, log: RunLog) -> ev.AttemptRecord:
         resume=resume,
         unconfirmed=record.unconfirmed,
         standing=record.standing,
+        skips=record.skips,
+        overrides=record.overrides,
     )
 
 
@@ -172,5 +234,9 @@ def opened_event(log: RunLog) -> ev.Opened:
         newest_commit=newest_checkpoint(log),
         ever_committed=lineage.ever_committed,
         attempts_below=attempts_below,
-        ended=lineage.outcome is not None,
+        ended=lineage.is_ended,
+        rewound=lineage.rewound is not None,
+        skips=lineage.skips,
+        overrides=lineage.overrides,
+        rewinds=lineage.num_bad_steps,
     )

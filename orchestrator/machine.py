@@ -36,10 +36,14 @@ from .events import (
     Opened,
     QuarantineRecord,
     ReadmitAsked,
+    Reconfigured,
     Record,
     Reported,
     Request,
     ResizeAsked,
+    RewindAsked,
+    RewindRecord,
+    RewindVoid,
     SaveAsked,
     StopAsked,
     Tick,
@@ -47,6 +51,7 @@ from .events import (
 from .forming import advance_choosing, advance_fencing, advance_waiting, take_found, take_logged_attempt, take_void_attempt
 from .leaving import moved
 from .policy import Policy
+from .rewinds import take_logged_rewind, take_rewind_asked, take_void_rewind
 from .run import Run, ask, drain, drop_asks, emit, enter, is_clean, say, wait
 from .running import advance_adopting, advance_running
 from .standing import resize, restored
@@ -111,6 +116,10 @@ def _take(run: Run, event: Event) -> Run:
             return _take_refusal(run, request, why)
         case AttemptVoid(attempt=attempt, why=why):
             return take_void_attempt(run, run.phase, attempt, why) if isinstance(run.phase, phases.Choosing) else run
+        case RewindVoid():
+            return take_void_rewind(run, event)
+        case Reconfigured(policy=policy):
+            return replace(run, policy=replace(policy, nodes=run.policy.nodes, min_nodes=run.policy.min_nodes))
         case LogRead(began=began):
             return replace(run, read_at=began)
         case Committed():
@@ -132,13 +141,14 @@ def _take(run: Run, event: Event) -> Run:
             return say(replace(run, members=membership.readmit(run.members, node)), "readmitted", f"{node} is trusted again", node=node)
         case ResizeAsked(nodes=nodes):
             return say(resize(run, nodes), "resize-asked", f"a full gang has {nodes} nodes from now on, not {run.policy.nodes}")
+        case RewindAsked():
+            return take_rewind_asked(run, event)
         case _:
             assert_never(event)
 
 
 def _take_opened(run: Run, event: Opened) -> Run:
     assert isinstance(run.phase, phases.Opening), "a term is opened once"
-    commits = (event.newest_commit,) if event.newest_commit else ()
     run = replace(
         run,
         term=event.term,
@@ -146,13 +156,22 @@ def _take_opened(run: Run, event: Opened) -> Run:
         attempt=event.last_attempt,
         taken=max(event.last_attempt, event.attempts_below - 1),
         reached=event.last_resume.step if event.last_resume else 0,
-        saves=saves.Saves(commits=commits, ever_committed=bool(commits) or event.ever_committed, attempt=event.last_attempt),
+        saves=_saves_of(event),
+        skips=event.skips,
+        overrides=event.overrides,
+        rewinds=event.rewinds,
         members=replace(run.members, seats=tuple(membership.host_of(node) for node in event.last_gang)),
     )
     run = restored(run, event)
     if not event.last_attempt or event.ended:
         return wait(run, f"term {event.term} begins, no attempt is unfinished")
     return _begin_adoption(run, event)
+
+
+def _saves_of(event: Opened) -> saves.Saves:
+    commits = (event.newest_commit,) if event.newest_commit else ()
+    attempt = 0 if event.rewound else event.last_attempt
+    return saves.Saves(commits=commits, ever_committed=bool(commits) or event.ever_committed, attempt=attempt)
 
 
 def _begin_adoption(run: Run, event: Opened) -> Run:
@@ -165,9 +184,11 @@ def _begin_adoption(run: Run, event: Opened) -> Run:
         resume=event.last_resume,
         unconfirmed=event.last_unconfirmed,
         standing=event.last_standing,
+        skips=event.skips,
+        overrides=event.overrides,
     )
     why = f"term {event.term} begins, attempt {record.attempt} may be running on {', '.join(record.gang)}"
-    run = enter(run, phases.Adopting(since=run.now, why=why, record=record))
+    run = enter(run, phases.Adopting(since=run.now, why=why, record=record, is_rewound=event.rewound))
     older = membership.Suspect(attempt=record.attempt - 1, since=run.now, revision=run.revision, listens=False, fenced_at=run.now)
     return replace(run, members=membership.suspect(run.members, dict.fromkeys(record.unconfirmed, older)))
 
@@ -232,6 +253,8 @@ def _take_record(run: Run, record: Record) -> Run:
         case QuarantineRecord(directory=directory):
             asks = asking.without(run.asks, lambda request: isinstance(request, LogQuarantine) and request.directory == directory)
             return replace(run, asks=asks)
+        case RewindRecord():
+            return take_logged_rewind(run, record)
         case EndRecord():
             return _take_end(run, record)
         case _:
@@ -265,7 +288,7 @@ def _take_refusal(run: Run, request: Request, why: str) -> Run:
 
 def _take_commit(run: Run, event: Committed) -> Run:
     run = replace(run, asks=asking.without(run.asks, lambda request: isinstance(request, Commit) and request.directory == event.directory))
-    if event.attempt != run.attempt or event.step <= run.saves.committed_step:
+    if event.attempt != run.saves.attempt or event.step <= run.saves.committed_step:
         return run
     if event.directory in run.saves.quarantined:
         return _lose_commit(run, event)

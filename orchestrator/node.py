@@ -11,7 +11,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +21,14 @@ from keepstep.storage.store import Store
 from keepstep.trainer.contract import Phase, RankSpec, Request, Resume
 
 from . import stacks
+from .config import overridden
 from .contact import interface_of
 from .exits import Exit
 from .oom import KernelLog, OomWitness
 from .patience import Patience, Watch
 from .progress import ProgressPage
 from .ranklogs import RankLogs, tail
+from .sections import RunConfig
 from .stacks import Stacks, Subject
 from .wire import Launch, RankReport, StoreAddress
 
@@ -51,6 +53,7 @@ class NodeSettings:
     address: str
     config_path: Path
     staging_socket: Path
+    config: RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,7 @@ class NodeRanks:
     async def _start(self, launch: Launch, address: StoreAddress) -> None:
         from .ranks import GroupSpec, RankGroup
 
+        self._write_config(launch.overrides)
         pages = [ProgressPage(self._page_path(launch, i), step=_first_step(launch)) for i in range(launch.num_ranks)]
         logs = [self.logs.path(rank_log_key(launch.attempt, launch.first_rank + i)) for i in range(launch.num_ranks)]
         log_starts = [path.stat().st_size if path.exists() else 0 for path in logs]
@@ -287,6 +291,11 @@ class NodeRanks:
             skips=launch.skips,
         )
 
+    def _write_config(self, overrides: Sequence[str]) -> None:
+        """For the ranks. Raises InputError where run.toml was changed since this agent began: it must begin anew."""
+        config = overridden(self._settings.config, overrides)
+        self._settings.config_path.write_text(json.dumps(config.model_dump(mode="json"), indent=1))
+
     def _page_path(self, launch: Launch, local_rank: int) -> Path:
         return self._settings.scratch / f"progress-{launch.attempt:06d}-{local_rank}"
 
@@ -351,7 +360,3 @@ def _report(rank: _Rank, local_rank: int, step_s: float) -> RankReport:
         skips=rank.exit.skips,
         tail=rank.tail,
     )
-
-
-def write_config(path: Path, config: dict[str, object]) -> None:
-    path.write_text(json.dumps(config, indent=1))

@@ -69,6 +69,7 @@ class Adopting(_Phase):
     """A predecessor's attempt may be running: its nodes are expected to say so."""
 
     record: AttemptRecord
+    is_rewound: bool = False  # the history has gone back since: its ranks are to end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,19 +156,19 @@ TRANSITIONS: Final[Mapping[tuple[type[Phase], type[Phase]], str]] = {
     (Opening, Waiting): "no attempt is unfinished",
     (Opening, Adopting): "the last attempt has no end",
     (Waiting, Choosing): "enough nodes are ready",
-    (Waiting, Ending): "asked to stop, too few nodes stay after a notice",
+    (Waiting, Ending): "asked to stop, too few nodes stay after a notice, nothing to rewind to",
     (Adopting, Starting): "every node of the gang reported",
     (Adopting, Fencing): "nobody runs it yet, older ranks may live",
-    (Adopting, Draining): "a node is missing, a rank died",
-    (Choosing, Waiting): "a node went away",
+    (Adopting, Draining): "a node is missing, a rank died, rewind",
+    (Choosing, Waiting): "a node went away, rewind",
     (Choosing, Fencing): "the attempt is logged",
     (Choosing, Ending): "no checkpoint verifies, asked to stop",
     (Fencing, Starting): "every older rank is known dead",
-    (Fencing, Waiting): "a node went away",
+    (Fencing, Waiting): "a node went away, rewind",
     (Fencing, Ending): "asked to stop",
     (Starting, Training): "every rank made a step",
-    (Starting, Draining): "a rank died, a node was lost, time is up",
-    (Training, Draining): "a rank died, a node was lost, it stalled, resize",
+    (Starting, Draining): "a rank died, a node was lost, time is up, rewind",
+    (Training, Draining): "a rank died, a node was lost, it stalled, resize, rewind",
     (Training, Ending): "all ranks are done and committed",
     (Draining, Waiting): "every older rank is dead or beyond sight, budget left",
     (Draining, Ending): "budget spent, same error twice, asked to stop",

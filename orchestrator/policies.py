@@ -25,6 +25,7 @@ def policy_of(config: RunConfig) -> Policy:
         waits_when_preempted=cluster.when_preempted == "wait",
         stop_grace_s=cluster.stop_grace_s,
         max_failures=cluster.max_failures,
+        rewinds=config.train.spike.budget,
         strikes=cluster.strikes,
         backoff_base_s=cluster.backoff_s,
         backoff_max_s=cluster.max_backoff_s,

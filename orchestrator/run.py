@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from . import asking, hangs, membership, phases, saves
-from .events import Asking, AttemptRecord, LogEnd, Outcome, Request, Say
+from .events import Asking, AttemptRecord, LogEnd, LogRewind, Outcome, Request, Say
 from .policy import Policy
 from .verdict import Evidence
 from .wire import AgentReport
@@ -54,6 +54,10 @@ class Run:
     failed: tuple[Failure, ...] = ()
     last_error: tuple[str, str, int] | None = None  # Evidence.sameness of the last failure
     resized: tuple[int, int] | None = None  # nodes of a full gang by the config, and by people's later order
+    skips: tuple[str, ...] = ()  # positions that attempts leave out, as the log says
+    overrides: tuple[str, ...] = ()  # on top of run.toml, as the log says
+    rewinds: int = 0  # bad steps that the run was rewound past, in all terms
+    rewind: LogRewind | None = None  # wanted; asked for when nothing runs
     stop: str = ""  # why people want the run to end
     save_above: int | None = None  # people want a checkpoint newer than this step
     short_since: float | None = None  # since when a full gang has been impossible

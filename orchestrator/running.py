@@ -24,6 +24,10 @@ from .wire import AgentReport, RankReport
 def advance_adopting(run: Run, phase: phases.Adopting, event: Event) -> Run:
     """A predecessor's attempt goes on if every node of its gang says so in time, and nothing speaks against it."""
     record = phase.record
+    if phase.is_rewound:
+        return drain(run, record, moved(run, f"attempt {record.attempt} was rewound"), {})
+    if run.rewind:
+        return drain(run, record, moved(run, run.rewind.why), {})
     if trouble := _trouble(run, record, event):
         return drain(run, record, trouble, {})
     if any(node not in run.members.nodes for node in record.gang):
@@ -64,6 +68,8 @@ def advance_running(run: Run, phase: phases.Starting | phases.Training, event: E
         assert isinstance(run.phase, (phases.Starting, phases.Training))
         phase = run.phase
     attempt = phase.attempt
+    if run.rewind:
+        return drain(run, attempt.record, moved(run, run.rewind.why), attempt.seats)
     if trouble := _trouble(run, attempt.record, event):
         return drain(run, attempt.record, trouble, attempt.seats)
     if isinstance(phase, phases.Starting) and len(phase.stepped) == len(attempt.seats):

@@ -21,7 +21,8 @@ class Saves:
     ever_committed: bool = False
     quarantined: frozenset[str] = frozenset()
     unusable: frozenset[str] = frozenset()  # directories of saves whose parts do not fit together
-    attempt: int = 0  # the one that `parts` belong to
+    attempt: int = 0  # the one that `parts` belong to; 0: none commits
+    rewound_to: int | None = None  # nothing newer than this step is to be resumed from, until the next attempt; -1: nothing at all
     parts: Mapping[Save, Mapping[int, Persisted]] = field(default_factory=dict)  # newer than the newest commit; by rank
 
     @property
@@ -38,8 +39,18 @@ def begin_attempt(saves: Saves, attempt: int, resume: Checkpoint | None) -> Save
     step = resume.step if resume else -1
     kept = tuple(commit for commit in saves.commits if commit.step < step)
     return replace(
-        saves, attempt=attempt, parts={}, commits=(*kept, resume) if resume else kept, ever_committed=saves.ever_committed or bool(resume)
+        saves,
+        attempt=attempt,
+        parts={},
+        commits=(*kept, resume) if resume else kept,
+        ever_committed=saves.ever_committed or bool(resume),
+        rewound_to=None,
     )
+
+
+def rewind(saves: Saves, target: Checkpoint | None) -> Saves:
+    """The history goes back to `target`, None: to its beginning. Nobody commits until the next attempt."""
+    return replace(begin_attempt(saves, 0, target), ever_committed=bool(target), rewound_to=target.step if target else -1)
 
 
 def note(saves: Saves, persisted: Iterable[Persisted]) -> Saves:
@@ -100,6 +111,8 @@ def objection(saves: Saves, resume: Checkpoint | None) -> str:
         return "" if saves.newest is None else f"the log does not show the commit of step {saves.committed_step} yet"
     if resume.directory in saves.quarantined:
         return f"{resume.directory} is quarantined"
+    if saves.rewound_to is not None and resume.step > saves.rewound_to:
+        return f"step {resume.step} is newer than step {saves.rewound_to}, to which the run was rewound"
     if resume.step < saves.committed_step:
         return f"step {resume.step} is older than the commit of step {saves.committed_step}"
     return ""

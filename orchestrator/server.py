@@ -34,6 +34,7 @@ def application(coordinator: Coordinator, token: str) -> web.Application:
             web.post("/v1/drain", views.drain),
             web.post("/v1/readmit", views.readmit),
             web.post("/v1/resize", views.resize),
+            web.post("/v1/rewind", views.rewind),
             web.get("/metrics", views.metrics),
         ]
     )
@@ -108,6 +109,14 @@ class _Views:
         except InputError as error:
             raise web.HTTPConflict(text=f"{error}\n") from error
         return web.Response(text=f"a full gang has {nodes} nodes from now on\n")
+
+    async def rewind(self, request: web.Request) -> web.Response:
+        to, skip, override = (json.loads(request.query[name]) for name in ("to", "skip", "override"))
+        try:
+            told = self._coordinator.ask_rewind(to=to, skip=skip, override=override)
+        except InputError as error:
+            raise web.HTTPConflict(text=f"{error}\n") from error
+        return web.Response(text=f"{told}\n")
 
     async def metrics(self, _: web.Request) -> web.Response:
         body = exposition(await self._coordinator.status())

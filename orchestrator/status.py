@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from keepstep.storage.lineage import Lineage
+from keepstep.storage.records import Opened
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.steps import read_steps
 from keepstep.storage.store import Store
@@ -39,6 +40,9 @@ def live_status(run: Run, config: RunConfig, *, url: str) -> dict[str, Any]:
         "coordinator": {"pid": os.getpid(), "url": url, "term": run.term},
         "degraded": {"why": run.degraded.why, "since_s": round(run.now - run.degraded.since, 1)} if run.degraded else None,
         "nodes": nodes,
+        "skips": run.skips,
+        "overrides": run.overrides,
+        "rewinds": run.rewinds,
     }
 
 
@@ -108,7 +112,7 @@ def status_without_coordinator(store: Store, log: RunLog) -> dict[str, Any]:
     return {
         "run": config.run.name,
         "phase": outcome_name(over).upper() if over else UNKNOWN,
-        "why": over.why if over else f"the coordinator of term {opened.term} ({opened.url}) does not answer",
+        "why": over.why if over else _why_alone(lineage, opened),
         "attempt": newest.attempt if newest else 0,
         "step": commit.step if commit else 0,
         "steps": config.run.steps,
@@ -116,6 +120,17 @@ def status_without_coordinator(store: Store, log: RunLog) -> dict[str, Any]:
         "coordinator": {"pid": opened.pid, "url": opened.url, "term": opened.term},
         "degraded": None,
         "nodes": [],
+        "skips": lineage.skips,
+        "overrides": lineage.overrides,
+        "rewinds": lineage.num_bad_steps,
         "last_commit": last_commit(lineage),
         "goodput": goodput_of(store, lineage),
     }
+
+
+def _why_alone(lineage: Lineage, opened: Opened) -> str:
+    """Nobody answers: after a rewind by the command alone there is nobody yet."""
+    if lineage.rewound and not opened.url:
+        where = f"step {lineage.rewound.step}" if lineage.rewound.directory else "the beginning"
+        return f"rewound to {where}; nobody coordinates the run, `keepstep run` goes on"
+    return f"the coordinator of term {opened.term} ({opened.url or 'no address'}) does not answer"

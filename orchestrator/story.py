@@ -70,6 +70,10 @@ def _what(event: ev.Event) -> str:
             return f"refused {type(request).__name__}: {why}"
         case ev.AttemptVoid(attempt=attempt, why=why):
             return f"attempt {attempt} is void: {why}"
+        case ev.RewindVoid(why=why):
+            return f"the rewind is void: {why}"
+        case ev.Reconfigured():
+            return "other overrides"
         case ev.LogRead(began=began):
             return f"read the log at {began:.2f}"
         case ev.Committed(attempt=attempt, step=at_step):
@@ -90,6 +94,8 @@ def _what(event: ev.Event) -> str:
             return f"readmit {node}"
         case ev.ResizeAsked(nodes=nodes):
             return f"resize to {nodes} nodes"
+        case ev.RewindAsked(to=to):
+            return f"rewind to step {to}"
         case _:
             assert_never(event)
 
@@ -97,7 +103,7 @@ def _what(event: ev.Event) -> str:
 def _tell_opened(event: ev.Opened) -> str:
     if not event.last_attempt:
         return f"opened term {event.term}"
-    end = "ended" if event.ended else "no end"
+    end = "ended" if event.ended else ("rewound" if event.rewound else "no end")
     return f"opened term {event.term}: attempt {event.last_attempt} on {', '.join(event.last_gang)} ({end})"
 
 
@@ -107,6 +113,8 @@ def _tell_record(record: ev.Record) -> str:
             return f"attempt {record.attempt}"
         case ev.QuarantineRecord(directory=directory):
             return f"quarantine of {directory}"
+        case ev.RewindRecord(resume=resume):
+            return f"rewind to {_source(resume)}"
         case ev.EndRecord(outcome=outcome):
             return f"the end: {outcome}"
         case _:
@@ -150,11 +158,14 @@ def tell_request(request: ev.Request) -> str:
         case ev.LogAttempt():
             unconfirmed = f", unconfirmed {', '.join(request.unconfirmed)}" if request.unconfirmed else ""
             gang = ", ".join(request.gang)
-            return f"ask LogAttempt {request.attempt}: {request.world_size} ranks on {gang} from {_source(request.resume)}{unconfirmed}"
+            source = f"{_source(request.resume)}{_changes(request.skips, request.overrides)}"
+            return f"ask LogAttempt {request.attempt}: {request.world_size} ranks on {gang} from {source}{unconfirmed}"
         case ev.Commit():
             return f"ask Commit step {request.step} of attempt {request.attempt} ({len(request.indexes)} parts)"
         case ev.LogQuarantine(directory=directory):
             return f"ask LogQuarantine {directory}"
+        case ev.LogRewind(to=to):
+            return f"ask LogRewind to step {to}{_changes(request.skips, request.overrides)}"
         case ev.LogEnd():
             requeue = ", requeue" if request.requeue else ""
             return f"ask LogEnd {request.outcome} at step {request.step}{requeue}"
@@ -176,9 +187,14 @@ def tell_directive(found: wire.Directive) -> str:
 def _tell_launch(launch: wire.Launch) -> str:
     last = launch.first_rank + launch.num_ranks - 1
     store = f"store {launch.store.host}:{launch.store.port}" if launch.store else f"store of {launch.store_node} awaited"
-    source = f"step {launch.resume.step}" if launch.resume else "scratch"
+    source = (f"step {launch.resume.step}" if launch.resume else "scratch") + _changes(launch.skips, launch.overrides)
     request = f", {Request(launch.request).name}: {launch.request_why}" if launch.request else ""
     return f"run attempt {launch.attempt}, ranks {launch.first_rank}-{last} of {launch.world_size}, from {source}, {store}{request}"
+
+
+def _changes(skips: tuple[str, ...], overrides: tuple[str, ...]) -> str:
+    left_out = f" without {', '.join(skips)}" if skips else ""
+    return left_out + (f" with {', '.join(overrides)}" if overrides else "")
 
 
 def _source(resume: ev.Checkpoint | None) -> str:

@@ -27,7 +27,7 @@ FOLLOW_PERIOD_S = 0.5
 PIPED_WIDTH = 400
 
 
-def _is_coordinator(where: str) -> bool:
+def is_coordinator(where: str) -> bool:
     return where.startswith(("http://", "https://"))
 
 
@@ -45,7 +45,7 @@ def visit(root: str) -> tuple[Store, RunLog]:
 
 def coordinator_of(where: str) -> CoordinatorClient:
     """A client for a URL, or for the newest coordinator that a root's log names. Needs a running loop."""
-    if _is_coordinator(where):
+    if is_coordinator(where):
         return CoordinatorClient(where, os.environ.get(ENV_TOKEN, ""))
     store, log = visit(where)
     opened = log.newest_opened()
@@ -61,10 +61,15 @@ async def _call(where: str, method: str, path: str, **params: str) -> bytes:
         raise InputError(str(error)) from error
 
 
+def call(where: str, method: str, path: str, **params: str) -> bytes:
+    """The coordinator's answer. Raises InputError when it refuses, CoordinatorUnreachable when there is none."""
+    return asyncio.run(_call(where, method, path, **params))
+
+
 def post(where: str, path: str, **params: str) -> str:
     """Tells the coordinator something. Raises InputError when none is there to hear it."""
     try:
-        return asyncio.run(_call(where, "POST", path, **params)).decode()
+        return call(where, "POST", path, **params).decode()
     except CoordinatorUnreachable as error:
         raise InputError(f"{where}: no coordinator answers ({error}); start one with `keepstep run` or `keepstep coordinator`") from error
 
@@ -72,9 +77,9 @@ def post(where: str, path: str, **params: str) -> str:
 def read_status(where: str) -> dict[str, Any]:
     """From the coordinator, or, while none answers, what the run log says."""
     try:
-        status: dict[str, Any] = json.loads(asyncio.run(_call(where, "GET", "/v1/status")))
+        status: dict[str, Any] = json.loads(call(where, "GET", "/v1/status"))
     except CoordinatorUnreachable as error:
-        if _is_coordinator(where):
+        if is_coordinator(where):
             raise InputError(f"{where}: {error}") from error
         return status_without_coordinator(*visit(where))
     return status
@@ -88,6 +93,8 @@ def print_status(where: str, *, as_json: bool) -> None:
     console = open_console()
     console.print(f"{status['run']}: {status['phase']}: {status['why']}", markup=False)
     console.print(f"attempt {status['attempt']}, step {status['step']}/{status['steps']}, {status['world_size']} ranks", markup=False)
+    if changes := _changes(status):
+        console.print(changes, markup=False)
     if trouble := status["degraded"]:
         console.print(f"DEGRADED for {trouble['since_s']:.0f} s: {trouble['why']}", markup=False)
     commit, share = status["last_commit"], status["goodput"]
@@ -95,6 +102,15 @@ def print_status(where: str, *, as_json: bool) -> None:
     console.print(f"goodput {100 * share['ratio']:.1f} %, steps computed again {share['lost_steps']}")
     if status["nodes"]:
         console.print(_node_table(status["nodes"]))
+
+
+def _changes(status: Mapping[str, Any]) -> str:
+    """What rewinds have brought; "" where there were none."""
+    left_out = f"without the samples at {', '.join(status['skips'])}" if status["skips"] else ""
+    changed = f"with {', '.join(status['overrides'])}" if status["overrides"] else ""
+    number = f"{status['rewinds']} bad steps" if status["rewinds"] else ""
+    told = ", ".join(filter(None, (left_out, changed, number)))
+    return f"rewound: {told}" if told else ""
 
 
 def open_console() -> Console:

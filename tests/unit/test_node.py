@@ -16,6 +16,7 @@ from keepstep.orchestrator import ranks
 from keepstep.orchestrator.node import NodeRanks, NodeSettings
 from keepstep.orchestrator.patience import Patience
 from keepstep.orchestrator.ranks import Exit, GroupSpec
+from keepstep.orchestrator.sections import RunConfig
 from keepstep.orchestrator.stacks import answer_path, state
 from keepstep.orchestrator.wire import Launch, RankReport, StoreAddress
 from keepstep.storage.layout import rank_stacks_key
@@ -102,6 +103,7 @@ async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
         address="127.0.0.1",
         config_path=scratch / "config.json",
         staging_socket=scratch / "socket",
+        config=RunConfig(),
     )
     made = NodeRanks("n#1", settings, Store.open(tmp_path / "root"), Patience(4.0), lambda: None)
     launch = Launch(
