@@ -98,13 +98,17 @@ def _scratch(config: RunConfig) -> str:
 
 
 def _text(config: RunConfig) -> str:
-    source = config.data.source
     if config.train.script:
         return "a script brings its own"
+    return ", ".join(_source(config, number) for number in range(len(config.data.all_sources)))
+
+
+def _source(config: RunConfig, number: int) -> str:
+    source = config.data.all_sources[number]
     if source == "installed-docs" or "://" in source:
         return source
     if not Path(source).exists():
-        raise InputError(f"data.source = {source!r}: no such file or folder")
+        raise InputError(f"{config.data.source_key(number)}: no such file or folder")
     return f"{source} is there"
 
 

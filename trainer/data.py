@@ -7,9 +7,8 @@ the list of skips. A skip changes nothing before its first position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +19,22 @@ from .config import TrainerConfig
 from .order import Order, Positions, apportion
 
 
+@dataclass(frozen=True, slots=True)
+class _Gaps:
+    """Skips as tables to bisect, one entry for each."""
+
+    starts: Positions  # its first position
+    turns: Positions  # the first turn behind it
+    before: Positions  # positions skipped before it; at the end those of all
+
+    @staticmethod
+    def of(skips: Sequence[Range]) -> _Gaps:
+        starts = np.array([first for first, _ in skips], dtype=np.uint64)
+        lengths = np.array([last - first for first, last in skips], dtype=np.uint64)
+        before = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(lengths, dtype=np.uint64)])
+        return _Gaps(starts, starts - before[:-1], before)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feed:
     """Everything that decides what is consumed when."""
@@ -27,10 +42,12 @@ class Feed:
     order: Order
     samples_per_step: int
     skips: tuple[Range, ...] = ()  # of positions; sorted, apart from each other
+    _gaps: _Gaps = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert all(first < last for first, last in self.skips)
         assert all(last < first for (_, last), (first, _) in pairwise(self.skips))
+        object.__setattr__(self, "_gaps", _Gaps.of(self.skips))
 
     def turns(self, step: int) -> Range:
         """[first, last) that the update number `step` (from 1) consumes."""
@@ -44,8 +61,7 @@ class Feed:
     def at(self, first: int, last: int) -> Positions:
         """The positions of the turns [first, last), in O(log skips) each."""
         turns = np.arange(first, last, dtype=np.uint64)
-        skipped_from, skipped = _skipped(self.skips)
-        return turns + skipped[np.searchsorted(skipped_from, turns, side="right")]
+        return turns + self._gaps.before[np.searchsorted(self._gaps.turns, turns, side="right")]
 
     def samples(self, first: int, last: int) -> Positions:
         """The samples of the turns [first, last)."""
@@ -63,24 +79,15 @@ class Feed:
 
     def turn(self, position: int) -> int | None:
         """Inverse of `at`; None for a position that is skipped."""
-        starts, skipped_before = _starts(self.skips), _skipped(self.skips)[1]
-        i = int(np.searchsorted(starts, np.uint64(position), side="right"))
+        i = int(np.searchsorted(self._gaps.starts, np.uint64(position), side="right"))
         if i and position < self.skips[i - 1][1]:
             return None
-        return position - int(skipped_before[i])
+        return position - int(self._gaps.before[i])
 
 
-@lru_cache(maxsize=8)
-def _starts(skips: tuple[Range, ...]) -> Positions:
-    return np.array([first for first, _ in skips], dtype=np.uint64)
-
-
-@lru_cache(maxsize=8)
-def _skipped(skips: tuple[Range, ...]) -> tuple[Positions, Positions]:
-    """(the first turn behind each skip, positions skipped before the first of these, the second, ...: one more)."""
-    lengths = np.array([last - first for first, last in skips], dtype=np.uint64)
-    sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(lengths, dtype=np.uint64)])
-    return _starts(skips) - sums[:-1], sums
+def skips_before(skips: Iterable[Range], position: int) -> tuple[Range, ...]:
+    """What of them lies before a position, and so has decided what was consumed up to it."""
+    return tuple((first, min(last, position)) for first, last in skips if first < position)
 
 
 def feed_for(sizes: Sequence[int], config: TrainerConfig, *, skips: Sequence[str] = ()) -> Feed:

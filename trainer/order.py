@@ -30,8 +30,8 @@ Positions = npt.NDArray[np.uint64]
 Kind = Literal["shuffled", "blocks", "sequential"]
 SLOTS: Final = 1 << 16  # the resolution of weights
 _ROUNDS: Final = 6
-_U64: Final = (1 << 64) - 1
-_GOLDEN: Final = 0x9E3779B97F4A7C15
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+_SOURCES: Final = np.uint64(0xD1342543DE82EF95)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,19 +62,14 @@ class Order:
 
     def _of_source(self, source: int, drawn: Positions) -> Positions:
         size = self.sizes[source]
-        seed = self.seed if source == 0 else _mix_int(self.seed + 0xD1342543DE82EF95 * source)
         epochs, places = np.divmod(drawn, np.uint64(size))
-        for epoch in np.unique(epochs).tolist():
-            chosen = epochs == epoch
-            places[chosen] = self._permuted(places[chosen], size, key=_mix_int(seed + _GOLDEN * (epoch + 1)))
-        return places
-
-    def _permuted(self, places: Positions, count: int, *, key: int) -> Positions:
         if self.kind == "sequential":
             return places
-        if self.kind == "blocks":
-            return in_blocks(places, count, self.block_samples, key=key)
-        return shuffled(places, count, key=key)
+        seeds = np.full_like(drawn, self.seed)
+        if source:
+            seeds = _hashed(seeds + np.full_like(drawn, source) * _SOURCES)
+        keys = _hashed(seeds + (epochs + np.uint64(1)) * _GOLDEN)
+        return in_blocks(places, size, self.block_samples, keys) if self.kind == "blocks" else shuffled(places, size, keys)
 
 
 def apportion(weights: Sequence[float | int]) -> tuple[int, ...]:
@@ -103,40 +98,50 @@ def _cycle(quotas: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], Positions]:
     return sources[by_due], ranks[by_due].astype(np.uint64)
 
 
-def in_blocks(places: Positions, count: int, block: int, *, key: int) -> Positions:
+def in_blocks(places: Positions, count: int, block: int, keys: Positions) -> Positions:
     """A keyed permutation of range(count) that keeps blocks of `block` consecutive numbers together. The last block may be short; it stands
-    at a keyed place among the others."""
-    num_whole, rest = divmod(count, block)
-    short_first = _mix_int(key) % (num_whole + 1) * block
-    is_short = (places >= short_first) & (places < short_first + rest)
-    blocks, offsets = np.divmod(np.where(places < short_first, places, places - np.uint64(rest)), np.uint64(block))
-    blocks[~is_short] = shuffled(blocks[~is_short], num_whole, key=key)
-    blocks[is_short], offsets[is_short] = num_whole, places[is_short] - np.uint64(short_first)
-    for number in np.unique(blocks).tolist():
-        chosen = blocks == number
-        size = block if number < num_whole else rest
-        offsets[chosen] = shuffled(offsets[chosen], size, key=_mix_int(key + _GOLDEN * (number + 1)))
+    at a keyed place among the others.
+
+    Args:
+        keys: of the permutation to take, one for each place.
+    """
+    num_whole, rest = (np.uint64(part) for part in divmod(count, block))
+    short_first = _hashed(keys) % (num_whole + np.uint64(1)) * np.uint64(block)
+    is_short = (places >= short_first) & (places - short_first < rest)
+    blocks, offsets = np.divmod(np.where(places < short_first, places, places - rest), np.uint64(block))
+    blocks = np.where(is_short, num_whole, shuffled(blocks, int(num_whole), keys))
+    inside = _hashed(keys + (blocks + np.uint64(1)) * _GOLDEN)
+    offsets = np.where(is_short, shuffled(places - short_first, int(rest), inside), shuffled(offsets, block, inside))
     return blocks * np.uint64(block) + offsets
 
 
-def shuffled(places: Positions, count: int, *, key: int) -> Positions:
+def shuffled(places: Positions, count: int, keys: Positions) -> Positions:
     """A keyed permutation of range(count), element by element and without a table: a balanced Feistel network over the next power of
-    four, walked until it falls below `count` (Black and Rogaway 2002)."""
+    four, walked until it falls below `count` (Black and Rogaway 2002). A place that is not below `count` stays where it is.
+
+    Args:
+        keys: of the permutation to take, one for each place.
+    """
     half = np.uint64(max(1, (max(1, count - 1).bit_length() + 1) // 2))
     out = places.astype(np.uint64)
-    todo = np.ones(out.shape, dtype=np.bool_)
+    todo = out < np.uint64(count)
     while todo.any():
-        out[todo] = _feistel(out[todo], half, key)
+        out[todo] = _feistel(out[todo], half, keys[todo])
         todo &= out >= np.uint64(count)
     return out
 
 
-def _feistel(values: Positions, half: np.uint64, key: int) -> Positions:
+def _feistel(values: Positions, half: np.uint64, keys: Positions) -> Positions:
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
     for i in range(_ROUNDS):
-        left, right = right, left ^ (_mix(right + np.uint64(_mix_int(key + i))) & mask)
+        left, right = right, left ^ (_mix(right + _hashed(keys + np.uint64(i))) & mask)
     return (left << half) | right
+
+
+def _hashed(values: Positions) -> Positions:
+    """One step of SplitMix64 from each state."""
+    return _mix(values + _GOLDEN)
 
 
 def _mix(values: Positions) -> Positions:
@@ -144,7 +149,3 @@ def _mix(values: Positions) -> Positions:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-def _mix_int(value: int) -> int:
-    return int(_mix(np.array([(value + _GOLDEN) & _U64], dtype=np.uint64))[0])
