@@ -1,0 +1,170 @@
+"""One process of a replay: a rank like those of the run, but for its persister and its agent.
+
+Importing this module costs nothing; torch comes with the first call, in the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Mapping
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keepstep.storage.store import Store
+from keepstep.storage.verify import read_manifest
+
+from .attach import Attached
+from .contract import ENV_SPEC, RankSpec
+from .handover import NONCE, FolderStaging
+from .replay import Job
+
+if TYPE_CHECKING:
+    from .run import Run
+    from .serial import SerialEngine
+
+_PROGRESS_STEPS = 10  # between two words to the parent
+
+
+class Replaying(Attached):
+    """A rank that nobody watches; what it would have written down stays in `records`."""
+
+    def __init__(self, spec: RankSpec, rank: int, world_size: int) -> None:
+        super().__init__(None)
+        self.spec = spec
+        self.rank = self.local_rank = rank
+        self.world_size = self.local_world_size = world_size
+        self.records: list[dict[str, Any]] = []
+
+    @property
+    def staging(self) -> None:
+        """Nothing is saved."""
+        return None
+
+    def record_step(self, record: Mapping[str, Any]) -> None:
+        if "step" in record:
+            self.records.append(dict(record))
+
+
+def replay_rank(job: Job, rank: int, telling: Connection, environment: Mapping[str, str]) -> None:
+    """The process's whole life. It dies with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a person's Ctrl-C is the parent's, and it kills
+    parent = multiprocessing.parent_process()
+    import torch
+
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    if parent is None or not parent.is_alive():
+        os._exit(1)
+    logging.basicConfig(level=logging.ERROR)
+    _set_environment(job, rank, environment)
+    try:
+        telling.send({"outcome": _replay(job, rank, telling)})
+    except Exception as error:  # noqa: BLE001  (the process's entry: the parent says it)
+        telling.send(_failure(error))
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    from .restore import ResumeDamaged
+
+    if isinstance(error, ResumeDamaged) and error.__cause__ is not None:
+        return {"damaged": error.__cause__.__reduce__()[1]}
+    return {"why": f"{type(error).__name__}: {error}"}
+
+
+def _set_environment(job: Job, rank: int, environment: Mapping[str, str]) -> None:
+    threads = job.stretch.threads or (1 if job.stretch.world_size > 1 else 0)  # as torchrun sets it for several ranks of a node
+    os.environ |= {
+        **environment,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(job.num_processes),
+        "LOCAL_WORLD_SIZE": str(job.num_processes),
+        "GLOO_SOCKET_IFNAME": "lo",
+        **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
+    }
+    os.environ.pop(ENV_SPEC, None)
+
+
+def _replay(job: Job, rank: int, telling: Connection) -> dict[str, Any]:
+    """Collective. Every step of the stretch; what the parent wants of it."""
+    import torch.distributed as dist
+
+    from .loop import advance
+    from .observed import observe
+    from .parallel import join
+    from .run import open_run
+    from .surroundings import surroundings
+
+    stretch, view = job.stretch, job.view
+    me = Replaying(_spec(job), rank, job.num_processes)
+    meeting = dist.FileStore(str(Path(job.folder, "meeting")), job.num_processes)  # type: ignore[attr-defined]
+    run = open_run(stretch.config, me, join(me, meeting))
+    assert run.step == stretch.after
+    serial = _in_turn(job, run)
+    views = []
+    for step in range(stretch.after + 1, stretch.last + 1):
+        parts = run.share[step]
+        if view is not None and view.step == step:
+            views.append(observe(run, parts, view, partial(advance, run, parts)))
+        else:
+            advance(run, parts)
+        if step % _PROGRESS_STEPS == 0:
+            telling.send({"done": step - stretch.after})
+    if job.hands_over:
+        _hand_over(job, run)
+    dist.destroy_process_group()
+    return {"records": me.records, "views": views, "streams": tuple(serial.streams) if serial else (), "surroundings": surroundings()}
+
+
+def _in_turn(job: Job, run: Run) -> SerialEngine | None:
+    """Where one process does the work of several ranks, its engine; with exact reduction the usual one does it already."""
+    from .serial import SerialEngine, streams_after_resume
+
+    num_ranks = job.stretch.world_size
+    if num_ranks == job.num_processes or run.config.cluster.exact_reduction:
+        return None
+    saved = job.streams or _saved_streams(job)
+    run.engine = SerialEngine(run.engine, streams_after_resume(saved, num_ranks, seed=run.config.run.seed, step=run.step))
+    return run.engine
+
+
+def _saved_streams(job: Job) -> list[Mapping[str, Any]]:
+    """Of every rank that saved the checkpoint."""
+    from .registry import PARTS
+    from .rng import streams_in
+
+    if job.origin is None:
+        return []
+    resume = job.origin.resume
+    manifest = read_manifest(Store.open(job.origin.root), resume.directory, resume.manifest_sha256)
+    return [streams_in(rank.state[PARTS]) for rank in manifest.ranks]
+
+
+def _hand_over(job: Job, run: Run) -> None:
+    """Collective. The state after the last step, as a checkpoint in this machine's folder."""
+    from .checkpoint import Checkpointer
+
+    stretch, world = job.stretch, run.world
+    staging = FolderStaging(Path(job.folder), attempt=stretch.attempt, rank=world.rank, world_size=world.size)
+    Checkpointer(staging, rank=world.rank, attempt=stretch.attempt, nonce=NONCE).save(run.step, run.tensors, run.rank_state().to_json())
+
+
+def _spec(job: Job) -> RankSpec:
+    stretch, origin = job.stretch, job.origin
+    return RankSpec(
+        run=stretch.config.run.name,
+        attempt=stretch.attempt,
+        nonce=NONCE,
+        root=origin.root if origin else stretch.config.run.root,
+        config_path="",
+        scratch=job.folder,
+        progress_path="",
+        staging_socket="",
+        error_path="",
+        resume=origin.resume if origin else None,
+        **({"skips": stretch.skips} if stretch.skips else {}),
+    )
