@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from . import rng
+from .data import skips_before
 from .optim import changed_hyper_parameters, changes, schedule_of
 from .registry import Part, Registry
+from .spikes import Window
 
 if TYPE_CHECKING:
     from .run import Run
@@ -29,11 +32,15 @@ def registry_of(run: Run) -> Registry:
     registry.add(
         _progress(run),
         _position(run),
+        _order(run),
+        _skips(run),
         _loader(),
         _optimizer(run),
         _schedule(run),
+        _spikes(run),
         threads(),
-        *rng.parts(derive=lambda: _new_streams(run)),
+        run.trace.part(),
+        *_streams(run),
     )
     return registry
 
@@ -49,16 +56,45 @@ def _position(run: Run) -> Part:
     """Of the canonical order: a function of the step, so there is nothing to put back; another one would repeat or leave out samples."""
 
     def check(saved: dict[str, Any]) -> Iterable[str]:
-        if saved["position"] != (here := run.feed.positions(saved["step"])[1]):
+        if saved["position"] != (here := run.feed.end(saved["step"])):
             where = f"step {saved['step']} stood at position {saved['position']} of the samples' order"
             yield f"{where}, with this batch and these skips it stands at {here}"
 
     return Part(
-        name="position",
-        capture=lambda: {"step": run.step, "position": run.feed.positions(run.step)[1]},
-        restore=lambda saved: None,
-        check=check,
+        name="position", capture=lambda: {"step": run.step, "position": run.feed.end(run.step)}, restore=lambda saved: None, check=check
     )
+
+
+def _order(run: Run) -> Part:
+    """What decides which sample stands at a position: in another order the samples to come are not those that are left."""
+
+    def capture() -> dict[str, Any]:
+        fields = {**asdict(run.feed.order), "samples_per_step": run.feed.samples_per_step, "context": run.config.model.context}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    def check(saved: dict[str, Any]) -> Iterable[str]:
+        now = capture()
+        for name in sorted(saved.keys() | now.keys()):
+            if saved.get(name) != now.get(name):
+                yield f"{name} was {saved.get(name)} and is {now.get(name)} now"
+
+    return Part(name="order", capture=capture, restore=lambda saved: None, check=check)
+
+
+def _skips(run: Run) -> Part:
+    """Positions that are left out. Later ones may come and go; those before the checkpoint have decided what it was trained on."""
+
+    def capture() -> dict[str, Any]:
+        return {"position": run.feed.end(run.step), "skips": [list(skip) for skip in run.feed.skips]}
+
+    def check(saved: dict[str, Any]) -> Iterable[str]:
+        position = saved["position"]
+        then, now = (skips_before(skips, position) for skips in (((first, last) for first, last in saved["skips"]), run.feed.skips))
+        if then != now:
+            told, asked = (", ".join(f"{first}:{last}" for first, last in skips) or "nothing" for skips in (then, now))
+            yield f"up to its position {position} it had left out {told}, and this run leaves out {asked}: go back to a commit before that"
+
+    return Part(name="skips", capture=capture, restore=lambda saved: None, check=check)
 
 
 def _loader() -> Part:
@@ -95,6 +131,16 @@ def _schedule(run: Run) -> Part:
     return Part(name="schedule", capture=capture, restore=restore)
 
 
+def _spikes(run: Run) -> Part:
+    """The recent losses and gradient norms: without them a spike soon after a restart would pass, and a run that was never stopped would
+    have refused it."""
+
+    def restore(saved: list[list[str]]) -> None:
+        run.window = Window.from_json(run.config.train.spike.window, saved)
+
+    return Part(name="spike", capture=lambda: run.window.to_json(), restore=restore)
+
+
 def threads() -> Part:
     """Of PyTorch: how many a sum is split over decides its last bits, and nodes have different numbers of cores."""
 
@@ -110,6 +156,11 @@ def threads() -> Part:
     return Part(name="threads", capture=torch.get_num_threads, restore=restore, per_rank=True, elsewhere=as_rank_0)
 
 
-def _new_streams(run: Run) -> str:
-    rng.seed_everything(run.config.run.seed, run.step, run.world.rank)
-    return "random streams follow from (seed, step, rank)"
+def _streams(run: Run) -> list[Part]:
+    """With exact reduction a stream is one of (step, logical rank) while a step computes, and the same on all ranks in between."""
+
+    def derive() -> str:
+        rng.seed_everything(run.config.run.seed, run.step, run.world.rank)
+        return "random streams follow from (seed, step, rank)"
+
+    return rng.parts(derive, per_rank=not run.config.cluster.exact_reduction)

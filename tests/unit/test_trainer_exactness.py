@@ -139,22 +139,6 @@ def test_the_losses_do_not_depend_on_how_a_batch_is_cut(
     assert {step: float.fromhex(loss) for step, loss in losses_in(cut).items()} == expected
 
 
-def poisoned(rank: int, world_size: int, root: str, config: dict[str, Any]) -> None:
-    """Rank 1's batch makes its third loss infinite."""
-    import trainer_ranks
-
-    from keepstep.trainer import guard, loop
-
-    agree = loop.agree
-
-    def poison(run: Any, step: int, sums: Any) -> Any:
-        return agree(run, step, sums._replace(nll=float("inf")) if (rank, step) == (1, 3) else sums)
-
-    loop.agree = poison
-    with pytest.raises(guard.NonFinite, match="step 3: the loss of rank 1 is inf"):
-        trainer_ranks._train(rank, world_size, root, config, 1, None, 0, "")
-
-
 def looks_late(rank: int, world_size: int, root: str, config: dict[str, Any]) -> None:
     """Rank 1 looks for tokens after rank 0 has made them."""
     import trainer_ranks
@@ -169,11 +153,6 @@ def looks_late(rank: int, world_size: int, root: str, config: dict[str, Any]) ->
 def test_a_rank_that_looks_late_for_tokens_still_meets_the_others(config: dict[str, Any], tmp_path: Path) -> None:
     run_ranks(2, looks_late, str(tmp_path), rooted(config, tmp_path))
     assert sorted(losses_in(tmp_path)) == list(range(1, STEPS + 1))
-
-
-def test_an_infinite_loss_ends_the_attempt_and_names_step_and_rank(config: dict[str, Any], tmp_path: Path) -> None:
-    run_ranks(2, poisoned, str(tmp_path), rooted(config, tmp_path))
-    assert sorted(losses_in(tmp_path)) == [1, 2]
 
 
 def test_a_stop_saves_at_its_step_and_the_rest_follows_later_also_with_workers(straight: Straight, tmp_path: Path) -> None:

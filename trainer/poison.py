@@ -1,0 +1,69 @@
+"""Samples that spoil their step, on purpose: what tests and chaos plant to see that it is found, named and left out.
+
+    KEEPSTEP_FAULTS = "trainer.sample:position=37:module=blocks.1.mlp.up:way=gradient"
+
+What this module makes of the sample at that position of the canonical order becomes NaN: its output (`way=output`, the default), or the
+gradient that comes back through it. The sample is known by its tokens, so it does so in every pass, on whichever rank, at any step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from keepstep.storage.faults import planned
+
+from .data import Feed
+from .samples import Samples
+
+POINT: Final = "trainer.sample"
+
+
+def poison(model: nn.Module, samples: Samples, feed: Feed) -> None:
+    """Does what the plan says of samples; without a plan, nothing. Raises ValueError for a word that it does not know."""
+    for facts in planned(POINT):
+        unknown = set(facts) - {"position", "module", "way"}
+        spoil = WAYS.get(facts.get("way", "output"))
+        if unknown or spoil is None or "position" not in facts:
+            raise ValueError(f"{POINT} knows position, module and way ({', '.join(WAYS)}), not {facts}")
+        number = feed.order.samples(np.array([int(facts["position"])], dtype=np.uint64))
+        _plant(model, torch.from_numpy(samples.rows(number)[0, :-1]), facts.get("module", ""), spoil)
+
+
+def _plant(model: nn.Module, ids_T: Tensor, module: str, spoil: Callable[[Tensor, Tensor], Tensor]) -> None:
+    is_hit: list[Tensor] = []  # of the batch that is under way, (B,)
+
+    def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+        is_hit[:] = [(args[0] == ids_T.to(args[0].device)).all(1)]
+
+    model.register_forward_pre_hook(look)
+    dict(model.named_modules())[module].register_forward_hook(lambda _, args, output: spoil(output, is_hit[0]))
+
+
+def _spoil_output(output: Tensor, is_hit_B: Tensor) -> Tensor:
+    return torch.where(is_hit_B.view(-1, *[1] * (output.ndim - 1)), math.nan, output)
+
+
+class _SpoilGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, is_hit_B: Tensor) -> Tensor:
+        ctx.save_for_backward(is_hit_B)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (is_hit_B,) = ctx.saved_tensors
+        return _spoil_output(gradients[0], is_hit_B), None
+
+
+def _spoil_gradient(output: Tensor, is_hit_B: Tensor) -> Tensor:
+    spoilt: Tensor = _SpoilGradient.apply(output, is_hit_B)  # type: ignore[no-untyped-call]
+    return spoilt
+
+
+WAYS: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {"output": _spoil_output, "gradient": _spoil_gradient}
