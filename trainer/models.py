@@ -41,10 +41,11 @@ class Mlp(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.up = nn.Linear(width, 4 * width, bias=False)
+        self.activation = nn.GELU()
         self.out = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return F.dropout(self.out(F.gelu(self.up(x_BTC))), self.dropout, self.training)
+        return F.dropout(self.out(self.activation(self.up(x_BTC))), self.dropout, self.training)
 
 
 class Block(nn.Module):
