@@ -73,8 +73,11 @@ def _why_no_use(run: Run, bad: Evidence) -> str:
         return f"{bad.why}; the samples at {', '.join(bad.skips)} are left out already, so it would happen again"
     if run.rewinds < run.policy.rewinds:
         return ""
-    tried = f"{run.rewinds} rewinds left out the samples at {', '.join(run.skips)}" if run.rewinds else "no rewind was tried"
-    return f"{bad.why}; {tried}, and train.spike.budget = {run.policy.rewinds} allows no more: look at the data and the learning rate"
+    budget = f"train.spike.budget = {run.policy.rewinds}"
+    if not run.rewinds:
+        return f"{bad.why}; {budget} allows no rewind"
+    tried = f"{run.rewinds} rewind{'s' if run.rewinds > 1 else ''} left out the samples at {', '.join(run.skips)}"
+    return f"{bad.why}; {tried}, and {budget} allows no more: look at the data and the learning rate"
 
 
 def take_logged_rewind(run: Run, record: RewindRecord) -> Run:

@@ -10,7 +10,8 @@
 
 A report repeats the node's last one, but for what is said. Its sequence grows, its term and revision are the newest unless said.
 Ranks: `*:STEP@5` (all of the node, running), `3:SIGKILL@41`, `2:lost@41` (a peer), `1:damaged@20`, `0:stopped@41` (by its agent),
-`*:done@100` and `*:left@50` (exit code 0 in phase DONE or STOPPED), `1:exit7@3`, `'1:ValueError: bad batch@3'`;
+`*:bad3/96:98@2` (all refuse step 3, whose positions 96 to 97 were found bad by the rank of which this is one; `bad3/` cannot say which;
+`bad3/96:98/1` names rank 1), `*:done@100` and `*:left@50` (exit code 0 in phase DONE or STOPPED), `1:exit7@3`, `'1:ValueError: bad batch@3'`;
 `*:mute@0` (running, without any progress report); at the end `~75`: quiet for 75 s, `^4`: 4 s are its limit, `!40`: it has begun 40
 collectives (others 41).
 `persisted=20` all ranks of the node, `persisted=20:0,1` some. `-` drops what the report said before: `persisted=-`.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from keepstep.orchestrator import events as ev
@@ -90,7 +91,14 @@ class Script:
                 found = None if words[0] == "nothing" else self._checkpoint(int(words[0]))
                 yield ev.Found(at, found, rolled_forward="forward" in words)
             case "logged":
-                yield from self._logged(at)
+                yield from self._logged(at, words)
+            case "lost":
+                request = next(ask.request for ask in self.story.run.asks if isinstance(ask.request, ev.LogRewind))
+                yield ev.RewindVoid(at, request, " ".join(words))
+            case "rewind":
+                yield self._rewind_asked(at, int(words[0]), words[1:])
+            case "policy":
+                yield ev.Reconfigured(at, replace(self.story.run.policy, **{name: _number(text) for name, text in options.items()}))
             case "refused":
                 request = next(ask.request for ask in self.story.run.asks if type(ask.request).__name__ == words[0])
                 yield ev.LogFailed(at, request, " ".join(words[1:]))
@@ -137,9 +145,19 @@ class Script:
             newest_commit=self._checkpoint(int(commit)) if commit else None,
             ever_committed="ever" in words,
             ended="ended" in words,
+            rewound="rewound" in words,
+            skips=tuple(filter(None, options.get("skips", "").split(","))),
+            overrides=tuple(filter(None, options.get("overrides", "").split(","))),
+            rewinds=int(options.get("rewinds", 0)),
         )
 
-    def _logged(self, at: float) -> Iterator[ev.Event]:
+    def _rewind_asked(self, at: float, to: int, words: list[str]) -> ev.RewindAsked:
+        overrides = tuple(word for word in words if "=" in word)
+        skips = tuple(word for word in words if "=" not in word)
+        return ev.RewindAsked(at=at, to=to, skips=skips, overrides=overrides, why=f"a person asked to go back to step {to}")
+
+    def _logged(self, at: float, words: list[str]) -> Iterator[ev.Event]:
+        """A rewind needs the step of its checkpoint, or "scratch"."""
         for ask in self.story.run.asks:
             match ask.request:
                 case ev.LogAttempt() as wanted:
@@ -151,8 +169,14 @@ class Script:
                         resume=wanted.resume,
                         unconfirmed=wanted.unconfirmed,
                         standing=wanted.standing,
+                        skips=wanted.skips,
+                        overrides=wanted.overrides,
                     )
                     yield ev.Logged(at, record)
+                case ev.LogRewind() as wanted:
+                    resume = None if words[0] == "scratch" else self._checkpoint(int(words[0]))
+                    found = {name: getattr(wanted, name) for name in ("skips", "overrides", "bad_step", "why")}
+                    yield ev.Logged(at, ev.RewindRecord(resume=resume, **found))
                 case ev.LogQuarantine(directory=key):
                     yield ev.Logged(at, ev.QuarantineRecord(key))
                 case ev.LogEnd() as end:
@@ -281,6 +305,14 @@ def _exit(state: str) -> dict[str, Any]:
         return {"exit_code": -9, "kind": "signal", "why": state, "phase": Phase.STEP}
     if found := re.fullmatch(r"exit(\d+)", state):
         return {"exit_code": int(found[1]), "kind": "exit", "why": f"exit code {found[1]}", "phase": Phase.STEP}
+    if found := re.fullmatch(r"bad(\d+)/([\d:,]*)/?(\d*)", state):
+        named = {
+            "bad_step": int(found[1]),
+            "skips": tuple(filter(None, found[2].split(","))),
+            "bad_ranks": tuple(map(int, found[3] or "0")),
+        }
+        why = f"BadStep: step {found[1]}: the loss of rank {found[3] or 0} is nan"
+        return {"exit_code": 1, "kind": "bad-step", "why": why, "phase": Phase.STEP, **named}
     return {"exit_code": 1, "kind": "exception", "why": state, "phase": Phase.STEP}
 
 
