@@ -87,6 +87,10 @@ class Registry:
         """Every part as of now, by name."""
         return {name: part.capture() for name, part in self._parts.items()}
 
+    def state(self) -> dict[str, Json]:
+        """What `Checkpointer.save` takes as this rank's state."""
+        return {PARTS: self.capture()}
+
     def check(self, states: RankStates) -> None:
         """Raises StateMismatch unless `restore` would put every part back."""
         saved = self._counting(states)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
@@ -36,7 +37,7 @@ from .matching import skipped
 from .optim import local
 from .parallel import chunks_of
 from .registry import Registry
-from .state import NestedTensors, byte_view, flatten
+from .state import NestedTensors, byte_view, flatten, owner_of
 
 log = logging.getLogger("keepstep.trainer")
 
@@ -128,7 +129,7 @@ def restore(manifest: Manifest, reader: VerifiedReader, tensors: NestedTensors, 
         DamagedCheckpoint: it does not verify.
     """
     flat = flatten(tensors)
-    saved = [entry for rank in manifest.ranks for entry in rank.tensors if entry.name.partition(".")[0] in tensors]
+    saved = _for(flat, [entry for rank in manifest.ranks for entry in rank.tensors if entry.name.partition(".")[0] in tensors])
     if skip := skipped(saved, flat, partial):
         log.warning("skipped %d tensors that differ, as told: %s", len(skip), ", ".join(sorted(skip)))
         flat = {name: tensor for name, tensor in flat.items() if name not in skip}
@@ -138,6 +139,14 @@ def restore(manifest: Manifest, reader: VerifiedReader, tensors: NestedTensors, 
         parts = _resharded(saved, flat) if same is None else same
         read_parts(reader, parts)
     return Restored(num_bytes=sum(part.num_bytes for part in parts), resharded=same is None, skipped=tuple(sorted(skip)))
+
+
+def _for(flat: Mapping[str, Tensor], saved: Sequence[TensorEntry]) -> list[TensorEntry]:
+    """Without those of other ranks, provided that as many ranks have tensors of their own there as here."""
+    mine = {owner_of(name) for name in flat} - {None}
+    if not mine or len({owner_of(entry.name) for entry in saved} - {None}) != dist.get_world_size():
+        return list(saved)
+    return [entry for entry in saved if owner_of(entry.name) in {None, *mine}]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

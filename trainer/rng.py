@@ -68,21 +68,21 @@ def digest(saved: Mapping[str, Any]) -> str:
     return sha256_hex(canonical_json(saved))
 
 
-def parts(derive: Callable[[], str] | None = None) -> list[Part]:
+def parts(derive: Callable[[], str] | None = None, *, per_rank: bool = True) -> list[Part]:
     """A part per stream, named "rng.python" and so on.
 
     Args:
         derive: at another world size: makes all streams anew and says how. None: such a checkpoint is refused.
+        per_rank: False: between steps all ranks have the same streams, so that any number of ranks goes on with them.
     """
-    elsewhere = None if derive is None else lambda saved: derive()
     return [
         Part(
             name=f"{_PREFIX}{name}",
             capture=stream.capture,
             restore=stream.restore,
             check=stream.check,
-            per_rank=name != "dtensor",
-            elsewhere=elsewhere,
+            per_rank=per_rank and name != "dtensor",  # DTensors' operations are those of all ranks
+            elsewhere=None if derive is None else lambda saved: derive(),
         )
         for name, stream in STREAMS.items()
     ]

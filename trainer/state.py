@@ -3,6 +3,7 @@
     model.<parameter>                        sharded tensors, in the parameter's own dtype
     optimizer.<parameter>.exp_avg[_sq]       sharded like the parameter
     optimizer.<parameter>.step               updates so far, replicated
+    ....rank-<rank>.<name>                   a script's tensors of one rank, see `of_rank`
     RankState.parts                          per rank, JSON: random streams, position, the last loss, ... Never under shared keys
 
 All that is no tensor is a part of the registry (registry.py, parts.py); nothing else is state.
@@ -11,9 +12,10 @@ All that is no tensor is a part of the registry (registry.py, parts.py); nothing
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -23,6 +25,7 @@ from keepstep.storage.canonical import canonical_json, sha256_hex
 from .optim import ShardOptimizer
 from .parallel import whole
 
+_OWNED: Final = re.compile(r"(?:^|\.)rank-(\d{5})\.")
 NestedTensors = dict[str, dict[str, Any]]  # {"model": {name: tensor}, "optimizer": {name: {key: tensor}}}
 
 
@@ -44,17 +47,32 @@ def tensors_of(model: nn.Module, optimizer: ShardOptimizer) -> NestedTensors:
     """
     parameters = dict(model.named_parameters())
     moments = {
-        name: {key: _placed_like(parameters[name], value) for key, value in state.items()} for name, state in optimizer.state().items()
+        name: {key: placed_like(parameters[name], value) for key, value in state.items()} for name, state in optimizer.state().items()
     }
     return {"model": {name: parameter.detach() for name, parameter in parameters.items()}, "optimizer": moments}
 
 
-def _placed_like(parameter: Tensor, value: Tensor) -> Tensor:
+def placed_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A shard as the part of the whole that it is: a DTensor where `parameter` is one and has this shape; shares memory."""
     if not isinstance(parameter, DTensor) or value.ndim != parameter.ndim:
         return value
     return DTensor.from_local(
         value.detach(), parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
+
+
+def of_rank(rank: int, tensors: NestedTensors | Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tensors that belong to one rank alone, under a key that holds the rank: one that several ranks used would keep any one's values.
+
+    They load at the world size that saved them only.
+    """
+    return {f"rank-{rank:05d}": dict(tensors)}
+
+
+def owner_of(name: str) -> int | None:
+    """The rank that a tensor of this name belongs to; None: to all."""
+    found = _OWNED.search(name)
+    return int(found[1]) if found else None
 
 
 def flatten(tensors: NestedTensors) -> dict[str, Tensor]:
