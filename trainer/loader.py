@@ -1,7 +1,7 @@
 """The batches of a rank, one step after the other: read when they are needed, or ahead of time by processes of the rank.
 
 What a step consumes is a pure function of its number, so the loader's index is the step: the bits do not depend on who reads them, and
-after a restart there is nothing to restore.
+after a restart there is nothing to restore. Tokens that are streamed are read ahead by a thread: nearly all of its time is waiting.
 
 The workers are forked from the rank. It has threads by then (gloo's, the pulse), and a fork keeps none of them, nor the locks that they
 hold; a worker maps integers out of a file with numpy, and needs none of those. Rejected: a forkserver of the rank's own would import torch
@@ -14,9 +14,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -27,6 +30,7 @@ from keepstep.storage.skips import Range
 
 from .data import Feed, micro_batches
 from .samples import Batch, Samples
+from .streaming import StreamedTokens
 
 AHEAD: Final = 2  # batches per worker that are read and wait, at the most
 
@@ -76,8 +80,12 @@ def batches(share: Share, steps: range, workers: int) -> Iterator[Iterator[Seque
 
     A worker that is killed becomes a RuntimeError that names it, at whatever the rank is doing then.
     """
-    if not workers or not steps:
-        yield map(share.__getitem__, steps)
+    if not steps:
+        yield iter(())
+        return
+    if not workers:
+        with contextlib.closing(_read_ahead(share, steps)) as ahead:
+            yield ahead if isinstance(share.samples.tokens, StreamedTokens) else map(share.__getitem__, steps)
         return
     loader: DataLoader[Any] = DataLoader(
         share,  # type: ignore[arg-type]  # a map-style dataset in all but name
@@ -99,6 +107,20 @@ def batches(share: Share, steps: range, workers: int) -> Iterator[Iterator[Seque
         for worker in read._workers:
             worker.kill()  # it only reads; one that hangs would hold up the rank for ten seconds, and its exit for ever
         read._shutdown_workers()
+
+
+def _read_ahead(share: Share, steps: Iterable[int]) -> Generator[Sequence[MicroBatch], None, None]:
+    """The next steps are read while one is computed: a store answers in milliseconds, not microseconds."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    left, waiting = iter(steps), deque[Future[list[MicroBatch]]]()
+    try:
+        while True:
+            waiting.extend(thread.submit(share.__getitem__, step) for step in islice(left, AHEAD + 1 - len(waiting)))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _as_it_is(parts: list[MicroBatch]) -> list[MicroBatch]:

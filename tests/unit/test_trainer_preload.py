@@ -35,7 +35,8 @@ def watched(rank: int, world_size: int, config: dict[str, Any], resume: Any) -> 
     assert not extra, f"imported by a running rank, missing in PRELOAD: {sorted(extra)}"
 
 
-def test_a_rank_imports_nothing_on_its_way_from_the_fork_to_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cluster", [{}, {"exact_reduction": True, "logical_ranks": 2}], ids=["normal", "exact reduction"])
+def test_a_rank_imports_nothing_on_its_way_from_the_fork_to_the_end(tmp_path: Path, cluster: dict[str, Any]) -> None:
     (tmp_path / "text").mkdir()
     for i in range(3):
         (tmp_path / f"text/{i}.txt").write_text("So we beat on, boats against the current.\n" * 20)
@@ -44,6 +45,7 @@ def test_a_rank_imports_nothing_on_its_way_from_the_fork_to_the_end(tmp_path: Pa
         "run": {"root": str(tmp_path), "steps": 2},
         "train": TINY["train"] | {"loader_workers": 1},
         "checkpoint": {"interval": 1},
+        "cluster": cluster,
     }
     run_ranks(1, watched, config, None)
     from trainer_ranks import commit
