@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -15,6 +17,8 @@ from keepstep.storage.manifest import hash_block
 from keepstep.storage.store import Store
 
 CACHE_BYTES: Final = 64 << 20
+
+Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
 class DamagedTokens(ValueError):
@@ -35,42 +39,51 @@ class StreamedTokens:
     block_bytes: int
     hashes: tuple[str, ...]
     cache_bytes: int = CACHE_BYTES
-    reads: int = 0  # blocks that were asked of the store
-    _cache: OrderedDict[int, npt.NDArray[np.unsignedinteger[Any]]] = field(default_factory=OrderedDict, repr=False)
+    _cache: OrderedDict[int, Ids] = field(default_factory=OrderedDict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __len__(self) -> int:
         return self.num_tokens
 
-    def __getitem__(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.unsignedinteger[Any]]:
+    def __getitem__(self, places: npt.NDArray[np.int64]) -> Ids:
         """The ids at these places, in their shape. Raises DamagedTokens, or StoreError."""
         blocks, offsets = np.divmod(places, self.block_bytes // self.dtype.itemsize)
         out = np.empty(places.shape, dtype=self.dtype)
-        for number in np.unique(blocks).tolist():
-            chosen = blocks == number
-            out[chosen] = self._block(number)[offsets[chosen]]
+        numbers = np.unique(blocks).tolist()
+        with self._lock:
+            for some in (numbers[i : i + self._capacity] for i in range(0, len(numbers), self._capacity)):
+                self._fetch(some)
+                for number in some:
+                    chosen = blocks == number
+                    out[chosen] = self._cache[number][offsets[chosen]]
         return out
 
-    def _block(self, number: int) -> npt.NDArray[np.unsignedinteger[Any]]:
-        with self._lock:
+    @property
+    def _capacity(self) -> int:
+        return max(1, self.cache_bytes // self.block_bytes)
+
+    def _fetch(self, numbers: Sequence[int]) -> None:
+        """Into the cache, together; what was used longest ago goes."""
+        missing = [number for number in numbers if number not in self._cache]
+        for number in numbers:
             if number in self._cache:
                 self._cache.move_to_end(number)
-                return self._cache[number]
-            body = self._read(number)
-            self._cache[number] = block = np.frombuffer(body, dtype=self.dtype)
-            while len(self._cache) > max(1, self.cache_bytes // self.block_bytes):
-                self._cache.popitem(last=False)
-            return block
+        for _ in range(len(self._cache) + len(missing) - self._capacity):
+            self._cache.popitem(last=False)
+        if len(missing) == 1:
+            self._cache[missing[0]] = self._read(missing[0])
+        elif missing:
+            with ThreadPoolExecutor(min(self.store.parallel_reads, len(missing)), thread_name_prefix="tokens") as pool:
+                self._cache.update(zip(missing, pool.map(self._read, missing), strict=True))
 
-    def _read(self, number: int) -> bytes:
+    def _read(self, number: int) -> Ids:
         for _ in range(2):
-            self.reads += 1
             try:
                 body = self.store.get_range(self.key, number * self.block_bytes, self.block_bytes)
             except NotFound:
                 break
             if hash_block(body) == self.hashes[number]:
-                return body
+                return np.frombuffer(body, dtype=self.dtype)
         first = number * self.block_bytes
         raise DamagedTokens(
             f"{self.store.name}: bytes {first} to {min(first + self.block_bytes, self.num_tokens * self.dtype.itemsize)} of {self.key} "

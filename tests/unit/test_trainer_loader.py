@@ -180,3 +180,40 @@ def test_a_rank_without_samples_goes_along_with_rows_that_do_not_count() -> None
     share = replace(a_share(), feed=a_feed(2), micro_batch_samples=0)
     parts = [part for rank in range(3) for part in replace(share, shares=range(rank, rank + 1))[7]]
     assert [(len(part.rows), part.counts) for part in parts] == [(1, False), (1, True), (1, True)]
+
+
+def reads_ahead_by_a_thread(rank: int, world_size: int, folder: str) -> None:
+    """Streamed tokens: the same batches, a few steps ahead, and the thread goes with the last of them."""
+    import threading
+
+    from keepstep.storage.manifest import hash_blocks
+    from keepstep.storage.store import Store
+    from keepstep.trainer.loader import AHEAD, batches
+    from keepstep.trainer.streaming import DamagedTokens, StreamedTokens
+
+    share = a_share()
+    tokens = np.arange(999, dtype=np.uint16)
+    file = Path(folder) / "train.bin"
+    file.write_bytes(tokens.tobytes())
+    hashes = hash_blocks(tokens.data.cast("B"), 64)
+    streamed = replace(
+        share,
+        samples=StreamSamples(
+            StreamedTokens(Store.open(folder), "train.bin", tokens.dtype, 999, 64, hashes, 128), (Extent(documents=1, tokens=999),), 8
+        ),
+    )
+    with batches(streamed, range(3, 12), 0) as read:
+        assert [plain(parts) for parts in read] == [plain(share[step]) for step in range(3, 12)]
+    with batches(streamed, range(1, 12), 0) as read:
+        next(read)
+        file.write_bytes(bytes(2 * 999))
+        with pytest.raises(DamagedTokens):
+            deque(zip(range(AHEAD + 2), read, strict=False), maxlen=0)
+    for thread in threading.enumerate():
+        if thread.name.startswith(("read-ahead", "tokens")):
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive()
+
+
+def test_streamed_tokens_are_read_ahead_and_damage_is_found_at_its_step(tmp_path: Path) -> None:
+    run_ranks(1, reads_ahead_by_a_thread, str(tmp_path))
