@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import trainer_ranks
+from planted import plant
 from trainer_ranks import TINY, commit, run_ranks, train_ranks
 
 from keepstep.storage.faults import ENV_FAULTS
@@ -200,3 +201,58 @@ def draws_nothing() -> None:
 @pytest.mark.parametrize("way", ["output", "gradient"])
 def test_an_autopsy_draws_no_random_number(config: dict[str, Any], tmp_path: Path, way: str) -> None:
     told_after(config, tmp_path / "root", f"trainer.sample:position=21:module=tokens:way={way}", prepare=draws_nothing)
+
+
+KNOWN_BY_HEART = {
+    "data": {"tokenizer": "bytes"},
+    "model": {"layers": 1, "width": 32, "heads": 2, "context": 16, "dropout": 0.1},
+    "optimizer": {"warmup_steps": 2, "lr": 1e-2},
+    "train": {"batch_tokens": 64, "spike": {"window": 8}},
+    "run": {"seed": 3, "steps": 30},
+    "checkpoint": {"interval": 20},
+    "evaluate": {"max_tokens": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Samples of pure chance in a text that is known by heart by then: two of the four of step 25, at the positions 97 and 99."""
+    text = tmp_path_factory.mktemp("planted")
+    plant(text, (97, 99), seed=3, context=16)
+    return KNOWN_BY_HEART | {"data": {"tokenizer": "bytes", "source": str(text)}}
+
+
+def test_samples_of_chance_in_a_text_known_by_heart_are_a_spike_and_named(planted: dict[str, Any], tmp_path: Path) -> None:
+    told = told_after(planted, tmp_path / "root")
+    assert (told["step"], told["skips"], told["ranks"]) == (25, ["97:98", "99:100"], [0, 1])
+    line, records = rejected_in(tmp_path / "root"), records_in(tmp_path / "root")
+    assert line["median"] + 1.5 <= line["bound"] < line["value"]
+    assert told["sentence"].startswith(
+        f"step 25: the loss of rank 0, 1 is {line['value']:.4g}, beyond {line['bound']:.4g} (median of the recent steps "
+    )
+    assert max(record["loss"] for record in records if record.get("step", 0) > 20) < line["median"] + 1.5
+    worst, other = line["samples"]
+    assert worst["loss"] > other["loss"] > line["bound"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_spike_soon_after_a_restart_is_judged_by_the_steps_before_it(planted: dict[str, Any], tmp_path: Path, world_size: int) -> None:
+    """The window is part of the state: 4 steps after the checkpoint nothing else could tell, at this world size and at another."""
+    root = tmp_path / "root"
+    told = told_after(planted, root)
+    (folder,) = root.glob("data/a000001/s000000020-*")
+    before = rejected_in(root)
+    (root / "records.jsonl").unlink()
+    again = told_after(planted, root, world_size=world_size, resume=commit(root, str(folder.relative_to(root))))
+    assert again["skips"] == told["skips"]
+    if world_size == 2:
+        assert (again, rejected_in(root)) == (told, before)
+
+
+def test_a_run_that_skips_them_from_the_start_knows_nothing_of_it(planted: dict[str, Any], tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    data = planted["data"] | {"skip": ["97:98", "99:100"]}
+    train_ranks(root, planted | {"data": data, "run": planted["run"] | {"root": str(root)}}, world_size=2)
+    assert sorted(record["step"] for record in records_in(root) if "step" in record) == list(range(1, 31))
+    assert not [record for record in records_in(root) if "rejected" in record]
