@@ -30,7 +30,8 @@ _NUM_SUMS: Final = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """Of the elements of a tensor. `minimum` to `rms` are None where any element is infinite or not a number."""
+    """Of the elements of a tensor. `minimum` to `rms` are None where they are not finite: all of them where an element is not a number;
+    that end, mean and rms where one is infinite."""
 
     count: int
     nonfinite: int
