@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from keepstep.storage.errors import DamagedCheckpoint, StorageError
-from keepstep.storage.layout import RUN_CONFIG_KEY
 from keepstep.storage.logreader import LogReader
 from keepstep.storage.routes import Leg, Past, Route, attempt_of, read_past, routes
-from keepstep.storage.steps import read_steps, surroundings_of
+from keepstep.storage.steps import read_steps, step_lines, surroundings_of
 from keepstep.storage.store import Store
 from keepstep.trainer.config import TrainerConfig
 from keepstep.trainer.contract import Resume
@@ -60,9 +59,14 @@ class Archive:
         number = attempt_of(self.past.lineage, step) if attempt is None else attempt
         if attempt is not None and attempt not in self.past.attempts:
             raise InputError(f"{self.root}: there was no attempt {attempt}; there were: {_listed(self.past.attempts)}")
-        if number is not None and step in self.records.get(number, {}):
+        if number is not None and (step in self.records.get(number, {}) or self.refused(number, step)):
             return number
         raise InputError(f"{self.root}: {self._why_not(step, number if attempt is not None else None)}")
+
+    def refused(self, attempt: int, step: int) -> Mapping[str, Any] | None:
+        """What an attempt wrote down of a step that must not become part of the training, if it was this one."""
+        found = (line["rejected"] for line in step_lines(self.store, attempt) if isinstance(line.get("rejected"), dict))
+        return next((rejected for rejected in found if rejected.get("step") == step), None)
 
     def _why_not(self, step: int, attempt: int | None) -> str:
         if attempt is not None:
@@ -90,7 +94,7 @@ class Archive:
         )
 
     def _trainer_config(self, overrides: Sequence[str]) -> TrainerConfig:
-        config = configs.parse(self.store.get(RUN_CONFIG_KEY).decode(), f"{self.root}/{RUN_CONFIG_KEY}", overrides)
+        config = configs.overridden(self.config, overrides)
         config = config.model_copy(update={"run": config.run.model_copy(update={"root": self.root})})
         return TrainerConfig.model_validate(config.model_dump())
 

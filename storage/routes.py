@@ -102,8 +102,8 @@ def _leg(attempt: Attempt, after: int, last: int) -> Leg:
         world_size=attempt.world_size,
         after=after,
         last=last,
-        skips=getattr(attempt, "skips", ()),
-        overrides=getattr(attempt, "overrides", ()),
+        skips=attempt.skips,
+        overrides=attempt.overrides,
     )
 
 

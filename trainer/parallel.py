@@ -18,6 +18,7 @@ from .attach import Attached
 from .models import Gpt, initial_value
 
 # Longer than any wait that is not a failure. Under keepstep the agent notices a hang in seconds and kills; gloo itself cannot abort.
+COMPUTES_IN: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # train.precision -> forward and backward pass
 COLLECTIVE_TIMEOUT: Final = timedelta(minutes=30)
 
 
@@ -38,8 +39,12 @@ class World:
         return rows.view(self.size, len(row)).cpu()
 
 
-def join(me: Attached) -> World:
-    """Collective. Forms the process group that torchrun's environment describes: nccl with a GPU per rank, else gloo."""
+def join(me: Attached, meeting: dist.Store | None = None) -> World:
+    """Collective. Forms the process group that torchrun's environment describes: nccl with a GPU per rank, else gloo.
+
+    Args:
+        meeting: where the ranks meet, instead of the address in their environment.
+    """
     use_cuda = torch.cuda.is_available()
     device = torch.device("cuda", me.local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
@@ -47,12 +52,12 @@ def join(me: Attached) -> World:
     if threads := os.environ.get("OMP_NUM_THREADS"):  # a forked rank has torch imported before its environment is known
         torch.set_num_threads(int(threads))
     # Without torchrun there is nobody to meet: one rank needs no address.
-    alone = None if "MASTER_ADDR" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
+    store = meeting or (None if "MASTER_ADDR" in os.environ else dist.HashStore())  # type: ignore[attr-defined]
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
-        store=alone,
-        rank=me.rank if alone else -1,
-        world_size=me.world_size if alone else -1,
+        store=store,
+        rank=me.rank if store else -1,
+        world_size=me.world_size if store else -1,
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if use_cuda else None,
     )
@@ -65,7 +70,8 @@ def shard(model: Gpt, world: World, *, precision: str, reshard: bool) -> FSDPMod
     Sums, because every rank already divides by the tokens of the whole batch: the gradient is the same mean at any world size, even
     where ranks have unequal shares.
     """
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    dtype = COMPUTES_IN[precision]
+    policy = MixedPrecisionPolicy() if dtype is torch.float32 else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
     sharded = fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)

@@ -166,5 +166,5 @@ def _spec(job: Job) -> RankSpec:
         staging_socket="",
         error_path="",
         resume=origin.resume if origin else None,
-        **({"skips": stretch.skips} if stretch.skips else {}),
+        skips=stretch.skips,
     )

@@ -132,6 +132,7 @@ def train_ranks(
     resume: Resume | None = None,
     stop_at: int = 0,
     mutant: str = "",
+    skips: tuple[str, ...] = (),
 ) -> None:
     """One attempt of `config` (sections of run.toml): every rank in its own process, checkpoints and records below `root`.
 
@@ -139,11 +140,19 @@ def train_ranks(
         stop_at: the agents ask for a stop at this step; 0: never.
         mutant: "rng" or "optimizer": forgets to restore that; "cores": runs on a node that would compute with more threads.
     """
-    run_ranks(world_size, _train, str(root), dict(config), attempt, resume, stop_at, mutant)
+    run_ranks(world_size, _train, str(root), dict(config), attempt, resume, stop_at, mutant, skips)
 
 
 def _train(
-    rank: int, world_size: int, root: str, config: Mapping[str, Any], attempt: int, resume: Resume | None, stop_at: int, mutant: str
+    rank: int,
+    world_size: int,
+    root: str,
+    config: Mapping[str, Any],
+    attempt: int,
+    resume: Resume | None,
+    stop_at: int,
+    mutant: str,
+    skips: tuple[str, ...] = (),
 ) -> None:
     from keepstep.trainer.config import TrainerConfig
     from keepstep.trainer.contract import Request
@@ -155,7 +164,7 @@ def _train(
         def request(self) -> Request:
             return Request.STOP if stop_at and run.step + 1 >= stop_at else Request.NONE
 
-    me = Me(spec_of(Path(root), rank, attempt, resume))
+    me = Me(replace(spec_of(Path(root), rank, attempt, resume), skips=skips))
     me.__dict__["staging"] = FolderStaging(Path(root), attempt=attempt, rank=rank, world_size=world_size)
     _mutate(mutant)
     run = open_run(TrainerConfig.model_validate(config), me, join(me))
