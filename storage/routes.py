@@ -78,11 +78,14 @@ def routes(past: Past, attempt: int, step: int) -> Iterator[Route]:
     record of the past cannot be read, the ways that lead further back are unknown.
     """
     legs, last, newest_base = tuple[Leg, ...](), step, step - 1
-    while (made := past.attempts.get(attempt)) is not None:
-        first = max(0, made.resume_step)
+    while True:
+        made = past.attempts.get(attempt)
+        first = max(0, made.resume_step) if made else last - 1
         for commit in _usable(past.lineage, attempt, first, newest_base):
-            yield Route(base=commit, legs=_before(_leg(made, commit.step, last), legs))
-        legs = _before(_leg(made, first, last), legs)
+            yield Route(base=commit, legs=_before(made, commit.step, last, legs))
+        if made is None:
+            return
+        legs = _before(made, first, last, legs)
         source = parse_checkpoint_directory(made.resume_directory)
         if source is None:
             yield Route(base=None, legs=legs)
@@ -96,8 +99,11 @@ def _usable(lineage: Lineage, attempt: int, first: int, last: int) -> list[Commi
     return sorted(found, key=lambda commit: -commit.step)
 
 
-def _leg(attempt: Attempt, after: int, last: int) -> Leg:
-    return Leg(
+def _before(attempt: Attempt | None, after: int, last: int, legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
+    """The steps (after, last] of an attempt, then the legs."""
+    if attempt is None or after == last:
+        return legs
+    leg = Leg(
         attempt=attempt.attempt,
         world_size=attempt.world_size,
         after=after,
@@ -105,8 +111,4 @@ def _leg(attempt: Attempt, after: int, last: int) -> Leg:
         skips=attempt.skips,
         overrides=attempt.overrides,
     )
-
-
-def _before(leg: Leg, legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
-    """A leg without steps is none."""
-    return (leg, *legs) if leg.last > leg.after else legs
+    return leg, *legs

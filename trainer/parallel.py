@@ -11,6 +11,7 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -39,7 +40,7 @@ class World:
         return rows.view(self.size, len(row)).cpu()
 
 
-def join(me: Attached, meeting: dist.Store | None = None) -> World:
+def join(me: Attached, meeting: Store | None = None) -> World:
     """Collective. Forms the process group that torchrun's environment describes: nccl with a GPU per rank, else gloo.
 
     Args:
