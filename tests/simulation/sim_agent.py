@@ -149,7 +149,7 @@ class Agent:
         step = launch.resume.step if launch.resume else 0
         self.ranks = [Rank(launch.attempt, launch.first_rank + i, i, self.host, step) for i in range(launch.num_ranks)]
         for rank in self.ranks:
-            self.world.join(rank, self)
+            self.world.join(rank, self, launch.skips)
         self.tell()
         self._reconcile()
 
@@ -256,4 +256,5 @@ def _rank_report(rank: Rank, now: float) -> RankReport:
         kind=rank.kind,
         why=rank.why,
         damaged=rank.why if rank.kind == "damaged-checkpoint" else "",
+        **(rank.refusal if rank.kind == "bad-step" else {}),
     )

@@ -63,6 +63,9 @@ class Coordinator:
             last_standing=last.standing if last else "",
             newest_commit=good,
             ever_committed=bool(log.history),
+            rewound=log.rewound and self.world.mutant != "adopts-what-was-rewound",
+            skips=log.skips,
+            rewinds=log.num_bad_steps,
         )
 
     def _opened(self, event: ev.Opened | None, why: str) -> None:
@@ -137,6 +140,8 @@ class Coordinator:
                 if directory not in log.quarantined:
                     log.append(term, ev.QuarantineRecord(directory))
                 return ev.Logged(at, ev.QuarantineRecord(directory))
+            case ev.LogRewind():
+                return self._log_rewind(request)
             case ev.LogEnd():
                 record = ev.EndRecord(outcome=request.outcome, step=request.step, why=request.why, requeue=request.requeue)
                 if log.end is None:
@@ -148,7 +153,7 @@ class Coordinator:
     def _roll_forward(self) -> bool:
         """Commits the newest save of the newest attempt that is whole in storage, as a predecessor would have."""
         log = self.world.log
-        if log.newest is None or log.end is not None:
+        if log.newest is None or log.end is not None or log.rewound:
             return False
         newest_step = log.history[-1].step if log.history else -1
         whole = [
@@ -181,6 +186,7 @@ class Coordinator:
             resume=request.resume,
             unconfirmed=request.unconfirmed,
             standing=request.standing,
+            skips=request.skips,
         )
         if log.newest is not None and log.newest.attempt == request.attempt:
             record = log.newest  # asked twice
@@ -189,6 +195,22 @@ class Coordinator:
         else:
             log.append(self.run.term, record)
         return ev.Logged(self.world.now, record)
+
+    def _log_rewind(self, request: ev.LogRewind) -> ev.Event:
+        self._roll_forward()
+        log, now, term = self.world.log, self.world.now, self.run.term
+        if log.rewound and log.rewind and log.rewind[:2] == (term, request):
+            return ev.Logged(now, log.rewind[2])  # asked twice
+        target = log.newest_until(request.to)
+        if target is None and request.to > 0 and (request.bad_step < 0 or (log.history and log.newest_good() is None)):
+            return ev.RewindVoid(now, request, f"nothing at or before step {request.to}")
+        record = ev.RewindRecord(
+            resume=target, skips=request.skips, overrides=request.overrides, bad_step=request.bad_step, why=request.why
+        )
+        log.append(term, record)
+        log.rewind = (term, request, record)
+        self.world.spring("rewound")
+        return ev.Logged(now, record)
 
     def _commit(self, request: ev.Commit) -> ev.Event:
         log = self.world.log

@@ -9,6 +9,7 @@ from keepstep.orchestrator import events as ev
 from keepstep.orchestrator import phases
 from keepstep.orchestrator.machine import describe
 from keepstep.orchestrator.policy import Policy
+from keepstep.storage import skips
 from keepstep.trainer.contract import Phase
 
 STEPS = 24
@@ -23,7 +24,7 @@ class Simulation:
         self.world = World(seed, steps=steps, mutant=mutant)
         rng = self.world.rng
         nodes = rng.choice((1, 2, 2, 3))
-        self.hopeless = rng.choice(("same", "other")) if rng.random() < 0.06 else ""
+        self.hopeless = rng.choice(("same", "other", "bad-steps")) if rng.random() < 0.08 else ""
         self.spares = rng.choice((0, 0, 1))
         self.policy = Policy(
             steps=steps,
@@ -40,8 +41,10 @@ class Simulation:
             stop_grace_s=8.0,
             waits_when_preempted=rng.random() < 0.5,
             max_failures=4 if self.hopeless else 40,
+            rewinds=3 if self.hopeless else 40,
             backoff_max_s=4.0,
         )
+        self.world.log.budget = self.policy.rewinds
         self.hosts = [f"h{i}" for i in range(nodes + self.spares)]
         self.platform = Platform(self.world, self.policy, self.hosts)
         self._drained = self._noticed = False
@@ -58,7 +61,7 @@ class Simulation:
             + [self._kill_agent] * 3
             + [self._cut] * 3
             + [self._isolate, self._kill_coordinator, self._second_coordinator, self._bad_weather] * 2
-            + [self._hang_rank, self._resize]
+            + [self._hang_rank, self._resize, self._poison, self._poison, self._poison_and_kill, self._rewind, self._rewind_alone]
             + [self._damage, self._quarantine, self._leave, self._drain, self._save, self._freeze_coordinator]
         )
         if faults:
@@ -74,6 +77,9 @@ class Simulation:
     def _curse(self) -> None:
         """A program error that comes back every time: always the same one, or always another."""
         rng = self.world.rng
+        if self.hopeless == "bad-steps":
+            self.world.spoils_all = True
+            return
         same = self.hopeless == "same"
         self.world.curse = lambda: "ValueError: bad batch" if same else f"ValueError: bad {''.join(rng.choices('abcdefgh', k=8))}"
 
@@ -207,6 +213,51 @@ class Simulation:
             log.append(log.term, ev.QuarantineRecord(good[-1].directory))
             if self.world.rng.random() < 0.7:
                 self._order(lambda at: ev.Damaged(at, good[-1].directory, "a person said so"))
+
+    def _poison(self) -> None:
+        """Samples that will spoil the step that comes to them."""
+        rng = self.world.rng
+        first = self._fresh() + rng.randint(0, 8)
+        self.world.poison |= set(range(first, first + rng.choice((1, 1, 2, 5))))
+        self.world.tell(f"the samples at {sorted(self.world.poison)} are poisoned")
+
+    def _poison_and_kill(self) -> None:
+        """The coordinator dies when the step has been refused, or when the rewind has just been written."""
+        self._poison()
+        moment = self.world.rng.choice(("refused", "rewound"))
+        delay = 0.0 if moment == "rewound" else self.world.rng.uniform(0.0, 0.3)
+        self.world.ambush[moment] = lambda: self.world.at(delay, self._kill_coordinator)
+
+    def _fresh(self) -> int:
+        """A position that nobody has come to."""
+        return max((position for positions in self.world.log.consumed.values() for position in positions), default=-1) + 1
+
+    def _wish(self) -> tuple[int, tuple[str, ...]]:
+        """Where a person wants to go back to, and what is to be left out."""
+        rng, log = self.world.rng, self.world.log
+        usable = [commit.step for commit in log.history if commit.directory not in log.quarantined]
+        first = self._fresh() + rng.randint(0, 8)
+        left_out = (f"{first}:{first + rng.randint(1, 4)}",) if rng.random() < 0.7 else ()
+        return rng.choice(usable) if usable and rng.random() < 0.85 else 0, left_out
+
+    def _rewind(self) -> None:
+        to, left_out = self._wish()
+        self._order(lambda at: ev.RewindAsked(at=at, to=to, skips=left_out, why=f"a person asked to go back to step {to}"))
+
+    def _rewind_alone(self) -> None:
+        """No coordinator answers, so a person writes the record; the next one starts later."""
+        log = self.world.log
+        for coordinator in self.platform.coordinators:
+            coordinator.die()
+        if log.end is None and log.newest is not None:
+            to, left_out = self._wish()
+            record = ev.RewindRecord(
+                resume=log.newest_until(to), skips=skips.union(log.skips, left_out), overrides=(), bad_step=-1, why="a person"
+            )
+            log.append(log.open("a person"), record)
+            log.rewind = None
+            self.world.tell(f"a person rewinds to {to} without {left_out}")
+        self.world.at(self.world.rng.uniform(0.3, 6.0), self.platform.start_coordinator)
 
     def _leave(self) -> None:
         """A spot notice."""

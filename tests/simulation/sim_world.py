@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keepstep.orchestrator import events as ev
-from keepstep.trainer.contract import Phase, Request
+from keepstep.storage import skips
+from keepstep.trainer.contract import BAD_STEP_KIND, Phase, Request
 
 STORE = "store"
+SAMPLES = 2  # of a step
 BLIND_S = 4.0  # who was refused by storage so recently could not know better: a lease and its margin
 
 
@@ -37,6 +39,7 @@ class Log:
     """What is in storage. Every rule that must hold for it is checked at every append."""
 
     steps: int
+    budget: int = 0  # rewinds that bad steps may cause
     entries: list[tuple[int, Any]] = field(default_factory=list)  # (term, record)
     term: int = 0
     coordinator: str = ""
@@ -44,6 +47,12 @@ class Log:
     newest: ev.AttemptRecord | None = None
     history: list[ev.Committed] = field(default_factory=list)
     quarantined: set[str] = field(default_factory=set)
+    skips: tuple[str, ...] = ()
+    rewound: bool = False  # since the newest attempt
+    rewind: tuple[int, ev.LogRewind, ev.RewindRecord] | None = None  # the newest: term, what was asked for, what was written
+    num_bad_steps: int = 0
+    consumed: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)  # (attempt, step) -> positions
+    ledger: dict[int, tuple[int, ...]] = field(default_factory=dict)  # committed step of the history -> positions
     end: ev.EndRecord | None = None
 
     def open(self, coordinator: str) -> int:
@@ -59,7 +68,11 @@ class Log:
         good = self.newest_good()
         return None if good is None else ev.Checkpoint(step=good.step, directory=good.directory, manifest_sha256=good.manifest_sha256)
 
-    def append(self, term: int, record: ev.AttemptRecord | ev.Committed | ev.QuarantineRecord | ev.EndRecord) -> None:
+    def newest_until(self, step: int) -> ev.Checkpoint | None:
+        good = (commit for commit in reversed(self.history) if commit.step <= step and commit.directory not in self.quarantined)
+        return next((ev.Checkpoint(step=one.step, directory=one.directory, manifest_sha256=one.manifest_sha256) for one in good), None)
+
+    def append(self, term: int, record: ev.AttemptRecord | ev.Committed | ev.QuarantineRecord | ev.RewindRecord | ev.EndRecord) -> None:
         self._must(term == self.term, f"{type(record).__name__} of term {term} was written while term {self.term} reigns")
         self._must(self.end is None, f"{type(record).__name__} was written after the end")
         self.entries.append((term, record))
@@ -71,8 +84,31 @@ class Log:
             case ev.QuarantineRecord(directory=directory):
                 self._must(any(commit.directory == directory for commit in self.history), f"{directory} was never committed")
                 self.quarantined.add(directory)
+            case ev.RewindRecord():
+                self._append_rewind(record)
             case ev.EndRecord():
                 self._append_end(record)
+
+    def _append_rewind(self, record: ev.RewindRecord) -> None:
+        self._must(skips.cover(record.skips, self.skips), f"a rewind brings skipped samples back: {record.skips} after {self.skips}")
+        self.num_bad_steps += record.bad_step >= 0
+        self._must(self.num_bad_steps <= self.budget, f"rewind {self.num_bad_steps} for a bad step, the budget is {self.budget}")
+        self._cut(record.resume)
+        self.skips, self.rewound = record.skips, True
+        self._check_ledger()
+
+    def _cut(self, resume: ev.Checkpoint | None) -> None:
+        while self.history and (resume is None or self.history[-1].directory != resume.directory):
+            self.history.pop()
+        self._must(resume is None or bool(self.history), f"{resume} is not in the history")
+        last = resume.step if resume else 0
+        self.ledger = {step: positions for step, positions in self.ledger.items() if step <= last}
+
+    def _check_ledger(self) -> None:
+        """What the history has consumed is the beginning of the canonical order, but for what is skipped: no gap, nothing twice."""
+        consumed = [position for step in sorted(self.ledger) for position in self.ledger[step]]
+        expected = [skips.position_of(turn, self.skips) for turn in range(len(consumed))]
+        self._must(consumed == expected, f"the history consumed {consumed}, without {self.skips} it should be {expected}")
 
     def _append_attempt(self, record: ev.AttemptRecord) -> None:
         self._must(record.attempt > self.attempt, f"attempt {record.attempt} after attempt {self.attempt}")
@@ -80,15 +116,18 @@ class Log:
             record.resume == self.resume_of(), f"attempt {record.attempt} resumes from {record.resume}, newest is {self.resume_of()}"
         )
         self._must(record.resume is not None or not self.history, f"attempt {record.attempt} starts from scratch silently")
-        if record.resume is not None:
-            while self.history[-1].directory != record.resume.directory:
-                self.history.pop()
-        self.attempt, self.newest = record.attempt, record
+        self._must(record.skips == self.skips, f"attempt {record.attempt} skips {record.skips}, not {self.skips}")
+        self._cut(record.resume)
+        self.attempt, self.newest, self.rewound = record.attempt, record, False
 
     def _append_commit(self, record: ev.Committed) -> None:
         self._must(record.attempt == self.attempt, f"commit of attempt {record.attempt} while attempt {self.attempt} is the newest")
         self._must(not self.history or record.step > self.history[-1].step, f"commit of step {record.step} goes back")
+        self._must(not self.rewound, f"commit of attempt {record.attempt}, which was rewound")
+        before = self.history[-1].step if self.history else 0
+        self.ledger |= {step: self.consumed[record.attempt, step] for step in range(before + 1, record.step + 1)}
         self.history.append(record)
+        self._check_ledger()
 
     def _append_end(self, record: ev.EndRecord) -> None:
         if record.outcome == "succeeded":
@@ -121,6 +160,7 @@ class Rank:
     beat_at: float = 0.0  # its last sign of progress
     hangs: bool = False
     waits: bool = False  # as its stack showed
+    refusal: dict[str, Any] = field(default_factory=dict)  # of a bad step: what its report says
 
 
 @dataclass(eq=False)
@@ -130,6 +170,7 @@ class Gang:
     record: ev.AttemptRecord
     ranks: dict[int, Rank] = field(default_factory=dict)
     agents: dict[int, Any] = field(default_factory=dict)  # rank -> its agent
+    skips: tuple[str, ...] = ()  # as the ranks were told
     own_failures: set[int] = field(default_factory=set)  # ranks that failed by themselves or were killed from outside
     clear_case: bool = True  # nothing but rank crashes troubled this attempt
     stepping: bool = False
@@ -151,6 +192,9 @@ class World:
         self.damaged: set[str] = set()
         self.blind_at: dict[str, float] = {}  # host -> when storage last refused it
         self.curse: Callable[[], str] | None = None  # a program error that comes back at every attempt
+        self.poison: set[int] = set()  # positions of samples that spoil a step
+        self.spoils_all = False  # whatever the samples, step after step is bad
+        self.ambush: dict[str, Callable[[], None]] = {}  # what happens at the next "refused" or "rewound"
         self.story: deque[str] = deque(maxlen=3000)
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
@@ -219,8 +263,9 @@ class World:
             self.gangs[attempt] = Gang(record)
         return self.gangs[attempt]
 
-    def join(self, rank: Rank, agent: Any) -> None:
+    def join(self, rank: Rank, agent: Any, told: tuple[str, ...]) -> None:
         gang = self.gang_of(rank.attempt)
+        gang.skips = told
         gang.ranks[rank.rank], gang.agents[rank.rank] = rank, agent
         self._must_be_alone(rank.attempt, "is launched")
         self.living.add(rank)
@@ -275,6 +320,13 @@ class World:
     def _make_step(self, gang: Gang, ranks: list[Rank]) -> None:
         attempt = gang.record.attempt
         self._must_be_alone(attempt, "steps")
+        turns = range(ranks[0].step * SAMPLES, (ranks[0].step + 1) * SAMPLES)
+        positions = tuple(skips.position_of(turn, gang.skips) for turn in turns)
+        bad = [position for position in positions if position in self.poison or (self.spoils_all and ranks[0].step >= 2)]
+        if bad:
+            self._refuse(ranks, bad)
+            return
+        self.log.consumed[attempt, ranks[0].step + 1] = positions
         for rank in ranks:
             rank.step += 1
             rank.beat_at = self.now
@@ -289,6 +341,20 @@ class World:
             self._leave(ranks, Phase.DONE if last else Phase.STOPPED)
         else:
             self.at(self._step_s(), self._step, gang)
+
+    def _refuse(self, ranks: list[Rank], bad: list[int]) -> None:
+        """All ranks find the same, and say where it was."""
+        step, named = ranks[0].step + 1, self.rng.choice(ranks).rank
+        left_out = skips.union(f"{position}:{position + 1}" for position in bad)
+        self.gangs[ranks[0].attempt].own_failures |= {rank.rank for rank in ranks}
+        for rank in ranks:
+            rank.refusal = {"bad_step": step, "bad_ranks": (named,), "skips": left_out}
+            self.at(self.rng.random() * 0.05, self.fail, rank, 1, BAD_STEP_KIND, f"BadStep: step {step}: the loss of rank {named} is nan")
+        self.spring("refused")
+
+    def spring(self, moment: str) -> None:
+        if work := self.ambush.pop(moment, None):
+            work()
 
     def _must_be_alone(self, attempt: int, does: str) -> None:
         """The one excuse: a whole gang that, like its coordinator, has no sight of storage. It can commit nothing, and cannot know."""

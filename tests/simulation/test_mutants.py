@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 from sim_faults import STEPS, Simulation
 from sim_world import Violation
 
-from keepstep.orchestrator import asking, draining, forming, hangs, membership, verdict
+from keepstep.orchestrator import asking, directives, draining, forming, hangs, machine, membership, rewinds, verdict
 from keepstep.orchestrator import events as ev
 from keepstep.orchestrator.run import Run, wait
+from keepstep.orchestrator.wire import Launch
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +38,18 @@ def _ignore_commits(asks: asking.Asks, kind: type[ev.Asking]) -> bool:
     return kind is not ev.Commit and _pending(asks, kind)
 
 
+def _forget_what_is_skipped(run: Run, record: ev.RewindRecord) -> Run:
+    return replace(_take_logged_rewind(run, record), skips=run.skips)
+
+
+def _tell_ranks_nothing(*what: Any) -> Launch:
+    return _make(*what).model_copy(update={"skips": ()})
+
+
 _pending = asking.pending
+_take_logged_rewind = machine.take_logged_rewind
+_make = directives._make
+_ask_rewind = rewinds.ask_rewind
 
 MUTANTS = [
     Mutant(name="no-lease", why="lives on", faults=("isolate", "isolate", "kill_rank")),
@@ -90,6 +102,35 @@ MUTANTS = [
         why="not over",
         faults=("kill_agent",),
         patch=(membership, "absence", lambda *_: ""),
+    ),
+    Mutant(
+        name="forgets-what-is-skipped",
+        why="skips",
+        faults=("poison",),
+        patch=(machine, "take_logged_rewind", _forget_what_is_skipped),
+    ),
+    Mutant(
+        name="ranks-hear-of-no-skips",
+        why="the history consumed|left out already",
+        faults=("poison", "rewind"),
+        patch=(directives, "_make", _tell_ranks_nothing),
+    ),
+    Mutant(
+        name="rewinds-for-ever",
+        why="the budget is",
+        faults=("poison",),
+        patch=(rewinds, "_why_no_use", lambda *_: ""),
+    ),
+    Mutant(
+        name="adopts-what-was-rewound",
+        why="not over|rewound|resumes from",
+        faults=("rewind_alone",),
+    ),
+    Mutant(
+        name="chooses-before-it-went-back",
+        why="resumes from|skips",
+        faults=("poison", "rewind"),
+        patch=(forming, "ask_rewind", lambda run: replace(_ask_rewind(run), asks=run.asks)),
     ),
 ]
 
