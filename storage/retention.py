@@ -61,6 +61,7 @@ def _reasons(lineage: Lineage, usable: Sequence[Commit], good: Sequence[Commit],
     unverified = sorted(set(usable) - set(good), key=lambda commit: commit.step)
     places = max(0, keep - len(good))
     groups: tuple[tuple[Iterable[Commit], str], ...] = (
+        ((commit for commit in lineage.live if commit.directory in lineage.pinned & lineage.tips), "pinned: the last before a rewind"),
         ((commit for commit in lineage.live if commit.directory in lineage.pinned), "pinned"),
         (good[-keep:], f"among the newest {keep} verified"),
         ([commit for commit in usable if commit.directory in lineage.verified][-1:], "the newest that was read back"),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import pytest
 
 from keepstep.storage.layout import checkpoint_directory
 from keepstep.storage.lineage import Folding, Lineage, Segment, fold, refusal
-from keepstep.storage.records import Attempt, Commit, Failed, Finished, Opened, Pin, Quarantine, Record, Retire, Verified
+from keepstep.storage.records import Attempt, Commit, Failed, Finished, Opened, Pin, Quarantine, Record, Retire, Rewind, Verified
+from keepstep.storage.skips import cover
 
 
 def opened(term: int = 1, identity: str = "i") -> Opened:
@@ -53,6 +55,12 @@ def pin(number: int, step: int, *, pinned: bool = True) -> Pin:
 
 def verified(number: int, step: int) -> Verified:
     return Verified(term=1, directory=directory(number, step))
+
+
+def rewind(to: tuple[int, int] | None, skips: tuple[str, ...] = (), term: int = 1, **other: Any) -> Rewind:
+    """`to`: (attempt, step) of the checkpoint."""
+    where = (directory(*to), to[1]) if to else ("", -1)
+    return Rewind(term=term, directory=where[0], step=where[1], skips=skips, why="x", **other)
 
 
 def lineage_of(*records: Record) -> Lineage:
@@ -204,6 +212,82 @@ class TestVoidRecords:
         assert lineage_of(opened(), Failed(term=1, why="x", requeue=False)).outcome == Failed(term=1, why="x", requeue=False)
 
 
+class TestRewind:
+    LOG = (opened(), attempt(1), commit(1, 20), commit(1, 40), commit(1, 60))
+    BACK = rewind((1, 20), ("300:308",), overrides=("optimizer.lr=0.001",))
+    NEXT = replace(attempt(2, (1, 20)), skips=("300:308",), overrides=("optimizer.lr=0.001",))
+
+    def test_what_came_after_leaves_the_history_at_once(self) -> None:
+        lineage = lineage_of(*self.LOG, self.BACK)
+        assert (lineage.commits, lineage.abandoned) == ((commit(1, 20),), (commit(1, 40), commit(1, 60)))
+        assert lineage.newest_committed() == commit(1, 20)
+        assert [step.step for step in lineage.history({1: steps(20, 21, 40, 61)})] == [20]
+
+    def test_the_last_checkpoint_of_the_old_history_stays_until_it_is_unpinned(self) -> None:
+        lineage = lineage_of(*self.LOG, self.BACK)
+        assert lineage.pinned == lineage.tips == {directory(1, 60)}
+        assert "pinned" in refusal(lineage, retire((1, 60)))
+        assert lineage_of(*self.LOG, self.BACK, pin(1, 60, pinned=False), retire((1, 60))).tips == frozenset()
+
+    def test_a_damaged_one_is_no_last_checkpoint(self) -> None:
+        assert lineage_of(*self.LOG, quarantine(1, 60), self.BACK).tips == {directory(1, 40)}
+
+    def test_a_bad_step_that_takes_nothing_along_pins_nothing(self) -> None:
+        lineage = lineage_of(*self.LOG, rewind((1, 60), ("500:502",), bad_step=63))
+        assert (lineage.pinned, lineage.tips, lineage.num_bad_steps) == (frozenset(), frozenset(), 1)
+
+    def test_the_attempt_that_was_rewound_commits_nothing_any_more(self) -> None:
+        lineage = lineage_of(*self.LOG, self.BACK)
+        assert refusal(lineage, commit(1, 80)) == "commit of attempt 1, which was rewound"
+        assert refusal(fold(lineage, self.NEXT), commit(2, 40)) == ""
+
+    def test_the_next_attempt_says_all_that_holds_or_is_void(self) -> None:
+        lineage = lineage_of(*self.LOG, self.BACK)
+        assert "fewer than are skipped already" in refusal(lineage, attempt(2, (1, 20)))
+        assert "in force are" in refusal(lineage, replace(self.NEXT, overrides=()))
+        assert "in force are" in refusal(lineage, replace(self.NEXT, skips=("300:309",)))
+        after = fold(lineage, self.NEXT)
+        assert (after.skips, after.overrides, after.rewound) == (("300:308",), ("optimizer.lr=0.001",), None)
+
+    def test_skips_never_become_fewer(self) -> None:
+        lineage = lineage_of(*self.LOG, self.BACK, self.NEXT)
+        assert refusal(lineage, rewind((1, 20), ("302:308",))) == (
+            "a rewind skips ('302:308',), fewer than are skipped already: ('300:308',)"
+        )
+        assert refusal(lineage, rewind((1, 20), ("300:310",))) == ""
+        assert "FIRST:LAST" in refusal(lineage, rewind((1, 20), ("300:308", "x")))
+
+    def test_it_leads_to_a_usable_checkpoint_of_the_history_only(self) -> None:
+        lineage = lineage_of(*self.LOG, self.BACK, self.NEXT, commit(2, 30))
+        skips = ("300:308",)
+        assert "not a usable commit" in refusal(lineage, rewind((1, 40), skips))
+        assert "not a usable commit" in refusal(fold(lineage, quarantine(2, 30)), rewind((2, 30), skips))
+        assert "it is step 30" in refusal(lineage, replace(rewind((2, 30), skips), step=31))
+        assert "without a directory" in refusal(lineage, replace(rewind(None, skips), step=31))
+        assert refusal(lineage_of(opened()), rewind(None)) == "a rewind before the first attempt"
+
+    def test_to_the_beginning_there_was_never_a_commit(self) -> None:
+        lineage = lineage_of(*self.LOG, rewind(None))
+        assert (lineage.newest_committed(), lineage.ever_committed, lineage.committed_step) == (None, False, -1)
+        assert refusal(lineage, attempt(2)) == ""
+
+    def test_the_end_of_a_run_is_void_then_and_its_attempt_stays_over(self) -> None:
+        end = Finished(term=1, step=60, outcome="succeeded", why="done")
+        lineage = lineage_of(*self.LOG, end, self.BACK)
+        assert (lineage.outcome, lineage.is_ended) == (None, True)
+        assert not lineage_of(*self.LOG, end, self.BACK, self.NEXT).is_ended
+        assert not lineage_of(*self.LOG, self.BACK).is_ended
+
+    def test_its_target_is_not_retired_before_somebody_resumes_from_it(self) -> None:
+        log = (*self.LOG, rewind((1, 40)))
+        assert "to which the run was rewound" in refusal(lineage_of(*log), retire((1, 40)))
+        assert refusal(lineage_of(*log, attempt(2, (1, 40)), commit(2, 60)), retire((1, 40))) == ""
+
+    def test_where_a_rewind_to_a_step_leads(self) -> None:
+        lineage = lineage_of(*self.LOG, quarantine(1, 40))
+        assert [lineage.newest_until(step) for step in (19, 20, 59, 60, 99)] == [None, *[commit(1, 20)] * 2, *[commit(1, 60)] * 2]
+
+
 class TestLostRecords:
     """What a later record proves about one that cannot be read."""
 
@@ -233,6 +317,30 @@ class TestLostRecords:
     def test_after_a_lost_first_record_any_identity_may_open_the_next_term(self) -> None:
         assert refusal(self.without(0), opened(3)) == ""
 
+    def test_a_lost_rewind_brings_no_skipped_sample_back(self) -> None:
+        folding = Folding(lineage_of(*TestRewind.LOG))
+        folding.lose()
+        assert folding.add(TestRewind.NEXT) == ""
+        lineage = folding.lineage()
+        assert (lineage.skips, lineage.overrides) == (TestRewind.NEXT.skips, TestRewind.NEXT.overrides)
+        assert lineage.newest_committed() == commit(1, 20)
+        assert "fewer than are skipped" in folding.refusal(attempt(3, (1, 20)))
+
+    def test_a_rewind_to_a_lost_commit_skips_all_the_same(self) -> None:
+        folding = Folding(lineage_of(opened(), attempt(1), commit(1, 20)))
+        folding.lose()  # the commit of step 40
+        for record in (commit(1, 60), rewind((1, 40), ("400:404",)), replace(attempt(2, (1, 40)), skips=("400:404",)), commit(2, 60)):
+            assert folding.add(record) == ""
+        lineage = folding.lineage()
+        assert (lineage.skips, lineage.tips) == (("400:404",), {directory(1, 60)})
+        assert [(one.attempt, one.step) for one in lineage.commits] == [(1, 20), (1, 40), (2, 60)]
+
+    def test_a_lost_attempt_after_a_rewind_skips_what_the_rewind_said(self) -> None:
+        folding = Folding(lineage_of(*TestRewind.LOG, TestRewind.BACK))
+        folding.lose()
+        assert folding.add(commit(2, 40)) == ""
+        assert folding.lineage().skips == ("300:308",)
+
     def test_in_a_whole_log_nothing_is_implied(self) -> None:
         assert refusal(lineage_of(opened(), attempt(1)), commit(2, 10)) == "commit of attempt 2 while attempt 1 runs"
         assert refusal(lineage_of(opened(), attempt(1)), commit(1, 10, term=2)) == "commit of term 2 while term 1 is open"
@@ -255,6 +363,8 @@ def random_record(chance: random.Random, lineage: Lineage) -> Record:
             Pin(term=term, directory=directory(*chance.choice(known)), pinned=chance.random() < 0.3),
             Verified(term=term, directory=directory(*chance.choice(known))),
             Finished(term=term, step=step, outcome="stopped", why="x"),
+            rewind(chance.choice([None, *known]), (*lineage.skips, f"{step}:{step + 1}") if chance.random() < 0.9 else (), term),
+            replace(attempt(running + 1, chance.choice(known), term), skips=lineage.skips),
         ]
     )
 
@@ -267,7 +377,7 @@ def check(lineage: Lineage) -> None:
     assert of_history == sorted(set(of_history)), "every step of the history was computed once"
     if newest := lineage.newest_committed():
         assert newest.directory not in lineage.quarantined
-    assert lineage.quarantined | lineage.pinned | lineage.verified <= {commit.directory for commit in lineage.live}
+    assert lineage.quarantined | lineage.pinned | lineage.verified | lineage.tips <= {commit.directory for commit in lineage.live}
 
 
 EVERYTHING = {number: steps(*range(12)) for number in range(20)}
@@ -277,8 +387,9 @@ EVERYTHING = {number: steps(*range(12)) for number in range(20)}
 def test_no_sequence_of_records_breaks_the_history(seed: int) -> None:
     chance, lineage = random.Random(seed), Lineage()
     for _ in range(60):
-        lineage = fold(lineage, random_record(chance, lineage))
+        before, lineage = lineage, fold(lineage, random_record(chance, lineage))
         check(lineage)
+        assert cover(lineage.skips, before.skips)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from keepstep.storage.layout import checkpoint_directory
 from keepstep.storage.lineage import Lineage, fold, refusal
-from keepstep.storage.records import Attempt, Commit, Opened, Pin, Quarantine, Record, Retire, Verified
+from keepstep.storage.records import Attempt, Commit, Opened, Pin, Quarantine, Record, Retire, Rewind, Verified
 from keepstep.storage.retention import Retention, choose_retired, garbage
 
 STEPS = (10, 20, 30, 40)
@@ -38,6 +38,10 @@ def verified(*steps: int) -> list[Record]:
 
 def damaged(step: int, attempt: int = 1) -> Quarantine:
     return Quarantine(term=1, directory=directory(step, attempt), why="damaged")
+
+
+def rewound(step: int, attempt: int = 1) -> Rewind:
+    return Rewind(term=1, directory=directory(step, attempt), step=step)
 
 
 def pin(step: int, attempt: int = 1, *, pinned: bool = True) -> Pin:
@@ -100,6 +104,16 @@ class TestWhatStays:
     def test_a_pinned_damaged_one(self) -> None:
         assert steps(choose_retired(four(damaged(20), pin(20)), keep=2)) == [10]
 
+    def test_the_last_checkpoint_before_a_rewind(self) -> None:
+        chosen = choose_retired(four(rewound(20)), keep=2)
+        assert steps(chosen) == [30]
+        assert chosen.stays[directory(40)] == "pinned: the last before a rewind"
+        assert steps(choose_retired(four(rewound(20), pin(40, pinned=False)), keep=2)) == [30, 40]
+
+    def test_what_a_run_was_rewound_to(self) -> None:
+        assert choose_retired(four(rewound(10), good=[20]), keep=1).why.startswith("nothing retired: none of 1 usable")
+        assert directory(20) in choose_retired(four(rewound(20), good=[10]), keep=1).stays
+
     def test_nothing_else_of_what_left_the_history(self) -> None:
         assert steps(choose_retired(four(began(2, (20, 1))), keep=2)) == [30, 40]
         assert steps(choose_retired(four(began(2, (20, 1)), pin(40)), keep=2)) == [30]
@@ -141,6 +155,10 @@ class TestGarbage:
         lineage = lineage_of(began(1), commit(20))
         assert garbage(lineage, [directory(10), directory(20), directory(30)]) == (directory(10),)
 
+    def test_all_that_a_rewound_attempt_left_uncommitted(self) -> None:
+        lineage = lineage_of(began(1), commit(10), commit(30), rewound(10))
+        assert garbage(lineage, map(directory, (10, 20, 30, 40))) == (directory(20), directory(40))
+
     def test_what_was_retired(self) -> None:
         lineage = four(Retire(term=1, directories=(directory(10),)))
         assert garbage(lineage, map(directory, STEPS)) == (directory(10),)
@@ -157,7 +175,7 @@ class History:
     lineage: Lineage = field(default_factory=lineage_of)
 
     def play(self, data: st.DataObject) -> None:
-        for kind in data.draw(st.lists(st.sampled_from("accccccvvvqppr"), max_size=25), label="kinds"):
+        for kind in data.draw(st.lists(st.sampled_from("accccccvvvqpprw"), max_size=25), label="kinds"):
             self.add(self._record(kind, data))
 
     def add(self, record: Record | None) -> None:
@@ -170,6 +188,10 @@ class History:
             usable = [None, *(c for c in lineage.commits if lineage.is_usable(c))]
             source = data.draw(st.sampled_from(usable), label="resumed from")
             return began((newest.attempt if newest else 0) + 1, (source.step, source.attempt) if source else None)
+        if kind == "w":
+            usable = [None, *(c for c in lineage.commits if lineage.is_usable(c))]
+            target = data.draw(st.sampled_from(usable), label="rewound to")
+            return Rewind(term=1, directory=target.directory if target else "", step=target.step if target else -1)
         if kind == "c":
             return commit(lineage.committed_step + data.draw(st.integers(1, 9), label="steps"), newest.attempt)
         if not lineage.live:
