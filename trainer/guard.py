@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+from keepstep.storage.faults import fault_point
+
 from .agreement import Agreed
 from .autopsy import Autopsy, Sample, examine
 from .config import SpikeSection
@@ -38,6 +40,7 @@ def check(run: Run, step: int, agreed: Agreed, parts: Sequence[MicroBatch]) -> N
     finding = find(run.window, agreed, run.config.train.spike)
     if finding is None:
         return
+    fault_point("rank.autopsy", rank=run.world.rank, step=step)
     autopsy = examine(run, step, parts, finding)
     skips = autopsy.skips(run.config.train.spike.skip)
     ranks = tuple(sorted({sample.rank for sample in autopsy.samples})) or (finding.ranks if isinstance(finding, NonFinite) else ())
