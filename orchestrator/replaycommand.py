@@ -75,7 +75,7 @@ def replay(asked: Asked) -> int:
         print(json.dumps(report))
     else:
         _print(open_console(), report)
-    return EXIT_OK if outcome.comparison.holds else EXIT_FAILED
+    return EXIT_OK if report["holds"] else EXIT_FAILED
 
 
 def _dump_words(text: str) -> frozenset[str]:
@@ -134,6 +134,7 @@ def _report(archive: Archive, asked: Asked, outcome: Outcome) -> Json:
     comparison, route, step = outcome.comparison, outcome.route, asked.step
     computed, recorded = outcome.replayed.records.get(step, {}), outcome.recorded.get(step, {})
     first, view = comparison.first, _merged(outcome.replayed.views)
+    refused = (archive.refused(outcome.attempt, step) or {}).get("why", "")
     return {
         "step": step,
         "attempt": outcome.attempt,
@@ -143,7 +144,7 @@ def _report(archive: Archive, asked: Asked, outcome: Outcome) -> Json:
         "steps_computed": route.num_steps,
         "steps_compared": comparison.num_compared,
         "checked": f"loss within {TOLERANCE:g}" if comparison.tolerance else "bits of the loss",
-        "holds": comparison.holds,
+        "holds": comparison.holds and bool(refused) == bool(view["rejected"]),
         "widest_relative_difference": comparison.widest,
         "first_difference": None
         if first is None
@@ -157,6 +158,7 @@ def _report(archive: Archive, asked: Asked, outcome: Outcome) -> Json:
             "causes": list(outcome.causes(archive)),
         },
         "notes": list(outcome.notes),
+        "rejected_then": refused,
         "loss": {"recorded": recorded.get("loss"), "computed": computed.get("loss")},
         "loss_hex": {"recorded": recorded.get("loss_hex"), "computed": computed.get("loss_hex")},
         "grad_norm": {"recorded": recorded.get("grad_norm"), "computed": computed.get("grad_norm")},
@@ -212,8 +214,9 @@ def _print(console: Console, report: Json) -> None:
     ranks, computed = report["world_size"], report["steps_computed"]
     say(f"step {report['step']} of attempt {report['attempt']} ({ranks} ranks), {computed} steps from {begin}")
     _print_comparison(say, report)
-    if report["rejected"]:
-        say(f"refused: {report['rejected']}")
+    if report["rejected_then"]:
+        say(f"it was refused: {report['rejected_then']}")
+        say("it is refused again" if report["rejected"] else "NOT EQUAL: it is not refused now")
     if report["lr"] is not None:
         first, last = report["positions"]
         say(f"learning rate {report['lr']:.6g}, gradient norm {report['grad_norm']['computed']:.6g}, positions {first} to {last - 1}")

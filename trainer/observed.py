@@ -92,7 +92,7 @@ class ObservedEngine:
         called = [part for part in parts if part.counts] if run.config.cluster.exact_reduction else parts
         self._engine, self._run, self._view = engine, run, view
         self.forward = Forward(run=run, parts=called, view=view)
-        self.found: dict[str, Any] = {}
+        self.found: dict[str, Any] = {"updates": {}}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -100,13 +100,13 @@ class ObservedEngine:
     def backward(self, parts: Sequence[MicroBatch], *, step: int) -> Any:
         with self.forward.watching(self._engine.model):
             sums = self._engine.backward(parts, step=step)
+        self.found["parameters"] = self._look(self._shards, "parameters", "-before")
         gradients = {name: shard.grad for name, shard in self._shards.items() if shard.grad is not None}
         self.found["gradients"] = self._look(gradients, "gradients")
         return sums
 
     def update(self, *, lr: float, scale: float) -> None:
         before = {name: shard.detach().clone() for name, shard in self._shards.items()}
-        self.found["parameters"] = self._look(before, "parameters", "-before")
         self._engine.update(lr=lr, scale=scale)
         self.found["gradient_scale"] = scale
         self.found["updates"] = self._look({name: shard.detach() - before[name] for name, shard in self._shards.items()})

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from trainer_ranks import TINY, commit, train_ranks
+from trainer_ranks import TINY, commit, run_ranks, train_ranks
 
 from keepstep.orchestrator import config as configs
 from keepstep.orchestrator import replaycommand
@@ -72,8 +73,7 @@ def text_in(folder: Path) -> Path:
 
 
 def write_config(root: Path, config: Mapping[str, Mapping[str, Any]]) -> None:
-    sections = [f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items()) for name, keys in config.items()]
-    (root / "run.toml").write_text(configs.to_toml(configs.parse("".join(sections), "run.toml")))
+    (root / "run.toml").write_text(configs.to_toml(configs.parse(tomli_w.dumps(config), "run.toml")))
 
 
 def committed(log: RunLog, root: Path, attempt: int, step: int, world_size: int) -> Resume:
@@ -331,3 +331,51 @@ def test_no_run_no_tokens_and_a_script_are_refused(past: Past, tmp_path: Path) -
     write_config(bare.root, bare.config | {"train": {"script": "mine.py"}})
     with pytest.raises(InputError, match="only keepstep's own trainer can be replayed"):
         Archive(str(bare.root))
+
+
+# --- other ways to compute --------------------------------------------------------------------------------------------
+
+
+def begun(root: Path, config: Mapping[str, Any], world_size: int) -> None:
+    """A root with an attempt 1 that has not begun to train."""
+    root.mkdir(exist_ok=True)
+    log = RunLog.open(Store.open(root))
+    log.open_term(run="test", identity="x", host="here", pid=1)
+    log.append(Attempt(term=1, attempt=1, nodes=("n#1",), world_size=world_size, nonce="nonce1"))
+    write_config(root, config)
+
+
+def test_with_exact_reduction_one_process_has_the_bits_of_three(past: Past, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    exact = {"cluster": {"exact_reduction": True, "logical_ranks": 4}, "run": {"seed": 5, "steps": 4, "root": str(root)}}
+    begun(root, past.config | exact, 3)
+    train_ranks(root, past.config | exact, world_size=3)
+    for on_one_process in (False, True):
+        (outcome,) = replay_steps(str(root), [4], on_one_process=on_one_process)
+        assert (outcome.comparison.tolerance, outcome.comparison.num_compared, outcome.comparison.differences) == (0, 4, ())
+
+
+def refuses(rank: int, world_size: int, root: str, config: dict[str, Any]) -> None:
+    import trainer_ranks
+
+    from keepstep.trainer.guard import BadStep
+
+    with pytest.raises(BadStep):
+        trainer_ranks._train(rank, world_size, root, config, 1, None, 0, "")
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_step_that_the_run_refused_is_looked_into_and_refused_again(
+    past: Past, tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: int
+) -> None:
+    root = tmp_path / "root"
+    strict = {"train": TINY["train"] | {"spike": {"window": 8, "gradient_factor": 0.5}}, "run": {"seed": 5, "steps": 9, "root": str(root)}}
+    begun(root, past.config | strict, 2)
+    run_ranks(2, refuses, str(root), past.config | strict)
+    assert replaycommand.replay(Asked(root=str(root), step=5, processes=processes, as_json=True)) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rejected"].startswith("step 5: the gradient")
+    assert report["rejected"] == report["rejected_then"]
+    assert report["gradients"]["tokens.weight"]["norm"] > 0
+    assert len(report["samples"]) == 8
+    assert (report["steps_computed"], report["steps_compared"], report["updates"]) == (5, 4, {})
