@@ -31,7 +31,7 @@ class DataSection(Section):
     sources: tuple[str, ...] = ()
     """Several of them, instead of `source`; each has its own epochs."""
     weights: tuple[float, ...] = ()
-    """How often samples of each of the `sources` come, relative to each other, rounded to 65,536ths of all; empty: by their size."""
+    """How often samples of each of the `sources` come, relative to each other (exact to 65,536ths of all); empty: by their size."""
     order: Literal["shuffled", "blocks", "sequential"] = "shuffled"
     """Order of the samples of an epoch: "shuffled"; "blocks": blocks of consecutive samples in random order, shuffled inside, for text that
     is read from far away; "sequential": as the source has them."""
@@ -129,8 +129,8 @@ class TrainSection(Section):
     """At most so many samples per forward pass on a rank (gradients accumulate); 0: all of the rank's share at once."""
     loader_workers: int = Field(0, ge=0)
     """Processes of every rank that read batches ahead of time; 0: the rank reads them itself, which suffices for a local disk."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the forward and backward pass; master weights stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the forward and backward pass; master weights stay fp32. With "fp16" the loss is scaled as far as gradients allow."""
     reshard: bool = False
     """Free a block's gathered parameters after its forward pass and gather them again for the backward pass: saves memory, costs
     communication."""

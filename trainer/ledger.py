@@ -7,14 +7,20 @@ are those that the root's tokens hold at these places of the order.
 
 from __future__ import annotations
 
+import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import Feed
-from .samples import Batch, Samples
+from keepstep.storage.store import Store
+
+from .config import TrainerConfig
+from .data import Feed, feed_for
+from .samples import Batch, Samples, samples_of
+from .tokens import open_tokens
 
 if TYPE_CHECKING:
     from .loader import MicroBatch
@@ -49,6 +55,21 @@ class Ledger:
             return f"ledger: {self.samples} samples, each exactly once"
         more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
         return f"ledger: not proved: {self.problems[0]}{more}"
+
+
+def prove(store: Store, config: TrainerConfig, records: Sequence[Mapping[str, Any]], *, skips: Sequence[str] = ()) -> Ledger:
+    """`check_ledger` with the tokens of a root, which are read where they lie.
+
+    Args:
+        config: that the history ends with.
+        skips: in force at its end, on top of run.toml's.
+
+    Raises:
+        ValueError: the root holds no tokens, or they are damaged.
+    """
+    with tempfile.TemporaryDirectory(prefix="keepstep-") as scratch:  # mapped files stay readable after they are gone
+        samples = samples_of(open_tokens(store, Path(scratch), streaming=True), config.data, config.model.context)
+    return check_ledger(records, samples, feed_for(samples.sizes, config, skips=skips))
 
 
 def check_ledger(records: Sequence[Mapping[str, Any]], samples: Samples, feed: Feed) -> Ledger:

@@ -4,9 +4,10 @@ An endless sequence of positions, each computed in O(1) from its number: a posit
 
     position --(cycle of slots)--> source, how many of its samples came before --(divmod)--> epoch, place --(permutation)--> sample
 
-**Sources.** A cycle has `quotas[s]` slots of source s, spread evenly and alike in every cycle. The quotas are the weights, rounded by
-largest remainders to 65,536ths and reduced (weights 3 and 1: four slots). With share = quota / slots of a cycle, any window of W positions
-holds W * share samples of a source, off by 1 + num_sources * share at the most.
+**Sources.** A cycle has `quotas[s]` slots of source s, spread evenly and alike in every cycle. The quotas are the weights, as they are
+written, reduced (0.75 and 0.25: three slots and one); where that makes more than 65,536 slots, rounded by largest remainders to so many.
+With share = quota / slots of a cycle, any window of W positions holds W * share samples of a source, off by 1 + num_sources * share at the
+most.
 
 **Epochs.** Each source has its own, of its own length, each in an order of its own: see `Kind`. Arithmetic is on integers only: NumPy's own
 permutations may change between versions (NEP 19), and floats would end at 2^53. tests/unit/test_trainer_order.py pins it all.
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from math import gcd
+from math import gcd, lcm
 from typing import Final, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ Positions = npt.NDArray[np.uint64]
 # shuffled: any sample may follow any other. blocks: blocks of consecutive samples in a seeded order, and a seeded order inside each: what
 # is read next lies close to what was read last. sequential: as the source has them.
 Kind = Literal["shuffled", "blocks", "sequential"]
-SLOTS: Final = 1 << 16  # the resolution of weights
+SLOTS: Final = 1 << 16  # of a cycle, at the most: the resolution of weights
 _ROUNDS: Final = 6
 _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 _SOURCES: Final = np.uint64(0xD1342543DE82EF95)
@@ -60,6 +61,13 @@ class Order:
         sources = slot_sources[slots]
         return sources, cycles * np.array(self.quotas, dtype=np.uint64)[sources] + slot_ranks[slots]
 
+    def drawn(self, position: int) -> tuple[int, ...]:
+        """How many samples of each source stand before a position."""
+        slot_sources, _ = _cycle(self.quotas)
+        cycles, slots = divmod(position, len(slot_sources))
+        in_cycle = np.bincount(slot_sources[:slots], minlength=len(self.quotas)).tolist()
+        return tuple(cycles * quota + count for quota, count in zip(self.quotas, in_cycle, strict=True))
+
     def _of_source(self, source: int, drawn: Positions) -> Positions:
         size = self.sizes[source]
         epochs, places = np.divmod(drawn, np.uint64(size))
@@ -73,15 +81,21 @@ class Order:
 
 
 def apportion(weights: Sequence[float | int]) -> tuple[int, ...]:
-    """Quotas for weights, by largest remainders (ties: the first source), reduced. 0 where a weight is below the resolution."""
-    total = sum(map(Fraction, weights))
-    exact = [SLOTS * Fraction(weight) / total for weight in weights]
-    quotas = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (quotas[i] - exact[i], i))
+    """Quotas for weights: exact where SLOTS suffice, else by largest remainders (ties: the first source); 0 for a weight below that."""
+    written = [Fraction(str(weight)) for weight in weights]  # 0.7 is 7/10, not the nearest float64
+    shares = [SLOTS * weight / sum(written) for weight in written]
+    exact = _reduced([int(weight * lcm(*(other.denominator for other in written))) for weight in written])
+    if sum(exact) <= SLOTS:
+        return exact
+    quotas = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (quotas[i] - shares[i], i))
     for i in by_remainder[: SLOTS - sum(quotas)]:
         quotas[i] += 1
-    divisor = gcd(*quotas)
-    return tuple(quota // divisor for quota in quotas)
+    return _reduced(quotas)
+
+
+def _reduced(quotas: Sequence[int]) -> tuple[int, ...]:
+    return tuple(quota // gcd(*quotas) for quota in quotas)
 
 
 @lru_cache(maxsize=8)

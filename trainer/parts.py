@@ -37,6 +37,7 @@ def registry_of(run: Run) -> Registry:
         _loader(),
         _optimizer(run),
         _schedule(run),
+        run.scaler.part(),
         _spikes(run),
         threads(),
         run.trace.part(),

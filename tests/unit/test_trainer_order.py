@@ -102,9 +102,10 @@ class TestSources:
             assert abs(share - Fraction(weight) / sum(map(Fraction, weights))) < Fraction(1, SLOTS)
             assert abs(int((sources == source).sum()) - length * share) <= 1 + len(weights) * share
 
-    @given(order=orders(), first=st.integers(0, 1000))
-    def test_what_was_drawn_of_a_source_is_counted_from_the_start(self, order: Order, first: int) -> None:
+    @given(order=orders(), position=st.integers(0, 1000))
+    def test_what_was_drawn_of_a_source_is_counted_from_the_start(self, order: Order, position: int) -> None:
         sources, drawn = order.sources(positions(0, 1000))
+        assert order.drawn(position) == tuple(int((sources[:position] == source).sum()) for source in range(len(order.sizes)))
         for source in range(len(order.sizes)):
             mine = drawn[sources == source]
             assert mine.tolist() == list(range(len(mine)))
@@ -119,11 +120,18 @@ class TestSources:
             ((1,), (1,)),
             ((3, 1), (3, 1)),
             ((0.5, 0.25, 0.25), (2, 1, 1)),
-            ((1, 1, 1), (21846, 21845, 21845)),
+            ((1, 1, 1), (1, 1, 1)),
+            ((0.7, 0.2, 0.1), (7, 2, 1)),
+            ((1e-3, 3.5e-3), (2, 7)),
+            ((100_000, 1), (65535, 1)),
+            ((0.33333, 0.33333, 0.33334), (21845, 21845, 21846)),
+            ((99_999, 100_000, 100_001), (21845, 21845, 21846)),
             ((1e9, 1), (1, 0)),
         ],
     )
-    def test_weights_are_rounded_by_largest_remainders(self, weights: tuple[float, ...], quotas: tuple[int, ...]) -> None:
+    def test_weights_are_taken_as_written_and_else_rounded_by_largest_remainders(
+        self, weights: tuple[float, ...], quotas: tuple[int, ...]
+    ) -> None:
         assert apportion(weights) == quotas
 
 
@@ -141,6 +149,7 @@ CASES = (
     *(Order(seed=5, sizes=(1000,), kind=kind, block_samples=64) for kind in ("blocks", "sequential")),
     Order(seed=5, sizes=(1000, 70, 300), quotas=apportion((0.6, 0.1, 0.3))),
     Order(seed=5, sizes=(1000, 70, 300), quotas=apportion((1000, 70, 300)), kind="blocks", block_samples=16),
+    Order(seed=5, sizes=(1000, 70, 300), quotas=apportion((99_999, 100_000, 100_001)), kind="sequential"),
 )
 
 
