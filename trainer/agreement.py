@@ -20,7 +20,7 @@ class Agreed:
 
     loss: float  # mean over the global batch, nats per token
     tokens: int  # of the global batch that count: padding does not
-    gradient_scale: float  # from the gradient that the engine holds to that of `loss`; 1 where every token counts
+    gradient_scale: float  # from the gradient that the engine holds to that of `loss`; 1 if every token counts and nothing is scaled
     grad_norm: float  # of the gradient of `loss`, before clipping; NaN where it is not finite
     save: bool
     stop: bool
@@ -42,7 +42,7 @@ def agree(run: Run, step: int, sums: Sums, parts: Sequence[MicroBatch]) -> Agree
     square = total((*squares, *square_rest, *square_rest2))
     request = Request(int(max(requests)))
     asked = run.save_requests.is_new(request is Request.SAVE)
-    gradient_scale = run.config.train.batch_tokens / sum(counts)
+    gradient_scale = run.config.train.batch_tokens / sum(counts) / run.scaler.scale
     return Agreed(
         loss=total((*losses, *loss_rest, *loss_rest2)) / sum(counts),
         tokens=int(sum(counts)),

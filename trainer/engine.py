@@ -18,6 +18,7 @@ from .models import Gpt
 from .optim import ShardOptimizer
 from .parallel import World
 from .samples import IGNORED
+from .scaler import LossScaler
 from .sums import Sums
 
 
@@ -41,7 +42,7 @@ class Engine(Protocol):
         """Collective. Once, when the shards have their values: the model takes them."""
 
     def backward(self, parts: Sequence[MicroBatch], *, step: int) -> Sums:
-        """Collective. Afterwards the optimizer's shards hold the gradient of the mean over the global batch."""
+        """Collective. Afterwards the optimizer's shards hold the gradient of the mean over the global batch, times the loss's scale."""
 
     def update(self, *, lr: float, scale: float) -> None:
         """One update with gradients times `scale`; clears them."""
@@ -50,12 +51,12 @@ class Engine(Protocol):
 class FsdpEngine:
     """FSDP2: parameters are gathered block by block, gradients are reduced once, with the last micro-batch."""
 
-    def __init__(self, model: Gpt, optimizer: ShardOptimizer, *, world: World, batch_tokens: int) -> None:
+    def __init__(self, model: Gpt, optimizer: ShardOptimizer, *, world: World, batch_tokens: int, scaler: LossScaler) -> None:
         assert isinstance(model, FSDPModule)
         self.model, self.optimizer = model, optimizer
         self.sharded: Gpt = model
         self._fsdp: FSDPModule = model
-        self._world, self._batch_tokens = world, batch_tokens
+        self._world, self._batch_tokens, self._scaler = world, batch_tokens, scaler
 
     @property
     def shares(self) -> tuple[range, int]:
@@ -69,7 +70,7 @@ class FsdpEngine:
         for i, part in enumerate(parts):
             nll, num_targets = nll_of(self.model, part, self._world.device)
             self._fsdp.set_requires_gradient_sync(i == len(parts) - 1)
-            torch.autograd.backward(nll / self._batch_tokens)
+            torch.autograd.backward(nll * self._scaler.scale / self._batch_tokens)
             total += nll.detach()
             tokens += num_targets
         self.optimizer.take_gradients()

@@ -27,6 +27,7 @@ from .models import Gpt
 from .optim import ShardOptimizer
 from .parallel import World
 from .rows import RowLayout
+from .scaler import LossScaler
 from .sums import Sums, exact
 from .tree import Node, add_up, nodes_within, owned
 
@@ -53,9 +54,11 @@ class ExactEngine:
         seed: int,
         logical_ranks: int,
         batch_tokens: int,
+        scaler: LossScaler,
     ) -> None:
         self.model, self.sharded, self.optimizer = replica, sharded, optimizer
-        self._world, self._seed, self._leaves, self._batch_tokens = world, seed, logical_ranks, batch_tokens
+        self._world, self._seed, self._leaves = world, seed, logical_ranks
+        self._batch_tokens, self._scaler = batch_tokens, scaler
         self._whole: Mapping[str, nn.Parameter] = dict(replica.named_parameters())
         self._layout = RowLayout({name: parameter.shape for name, parameter in self._whole.items()}, world.size)
         self._nodes = [nodes_within(owned(rank, world.size, logical_ranks), logical_ranks) for rank in range(world.size)]
@@ -115,7 +118,7 @@ class ExactEngine:
             gradient.zero_()
         for i, part in enumerate(counting):
             nll, count = nll_of(self.model, part, self._world.device)
-            torch.autograd.backward(nll / self._batch_tokens)
+            torch.autograd.backward(nll * self._scaler.scale / self._batch_tokens)
             self._layout.pack(gradient, {name: _taken(parameter) for name, parameter in self._whole.items()}, add=i > 0)
             nll_sum += nll.detach()
             num_targets += count

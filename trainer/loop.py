@@ -14,7 +14,7 @@ from .contract import Phase
 from .finish import evaluate_run, finish
 from .loader import MicroBatch, batches
 from .optim import clip_scale, learning_rate
-from .recorder import record_step
+from .recorder import record_step, record_surroundings
 from .run import Run
 
 log = logging.getLogger("keepstep.trainer")
@@ -24,6 +24,8 @@ def train(run: Run) -> None:
     """Collective. From the step that `run` stands at to the last one, or to the step at which all ranks agree to stop."""
     config, steps = run.config, run.config.run.steps
     run.me.report(Phase.STEP, run.step)
+    record_surroundings(run)
+    fault_point("rank.begin", rank=run.world.rank, step=run.step)
     with batches(run.share, range(run.step + 1, steps + 1), config.train.loader_workers) as shares:
         while run.step < steps:
             agreed = advance(run, next(shares))
@@ -48,15 +50,21 @@ def advance(run: Run, parts: Sequence[MicroBatch]) -> Agreed:
     with run.trace.activations(step, run.engine.model, parts):
         sums = run.engine.backward(parts, step=step)
     agreed = agree(run, step, sums, parts)
-    guard.check(run, step, agreed, parts)
+    overflowed = run.scaler.overflows(agreed.loss, agreed.grad_norm)
+    if not overflowed:
+        guard.check(run, step, agreed, parts)
 
     lr = learning_rate(config.optimizer, step, config.run.steps)
     with run.trace.update(step, agreed.param_norm):
-        run.engine.update(lr=lr, scale=agreed.gradient_scale * clip_scale(agreed.grad_norm, config.optimizer.clip_norm))
+        if overflowed:
+            run.engine.optimizer.discard_gradients()
+        else:
+            run.engine.update(lr=lr, scale=agreed.gradient_scale * clip_scale(agreed.grad_norm, config.optimizer.clip_norm))
+            run.window.add(agreed.loss, agreed.grad_norm)
     run.step, run.loss_hex = step, agreed.loss.hex()
-    run.window.add(agreed.loss, agreed.grad_norm)
     run.me.report(Phase.STEP, step)
     record_step(run, agreed, lr=lr, started_at=started_at)
+    run.scaler.stepped(overflowed=overflowed)
     return agreed
 
 

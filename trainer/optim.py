@@ -90,6 +90,10 @@ class ShardOptimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
+        self.discard_gradients()
+
+    def discard_gradients(self) -> None:
+        """As if there had been no step."""
         self.adamw.zero_grad(set_to_none=True)
 
 

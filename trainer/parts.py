@@ -136,10 +136,13 @@ def _spikes(run: Run) -> Part:
     """The recent losses and gradient norms: without them a spike soon after a restart would pass, and a run that was never stopped would
     have refused it."""
 
+    def capture() -> list[list[str]]:
+        return run.window.to_json()
+
     def restore(saved: list[list[str]]) -> None:
         run.window = Window.from_json(run.config.train.spike.window, saved)
 
-    return Part(name="spike", capture=lambda: run.window.to_json(), restore=restore)
+    return Part(name="spike", capture=capture, restore=restore)
 
 
 def threads() -> Part:

@@ -32,7 +32,7 @@ def record_step(run: Run, agreed: Agreed, *, lr: float, started_at: float) -> No
         "loss": agreed.loss,
         "loss_hex": run.loss_hex,
         "lr": lr,
-        "grad_norm": agreed.grad_norm,
+        "grad_norm": known(agreed.grad_norm),  # null where it overflowed at this scale of the loss, and nothing was updated
         "param_norm": known(agreed.param_norm),
         "update_ratio_before": known(agreed.update_ratio_before),
         "tokens": agreed.tokens,
@@ -41,5 +41,7 @@ def record_step(run: Run, agreed: Agreed, *, lr: float, started_at: float) -> No
         "ledger": [list(entry) for entry in agreed.ledger],
         "seconds": round(seconds, 6),
     }
+    if run.scaler.dynamic:
+        record["loss_scale"] = run.scaler.scale
     run.me.record_step(record | ({"layers": layers} if layers else {}))
     log.info("step %d/%d  loss %.4f  %.0f tokens/s", run.step, run.config.run.steps, agreed.loss, tokens_per_s)

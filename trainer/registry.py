@@ -80,8 +80,8 @@ class Registry:
             self._parts[part.name] = part
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._parts)
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(self._parts.values())
 
     def capture(self) -> dict[str, Json]:
         """Every part as of now, by name."""

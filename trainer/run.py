@@ -25,10 +25,11 @@ from .loader import Share
 from .models import num_parameters
 from .parallel import World, initialise
 from .parts import registry_of
-from .registry import Registry
 from .poison import poison
+from .registry import Registry
 from .restore import resume
 from .samples import Samples, samples_of
+from .scaler import LossScaler
 from .spikes import Window
 from .state import NestedTensors, RankState, tensors_of
 from .steptrace import StepTrace
@@ -66,6 +67,7 @@ class Run:
     samples: Samples
     feed: Feed
     engine: Engine
+    scaler: LossScaler  # of the loss; the engine multiplies with it
     tensors: NestedTensors  # the whole state by name, sharing memory with model and optimizer
     registry: Registry = field(init=False)  # the state beside it
     checkpointer: Checkpointer
@@ -104,7 +106,8 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
     tokens = _tokens(config, me, world, store)
     samples = samples_of(tokens, config.data, config.model.context)
     feed = feed_for(samples.sizes, config, skips=me.spec.skips if me.spec else ())
-    engine = open_engine(config, world, tokens.index.vocabulary)
+    scaler = LossScaler.of(config.train.precision)
+    engine = open_engine(config, world, tokens.index.vocabulary, scaler)
     interval = parse_interval(config.checkpoint.interval, attempt=me.spec.attempt if me.spec else 1)
     run = Run(
         config=config,
@@ -114,6 +117,7 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
         samples=samples,
         feed=feed,
         engine=engine,
+        scaler=scaler,
         tensors=tensors_of(engine.sharded, engine.optimizer),
         checkpointer=Checkpointer.of(me),
         cadence=Cadence(interval=interval, saved_step=0, saved_at=time.monotonic()),
