@@ -120,7 +120,7 @@ class Incident:
     attempt: int
     why: str
     module: str = ""  # that made it, where somebody found out
-    cause: str = ""  # kind of the failure or of the rejected step
+    cause: str = ""  # of a failure: its kind; of a rejected step: "spike" or "non-finite"
     skips: tuple[str, ...] = ()
 
 

@@ -240,7 +240,7 @@ def _rejected(attempt: int, line: Mapping[str, Any]) -> Incident:
         attempt=attempt,
         why=str(line.get("why") or ""),
         module=str(line.get("module") or ""),
-        cause=str(line.get("kind") or ""),
+        cause="spike" if line.get("bound") is not None else "non-finite",
         skips=tuple(map(str, skips)) if isinstance(skips, list) else (),
     )
 

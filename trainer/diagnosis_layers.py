@@ -116,7 +116,7 @@ def non_finite(course: Course) -> Iterator[Finding]:
 
 
 def _is_non_finite(incident: Incident) -> bool:
-    return incident.kind == "rejected" and incident.cause in {"loss", "gradient"}
+    return incident.kind == "rejected" and incident.cause == "non-finite"
 
 
 def _refused(course: Course, incident: Incident) -> Finding:
@@ -130,7 +130,8 @@ def _refused(course: Course, incident: Incident) -> Finding:
         evidence=incident.why,
         remedy=f"the run went back to step {went_back[-1].step} by itself and leaves out {skips or 'nothing'}: look at those samples"
         if went_back
-        else rewind(course, incident.step, skip=incident.skips[0] if incident.skips else ""),
+        else rewind(course, incident.step, skip=incident.skips[0] if incident.skips else "")
+        + f"; if it comes back with other samples: -o optimizer.lr={number(peak_lr(course) / 10)}",
     )
 
 

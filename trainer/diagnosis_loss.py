@@ -24,7 +24,8 @@ DIVERGED_SIGMAS: Final = 4.0
 
 MIN_STEPS: Final = 50  # fewer say nothing about a trend
 PLATEAU_SHARE: Final = 1 / 3  # of the steps that count: long enough that a scaling law (loss ~ steps^-0.05 and steeper) gains over 1 %
-PLATEAU_GAIN: Final = 0.005  # half of that
+PLATEAU_GAIN: Final = 0.005  # half of that, as a share of the loss
+PLATEAU_NATS: Final = 0.01  # at least: near zero every share is small
 PLATEAU_LR: Final = 0.3  # of the peak: a loss that rests because the schedule has cooled down is an end, not a plateau
 
 # A ratio of about 1e-3 between update and parameters is the rule of thumb (A. Karpathy's lecture notes for CS231n, 2015). Adam on small
@@ -69,7 +70,7 @@ def spikes(loss: Floats) -> Iterator[Spike]:
 def loss_spike(course: Course) -> Iterator[Finding]:
     steps = course.steps
     found = list(spikes(steps.loss))
-    rejected = [incident for incident in course.incidents if incident.kind == "rejected" and "spike" in incident.cause]
+    rejected = [incident for incident in course.incidents if incident.kind == "rejected" and incident.cause == "spike"]
     yield from (_rejected_spike(course, incident) for incident in rejected)
     if not found:
         return
@@ -86,8 +87,7 @@ def loss_spike(course: Course) -> Iterator[Finding]:
             f"{what} at step {at}: loss {steps.loss[worst.peak]:.3f} where {worst.usual:.3f} was usual (sigma {worst.spread:.3f}); "
             f"gradient norm at its begin {number(norm)}, before it {number(usual_norm)}; {over}"
         ),
-        remedy=rewind(course, int(steps.step[worst.first]), skip=_positions(course, worst.first))
-        + " leaves these samples out; if spikes come back with others, lower optimizer.lr or optimizer.clip_norm",
+        remedy=_without(course, worst.first) + "; if spikes come back with other samples, lower optimizer.lr or optimizer.clip_norm",
     )
 
 
@@ -103,9 +103,12 @@ def _rejected_spike(course: Course, incident: Incident) -> Finding:
     )
 
 
-def _positions(course: Course, entry: int) -> str:
-    first, last = course.steps.first_position[entry], course.steps.last_position[entry]
-    return f"{first}:{last}" if first >= 0 else ""
+def _without(course: Course, entry: int) -> str:
+    """The command that trains on without the samples of an entry, if they are known."""
+    first, last, step = (int(column[entry]) for column in (course.steps.first_position, course.steps.last_position, course.steps.step))
+    if first < 0:
+        return rewind(course, step, f"optimizer.lr={number(peak_lr(course) / 3)}")
+    return f"{rewind(course, step, skip=f'{first}:{last}')} leaves its samples out"
 
 
 def exploding_over_time(course: Course) -> Iterator[Finding]:
@@ -153,11 +156,10 @@ def diverged_since(course: Course) -> int | None:
 
 def hump(course: Course) -> int | None:
     """The entry at which the loss had risen well above that of the untrained model; None: it never did."""
-    loss = course.steps.loss
-    if len(loss) < 2 * SMOOTH:
+    steps = course.steps
+    if len(steps) < 2 * SMOOTH or steps.step[0] != 1:
         return None
-    first = median(loss[:3])
-    above = running_median(loss, 5) > first * (1 + DIVERGED_SHARE)
+    above = running_median(steps.loss, 5) > steps.loss[0] * (1 + DIVERGED_SHARE)
     return int(np.argmax(above)) if above.any() else None
 
 
@@ -171,13 +173,14 @@ def lr_too_high(course: Course) -> Iterator[Finding]:
         since, what = hump(course), "rose above that of the untrained model"
     if since is None:
         return
-    best, worst = float(np.nanmin(running_median(steps.loss[: since + 1], SMOOTH))), float(np.nanmax(steps.loss[since:]))
+    best, after = float(np.nanmin(steps.loss[: since + 1])), steps.loss[since:]
+    worst = f"{np.nanmax(after):.3f}" if np.isfinite(after).any() else "what is no number"
     known = f", each update changes the parameters by {number(ratio)} of their norm" if ratio == ratio else ""
     yield Finding(
         name="learning-rate-too-high",
         severity=Severity.CRITICAL,
         since=int(steps.step[since]),
-        evidence=f"the loss {what}: from {best:.3f} up to {worst:.3f}; optimizer.lr peaks at {number(lr)}{known}",
+        evidence=f"the loss {what}: from {best:.3f} up to {worst}; optimizer.lr peaks at {number(lr)}{known}",
         remedy=rewind(course, int(steps.step[since]), f"optimizer.lr={number(lr / 10)}") + ", or a longer optimizer.warmup_steps",
     )
 
@@ -215,7 +218,7 @@ class Rest:
 
 
 def rest(course: Course) -> Rest | None:
-    """The last third of the steps with a learning rate that could still move something: no gain beyond noise and half a percent."""
+    """The last third of the steps with a learning rate that could still move something, if nothing was gained and nothing lost."""
     steps = course.steps
     counts = np.flatnonzero((np.nan_to_num(steps.lr) >= PLATEAU_LR * peak_lr(course)) & ~np.isnan(steps.loss))
     counts = counts[counts >= warm(course)]
@@ -228,7 +231,8 @@ def rest(course: Course) -> Rest | None:
     earlier, later = steps.loss[part[:half]], steps.loss[part[half:]]
     gain = median(earlier) - median(later)
     doubt = 1.2533 * np.sqrt(sigma(earlier) ** 2 / len(earlier) + sigma(later) ** 2 / len(later))  # standard error of medians
-    if gain + 2 * doubt > PLATEAU_GAIN * median(later):
+    nothing = max(PLATEAU_GAIN * median(later), PLATEAU_NATS)
+    if gain + 2 * doubt > nothing or gain - 2 * doubt < -2 * nothing:
         return None
     return Rest(first=int(part[0]), last=int(part[-1]), gain=gain, level=median(later))
 
