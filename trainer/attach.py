@@ -6,25 +6,45 @@ attaches. Complete, and the same under plain torchrun, where nothing is saved:
     import torch
     import torch.distributed as dist
 
+    from keepstep.trainer import rng
     from keepstep.trainer.attach import attach
     from keepstep.trainer.checkpoint import Checkpointer
     from keepstep.trainer.contract import Phase, Request
+    from keepstep.trainer.registry import Registry
     from keepstep.trainer.restore import resume
+    from keepstep.trainer.stateful import param_groups, stateful
+
+    class Batches:  # stands for any loader that can say where it is, such as torchdata's
+        def __init__(self, rank):
+            self.generator = torch.Generator().manual_seed(rank)
+        def draw(self):
+            return torch.randn(4, 8, generator=self.generator)
+        def state_dict(self):
+            return {"generator": self.generator.get_state()}
+        def load_state_dict(self, state):
+            self.generator.set_state(state["generator"])
 
     STEPS = 20
     me = attach()
     dist.init_process_group()
     torch.manual_seed(0)
-    model = torch.nn.Linear(8, 1)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 1), torch.nn.Dropout(0.2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+    batches = Batches(me.rank)
     tensors = {"model": dict(model.named_parameters())}  # DTensors and plain tensors, in dictionaries
+    registry = Registry(rank=me.rank, world_size=me.world_size)  # all else that must survive: a part each, and all of them or none
+    registry.add(*rng.parts(), param_groups(optimizer), stateful("schedule", schedule), stateful("batches", batches, per_rank=True))
     saver = Checkpointer.of(me)
     step = 0
     if me.resume is not None:  # the one checkpoint that every rank of this attempt must load
-        step = resume(me, tensors).state["step"]
+        step = resume(me, tensors, registry).step
     while step < STEPS:
-        model(torch.full((4, 8), float(step))).square().mean().backward()
+        model(batches.draw()).square().mean().backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         step += 1
         me.report(Phase.STEP, step)  # a microsecond; much longer silence than usual counts as a hang
@@ -33,9 +53,9 @@ attaches. Complete, and the same under plain torchrun, where nothing is saved:
         if any(request is Request.STOP for request, _ in votes):
             break
         if step % 5 == 0 and step < STEPS and not any(busy for _, busy in votes):
-            saver.save(step, tensors, {"step": step})  # a copy into shared memory; it is written while training goes on
+            saver.save(step, tensors, registry.state())  # a copy into shared memory; it is written while training goes on
     if saver.can_save:
-        saver.save_and_wait(step, tensors, {"step": step}, alive=lambda: me.report(Phase.SAVE, step))
+        saver.save_and_wait(step, tensors, registry.state(), alive=lambda: me.report(Phase.SAVE, step))
     me.report(Phase.EVALUATE, step, within_s=60)  # what comes now may take so long without a word
     model(torch.ones(4, 8))
     me.report(Phase.DONE if step == STEPS else Phase.STOPPED, step)

@@ -65,13 +65,13 @@ EXAMPLE = textwrap.dedent(attach_module.__doc__.partition("nothing is saved:\n\n
 
 
 def example(rank: int, world_size: int, root: str, attempt: int, resume: Resume | None) -> None:
-    """The docstring's program, with a staging area in place of a persister; its tensors' sums go to a file."""
+    """The docstring's program, with a staging area in place of a persister; its parameters go to a file."""
     if attempt:
         os.environ[ENV_SPEC] = spec_of(Path(root), rank, attempt, resume).to_json()
         Attached.staging = FolderStaging(Path(root), attempt=attempt, rank=rank, world_size=world_size)  # type: ignore[assignment]
     names: dict[str, Any] = {}
     exec(compile(EXAMPLE, "example", "exec"), names)
-    (Path(root) / f"sums-{attempt}-{rank}").write_text(repr([float(p.double().sum()) for p in names["model"].parameters()]))
+    (Path(root) / f"parameters-{attempt}-{rank}").write_text(repr([p.tolist() for p in names["model"].parameters()]))
 
 
 @pytest.mark.slow
@@ -81,9 +81,9 @@ def test_the_example_trains_saves_resumes_and_also_runs_alone(tmp_path: Path) ->
     assert sorted(path.name[:10] for path in tmp_path.glob("data/a000001/*")) == [f"s{step:09d}" for step in (5, 10, 15, 20)]
     (folder,) = tmp_path.glob("data/a000001/s000000010-*")
     run_ranks(2, example, str(tmp_path), 2, commit(tmp_path, str(folder.relative_to(tmp_path))))
-    sums = {path.read_text() for path in tmp_path.glob("sums-*")}
-    assert len(list(tmp_path.glob("sums-*"))) == 6
-    assert len(sums) == 1
+    parameters = {path.read_text() for path in tmp_path.glob("parameters-*")}
+    assert len(list(tmp_path.glob("parameters-*"))) == 6
+    assert len(parameters) == 1
     seen = Progress.read((tmp_path / "scratch/progress-2-0").read_bytes())
     assert (seen.phase, seen.step) == (Phase.DONE, 20)
     assert seen.pulse_at > 0
