@@ -56,20 +56,22 @@ def find(window: Window, agreed: Agreed, limits: SpikeSection) -> Finding | None
     for what, value, by_rank in zip(("loss", "gradient"), (agreed.loss, agreed.grad_norm), sums, strict=True):
         if not math.isfinite(value):
             wrong = [rank for rank, each in enumerate(by_rank) if not math.isfinite(each)]
-            return NonFinite(what, by_rank[wrong[0]] if wrong else value, tuple(wrong))  # type: ignore[arg-type]
+            ranks = tuple(wrong) if what == "loss" else ()  # a gradient is everybody's by then: it was reduced over all ranks
+            return NonFinite(what, by_rank[wrong[0]] if wrong else value, ranks)  # type: ignore[arg-type]
     return window.spike(agreed.loss, agreed.grad_norm, limits)
 
 
 def describe(step: int, finding: Finding, autopsy: Autopsy, ranks: Sequence[int], skips: Sequence[str], text: str) -> str:
     """One sentence on one line: what happened, on which rank, in which module, by which samples."""
-    of_ranks = f" of rank {_some(map(str, ranks))}" if ranks else ""
-    parts = [f"step {step}: the {finding.what}{of_ranks} is {_beyond(finding)}"]
+    of_ranks = f"of rank{'s' * (len(ranks) > 1)} {_some(map(str, ranks))}" if ranks else ""
+    is_spike = isinstance(finding, Spike)  # the loss is then that of all ranks together, and the samples are theirs
+    parts = [f"step {step}: the {finding.what}{f' {of_ranks}' if ranks and not is_spike else ''} is {_beyond(finding)}"]
     if autopsy.module:
         parts.append(f"first in {autopsy.module}" if finding.what == "loss" else f"first in the backward pass of {autopsy.module}")
     if autopsy.bad_parameter:
         parts.append(f"{autopsy.bad_parameter} was not finite before this step, so no sample is to blame")
     elif autopsy.samples:
-        parts.append(f"samples {_some(skips)}{f' ({text})' if text else ''}")
+        parts.append(f"samples {_some(skips)}{f' {of_ranks}' if is_spike else ''} ({text})")
     else:
         parts.append(f"no sample alone is to blame, so all of them are: {_some(skips)}")
     return "; ".join(parts)
@@ -100,7 +102,8 @@ def excerpt(run: Run, samples: Sequence[Sample]) -> str:
     turn = run.feed.turn(samples[0].position)
     assert turn is not None
     row = run.share.rows(turn, turn + 1)[0]
-    return repr(run.tokens.tokenizer.decode([token for token in row.tolist() if token >= 0]))[:_EXCERPT_CHARS]
+    text = run.tokens.tokenizer.decode([token for token in row.tolist() if token >= 0])
+    return repr(text)[:_EXCERPT_CHARS]
 
 
 def rejected(step: int, finding: Finding, autopsy: Autopsy, ranks: Sequence[int], skips: Sequence[str], sentence: str) -> dict[str, Any]:
