@@ -75,7 +75,7 @@ def print_list(root: str, *, as_json: bool) -> None:
         return
     table = Table("step", "attempt", "state", "size", "age", "directory")
     for row in rows:
-        state = row["state"] + (", pinned" if row["pinned"] else "")
+        state = row["state"] + (", pinned" if row["pinned"] else "") + (" (the last before a rewind)" if row["tip"] else "")
         table.add_row(str(row["step"]), str(row["attempt"]), state, _size(row["bytes"]), human_age(row["age_s"]), row["directory"])
     open_console().print(table)
 
@@ -91,6 +91,7 @@ def _row(lineage: Lineage, commit: Commit, manifest: bytes | StoreError) -> Row:
         "state": _state_of(lineage, commit),
         "verified": commit.directory in lineage.verified,
         "pinned": commit.directory in lineage.pinned,
+        "tip": commit.directory in lineage.tips,
         "bytes": _bytes_of(commit, manifest),
         "age_s": _age_s(commit),
     }

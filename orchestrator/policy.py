@@ -49,7 +49,7 @@ class Policy:
     """Pause before the second restart in a row; the first is immediate."""
     backoff_max_s: float = 60.0
     """Longest pause between restarts."""
-    rewinds: int = 5
+    rewinds: int = 3
     """Bad steps that the run may be rewound past."""
     stop_at_same_error: bool = True
     """The same error at the same step twice in a row ends the run: it would happen again."""

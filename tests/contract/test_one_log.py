@@ -16,11 +16,12 @@ from stepped import Actor, Crashed, Root, SteppedStore, Verdict
 
 from keepstep.storage.errors import Fenced, StoreError
 from keepstep.storage.layout import HINT_KEY, SNAPSHOTS, checkpoint_directory, log_key
-from keepstep.storage.records import Attempt, Commit, Opened, Pin, Record, Retire, decode, encode
+from keepstep.storage.records import Attempt, Commit, Opened, Pin, Record, Retire, Rewind, decode, encode
 from keepstep.storage.runlog import RunLog, _Pending
+from keepstep.storage.skips import union
 
 PERIOD = 4  # records from one snapshot to the next
-WANTS = ("attempt", "commit", "commit", "retire", "tidy", "refresh")
+WANTS = ("attempt", "commit", "commit", "retire", "rewind", "tidy", "refresh")
 CALLS = st.sampled_from((0, 1, 2, 3, 5, 100))  # 100: to the end
 VERDICTS = st.sampled_from((Verdict.DONE, Verdict.DONE, Verdict.DONE, *Verdict))
 
@@ -113,13 +114,14 @@ class Reigning(Participant):
     def _choose(self, want: str) -> Record:
         lineage = self.log.lineage
         newest, last = lineage.newest_attempt(), lineage.newest_committed()
-        if newest is None or want == "attempt":
+        step, directory = (last.step, last.directory) if last else (-1, "")
+        if newest is None or want == "attempt" or lineage.rewound:
             number = newest.attempt + 1 if newest else 1
-            step, directory = (last.step, last.directory) if last else (-1, "")
-            nonce = self.unique()
-            return Attempt(
-                term=self.term, attempt=number, nodes=(self.name,), world_size=1, nonce=nonce, resume_step=step, resume_directory=directory
-            )
+            nonce, source = self.unique(), {"resume_step": step, "resume_directory": directory}
+            return Attempt(term=self.term, attempt=number, nodes=(self.name,), world_size=1, nonce=nonce, skips=lineage.skips, **source)
+        if want == "rewind":
+            skips = union(lineage.skips, [f"{self.log.count}:{self.log.count + 1}"])
+            return Rewind(term=self.term, directory=directory, step=step, skips=skips, why=self.unique())
         old = [commit.directory for commit in lineage.live if commit != last and commit.directory not in lineage.pinned]
         if want == "retire" and old and last:
             return Retire(term=self.term, directories=tuple(old), why=self.unique())

@@ -26,7 +26,7 @@ from keepstep.orchestrator.sections import RunConfig
 from keepstep.orchestrator.server import application
 from keepstep.orchestrator.wire import AgentReport, Directive, RankReport, StoreAddress, digest
 from keepstep.storage.layout import RUN_CONFIG_KEY, log_key
-from keepstep.storage.records import Attempt, Finished, encode
+from keepstep.storage.records import Attempt, Finished, Rewind, encode
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 
@@ -123,6 +123,49 @@ def test_a_killed_rank_drains_the_attempt_and_reaches_events_and_status(tmp_path
     (failure,) = [event for event in read_events(Store.open(tmp_path)) if event["kind"] == "failure"]
     assert (failure["rank"], failure["node"], failure["cause"]) == (1, NODES[1], "signal")
     assert failure["why"] == "rank 1 on node1#bbbb was killed by SIGKILL at step 3"
+
+
+def test_people_send_a_live_run_back_with_other_settings(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with reigning(tmp_path) as (coordinator, client, said):
+            for node in NODES:
+                await client.report(report(node, 1))
+            await launched(client, NODES[0])
+            override = ["run.steps=20", "optimizer.lr=0.001"]
+            wish = {"to": "0", "skip": '["64:96"]', "override": json.dumps(override)}
+            told = (await client.post("/v1/rewind", **wish)).decode()
+            assert told.startswith("going back to the beginning, leaving out the samples at 64:96, with run.steps=20, optimizer.lr=0.001")
+            for node in NODES:
+                stopped = RankReport(
+                    rank=NODES.index(node), local_rank=0, pid=9, state="exited", exit_code=-9, kind="signal", stopped_by_agent=True
+                )
+                await client.report(report(node, 2, attempt=1, ranks=(stopped,)))
+            again = await launched(client, NODES[0])
+            assert again.launch
+            assert (again.launch.attempt, again.launch.skips, again.launch.overrides) == (2, ("64:96",), tuple(override))
+            status = json.loads(await client.get("/v1/status"))
+            assert (status["steps"], status["skips"], status["overrides"], status["rewinds"]) == (20, ["64:96"], override, 0)
+            assert json.loads(await client.get("/v1/config"))["optimizer"]["lr"] == 0.001
+            assert coordinator.run.policy.steps == 20
+            assert any(event["kind"] == "rewound" for event in said)
+            with pytest.raises(CoordinatorRefused, match="must be greater than 0"):
+                await client.post("/v1/rewind", to="0", skip="[]", override='["optimizer.lr=-1"]')
+
+    asyncio.run(story())
+
+
+def test_a_coordinator_begins_with_the_overrides_of_the_log(tmp_path: Path) -> None:
+    config = two_nodes(tmp_path)
+    log = RunLog.open(Store.open(tmp_path))
+    term = log.open_term(run=config.run.name, identity=configs.identity(config), host="here", pid=1).term
+    log.append(Attempt(term=term, attempt=1, nodes=NODES, world_size=2, nonce="n"))
+    log.append(Rewind(term=term, directory="", step=-1, overrides=("train.spike.budget=7",), why="p"))
+
+    async def story() -> None:
+        async with reigning(tmp_path) as (coordinator, _, _):
+            assert (coordinator.config.train.spike.budget, coordinator.run.policy.rewinds) == (7, 7)
+
+    asyncio.run(story())
 
 
 def test_a_node_that_has_not_reported_is_told_nothing(tmp_path: Path) -> None:
