@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.tensor import DTensor
+from xxhash import xxh3_64_intdigest
 
 from keepstep.storage.arena import Buffer, StagedFile
 from keepstep.storage.canonical import canonical_json, sha256_hex
@@ -28,11 +30,12 @@ from keepstep.storage.manifest import TensorEntry
 
 from .attach import Attached
 from .optim import local
-from .state import NestedTensors, flatten
+from .state import NestedTensors, byte_view, flatten
 from .template import Template, lay_out
 
 _PERSIST_DEADLINE_S: Final = 600.0
 _FINAL_PATIENCE_S: Final = 600.0
+_COMPARED: Final = 1 << 18  # elements of a tensor, at most, that tell whether ranks have the same
 
 
 class StagingArea(Protocol):
@@ -186,12 +189,31 @@ def _agree_on_layout(rank: int, shapes: tuple[Any, ...], tensors: NestedTensors)
     planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)
     plan = planner.create_local_plan()
     plan = replace(plan, items=[item for item in plan.items if _has_elements(item)])
-    plans: list[SavePlan | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(plans, plan)
-    global_plan, metadata = planner.create_global_plan([p for p in plans if p is not None])
+    told: list[tuple[SavePlan, Mapping[str, int]]] = [(plan, _fingerprints(tensors))] * dist.get_world_size()
+    dist.all_gather_object(told, told[rank])
+    _refuse_shared_names([fingerprints for _, fingerprints in told])
+    global_plan, metadata = planner.create_global_plan([plan for plan, _ in told])
     template = lay_out(global_plan[rank].items)
     pickled = _metadata(metadata, global_plan) if rank == 0 else b""
     return _layout(rank, shapes, template, pickled)
+
+
+def _fingerprints(tensors: NestedTensors) -> dict[str, int]:
+    """Of every tensor that is whole on each rank."""
+    plain = {name: tensor.detach() for name, tensor in flatten(tensors).items() if not isinstance(tensor, DTensor)}
+    return {name: xxh3_64_intdigest(byte_view(tensor.flatten()[:_COMPARED].cpu())) for name, tensor in plain.items()}
+
+
+def _refuse_shared_names(by_rank: Sequence[Mapping[str, int]]) -> None:
+    """A tensor that several ranks name alike is kept once. Raises ValueError where they have different ones."""
+    for rank, fingerprints in enumerate(by_rank):
+        for name, fingerprint in fingerprints.items():
+            first = next(other for other, seen in enumerate(by_rank) if name in seen)
+            if by_rank[first][name] != fingerprint:
+                raise ValueError(
+                    f"ranks {first} and {rank} have different values of {name}, and a checkpoint keeps one of a name: "
+                    "make them equal, or keep each under state.of_rank(rank, ...)"
+                )
 
 
 def _layout(rank: int, shapes: tuple[Any, ...], template: Template, metadata: bytes) -> _Layout:

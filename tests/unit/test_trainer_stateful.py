@@ -6,16 +6,25 @@ import json
 import math
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from trainer_ranks import FolderStaging, commit, manifest_of, run_ranks, spec_of
 
 from keepstep.storage.canonical import canonical_json
+from keepstep.trainer.attach import Attached
+from keepstep.trainer.checkpoint import Checkpointer
+from keepstep.trainer.contract import Resume
+from keepstep.trainer.matching import CheckpointMismatch
 from keepstep.trainer.registry import PARTS, Registry, StateMismatch
+from keepstep.trainer.restore import resume
+from keepstep.trainer.state import of_rank
 from keepstep.trainer.stateful import MAX_BYTES, from_json, param_groups, stateful, to_json
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=8)
@@ -168,3 +177,55 @@ def test_another_number_of_groups_is_refused() -> None:
     mine.add(param_groups(optimizer(0.1)))
     with pytest.raises(StateMismatch, match="optimizer differs: it had 0 groups of parameters, here are 2"):
         mine.restore([{PARTS: {"optimizer": []}}])
+
+
+def queue(rank: int, filled: bool) -> dict[str, Any]:
+    """A tensor that is replicated, and one that each rank has of its own."""
+    own = torch.full((3,), float(rank)) if filled else torch.full((3,), -1.0)
+    return {"model": {"weight": torch.ones(2)}, "queue": of_rank(rank, {"items": own})}
+
+
+def save_own(rank: int, world_size: int, root: str) -> None:
+    dist.init_process_group("gloo")
+    staging = FolderStaging(Path(root), attempt=1, rank=rank, world_size=world_size)
+    assert Checkpointer(staging, rank=rank, attempt=1, nonce="nonce1").save(4, queue(rank, filled=True), {})
+
+
+def load_own(rank: int, world_size: int, root: str, resume_: Resume, error: str) -> None:
+    dist.init_process_group("gloo")
+    me, tensors = Attached(spec_of(Path(root), rank, 2, resume_)), queue(rank, filled=False)
+    me.__dict__["staging"] = None
+    if error:
+        with pytest.raises(CheckpointMismatch, match=error):
+            resume(me, tensors)
+        return
+    assert resume(me, tensors).step == 4
+    assert tensors["queue"][f"rank-{rank:05d}"]["items"].tolist() == [rank] * 3
+
+
+@pytest.mark.slow
+def test_a_tensor_of_each_rank_has_its_rank_in_its_name_and_loads_in_as_many_ranks_only(tmp_path: Path) -> None:
+    run_ranks(2, save_own, str(tmp_path))
+    (folder,) = tmp_path.glob("data/a000001/*")
+    made = commit(tmp_path, str(folder.relative_to(tmp_path)))
+    assert {entry.name for rank in manifest_of(tmp_path, made).ranks for entry in rank.tensors} == {
+        "model.weight",
+        "queue.rank-00000.items",
+        "queue.rank-00001.items",
+    }
+    run_ranks(2, load_own, str(tmp_path), made, "")
+    run_ranks(1, load_own, str(tmp_path), made, "1 not in this model: queue.rank-00001.items")
+
+
+def save_shared(rank: int, world_size: int, root: str) -> None:
+    dist.init_process_group("gloo")
+    staging = FolderStaging(Path(root), attempt=1, rank=rank, world_size=world_size)
+    with pytest.raises(ValueError, match=r"ranks 0 and 1 have different values of model\.statistics, .* keep each under state\.of_rank"):
+        Checkpointer(staging, rank=rank, attempt=1, nonce="n").save(
+            4, {"model": {"weight": torch.ones(2), "statistics": torch.full((2,), float(rank))}}, {}
+        )
+
+
+@pytest.mark.slow
+def test_different_values_under_one_name_are_refused_before_one_of_them_is_kept(tmp_path: Path) -> None:
+    run_ranks(2, save_shared, str(tmp_path))
