@@ -92,11 +92,13 @@ MANY_STEPS, KILLS = 300, 10
 
 
 def test_ten_kills_by_chance_in_three_hundred_steps_cost_no_bit(start: Start, tmp_path: Path) -> None:
-    """Ranks, agents, whole nodes and coordinators, at steps that a seeded generator draws; an even number of each is not asked for."""
-    two = ("cluster.ranks_per_node=1", f"run.steps={MANY_STEPS}", "cluster.max_failures=100", "cluster.strikes=100")
+    """Ranks, agents, whole nodes and coordinators, at steps that a seeded generator draws."""
+    tiny = ("model.layers=1", "train.batch_tokens=64", f"run.steps={MANY_STEPS}")
+    two = (*tiny, "cluster.ranks_per_node=1", "cluster.max_failures=100", "cluster.strikes=100")
     undisturbed = start(*two)
     chance = random.Random(11)
     steps = sorted(chance.sample(range(1, MANY_STEPS), KILLS))
+    undisturbed.wait_for_step(MANY_STEPS // 2)
     assert undisturbed.wait() == 0, undisturbed.said()
     run = start(NO_HANG, *two, faults=gates(tmp_path, *steps))
     for what in [chance.choice(("rank", "agent", "node", "coordinator")) for _ in steps]:
