@@ -41,7 +41,7 @@ class Sample(NamedTuple):
     gradient: float  # norm where the backward pass ends; NaN where one that is this sample's own was not finite; 0: not asked for
 
 
-class _Testimony(NamedTuple):
+class Witness(NamedTuple):
     """What a rank saw."""
 
     samples: list[Sample]
@@ -79,18 +79,18 @@ def examine(run: Run, step: int, parts: Sequence[MicroBatch], finding: Finding) 
     samples, found = _passes(run, parts, with_gradients=with_gradients)
     if with_gradients and not run.world.gather([any(math.isnan(sample.gradient) for sample in samples)]).any():
         samples = _alone(run, parts) or samples
-    mine = _Testimony(samples, found.module, found.order, bad_parameters, bad_gradients)
-    testimonies: list[_Testimony] = [mine] * run.world.size
-    dist.all_gather_object(testimonies, mine)
-    return conclude(testimonies, finding, run.config.train.spike, list(shards))
+    mine = Witness(samples, found.module, found.order, bad_parameters, bad_gradients)
+    witnesses: list[Witness] = [mine] * run.world.size
+    dist.all_gather_object(witnesses, mine)
+    return conclude(witnesses, finding, run.config.train.spike, list(shards))
 
 
-def conclude(testimonies: Sequence[_Testimony], finding: Finding, limits: SpikeSection, names: Sequence[str]) -> Autopsy:
+def conclude(witnesses: Sequence[Witness], finding: Finding, limits: SpikeSection, names: Sequence[str]) -> Autopsy:
     """From what all ranks saw. `names` are those of the parameters, in forward order."""
-    samples = [sample for testimony in testimonies for sample in testimony.samples]
-    seen = min((testimony for testimony in testimonies if testimony.module), key=lambda testimony: testimony.order, default=None)
-    bad_parameters = {name for testimony in testimonies for name in testimony.bad_parameters}
-    bad_gradients = {name for testimony in testimonies for name in testimony.bad_gradients}
+    samples = [sample for witness in witnesses for sample in witness.samples]
+    seen = min((witness for witness in witnesses if witness.module), key=lambda witness: witness.order, default=None)
+    bad_parameters = {name for witness in witnesses for name in witness.bad_parameters}
+    bad_gradients = {name for witness in witnesses for name in witness.bad_gradients}
     backward_order = [name.rpartition(".")[0] for name in reversed(names) if name in bad_gradients]
     return Autopsy(
         samples=tuple(sorted(to_blame(samples, finding, limits), key=_badness)),
