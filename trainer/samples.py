@@ -40,9 +40,11 @@ class Samples(ABC):
         """(samples, context + 1) token ids; IGNORED behind the sample's tokens."""
         starts, counts = self.spans(samples)
         places = np.arange(self.context + 1)
+        if (counts == len(places)).all():
+            return self.tokens[starts[:, None] + places].astype(np.int64)
         is_token = places < counts[:, None]
         ids = self.tokens[np.where(is_token, starts[:, None] + places, starts[:, None])].astype(np.int64)
-        return np.where(is_token, ids, IGNORED) if not is_token.all() else ids
+        return np.where(is_token, ids, IGNORED)
 
 
 def samples_of(tokens: Tokens, data: DataSection, context: int) -> Samples:
