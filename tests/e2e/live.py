@@ -269,7 +269,7 @@ def command_of(pid: int) -> str:
 
 def check_resumes(log: RunLog) -> None:
     """0 uncommitted loads, 0 committed steps lost."""
-    from keepstep.storage.records import Attempt, Commit, Quarantine
+    from keepstep.storage.records import Attempt, Commit, Quarantine, Rewind
 
     committed: list[Commit] = []
     quarantined: set[str] = set()
@@ -278,6 +278,9 @@ def check_resumes(log: RunLog) -> None:
             committed.append(record)
         elif isinstance(record, Quarantine):
             quarantined.add(record.directory)
+        elif isinstance(record, Rewind):
+            while committed and committed[-1].directory != record.directory:
+                committed.pop()
         elif isinstance(record, Attempt):
             good = [commit for commit in committed if commit.directory not in quarantined]
             newest = good[-1].directory if good else ""
