@@ -15,8 +15,8 @@ import contextlib
 import os
 import signal
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -33,6 +33,7 @@ from .samples import Batch, Samples
 from .streaming import StreamedTokens
 
 AHEAD: Final = 2  # batches per worker that are read and wait, at the most
+SLOW_S: Final = 0.5  # a batch of streamed tokens that is not there by then is waited for
 
 
 class MicroBatch(NamedTuple):
@@ -75,16 +76,19 @@ class Share:
 
 
 @contextlib.contextmanager
-def batches(share: Share, steps: range, workers: int) -> Iterator[Iterator[Sequence[MicroBatch]]]:
+def batches(share: Share, steps: range, workers: int, slow: Callable[[], None] = lambda: None) -> Iterator[Iterator[Sequence[MicroBatch]]]:
     """The micro-batches of `steps`, in order; the workers are gone afterwards. Main thread of the rank only: they die with that thread.
 
     A worker that is killed becomes a RuntimeError that names it, at whatever the rank is doing then.
+
+    Args:
+        slow: called when a batch of streamed tokens is waited for, so that nobody takes a slow store for a hang.
     """
     if not steps:
         yield iter(())
         return
     if not workers:
-        with contextlib.closing(_read_ahead(share, steps)) as ahead:
+        with contextlib.closing(_read_ahead(share, steps, slow)) as ahead:
             yield ahead if isinstance(share.samples.tokens, StreamedTokens) else map(share.__getitem__, steps)
         return
     loader: DataLoader[Any] = DataLoader(
@@ -109,7 +113,7 @@ def batches(share: Share, steps: range, workers: int) -> Iterator[Iterator[Seque
         read._shutdown_workers()
 
 
-def _read_ahead(share: Share, steps: Iterable[int]) -> Generator[Sequence[MicroBatch], None, None]:
+def _read_ahead(share: Share, steps: Iterable[int], slow: Callable[[], None]) -> Generator[Sequence[MicroBatch], None, None]:
     """The next steps are read while one is computed: a store answers in milliseconds, not microseconds."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     left, waiting = iter(steps), deque[Future[list[MicroBatch]]]()
@@ -118,7 +122,10 @@ def _read_ahead(share: Share, steps: Iterable[int]) -> Generator[Sequence[MicroB
             waiting.extend(thread.submit(share.__getitem__, step) for step in islice(left, AHEAD + 1 - len(waiting)))
             if not waiting:
                 return
-            yield waiting.popleft().result()
+            batch = waiting.popleft()
+            if not wait([batch], timeout=SLOW_S).done:
+                slow()
+            yield batch.result()
     finally:
         thread.shutdown(wait=False, cancel_futures=True)
 

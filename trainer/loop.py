@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from typing import Final
 
 from keepstep.storage.faults import fault_point
 
@@ -19,6 +20,8 @@ from .run import Run
 
 log = logging.getLogger("keepstep.trainer")
 
+_STREAM_S: Final = 600.0  # a batch of streamed tokens: a few calls of the store, each with its deadline (storage.timeout_s)
+
 
 def train(run: Run) -> None:
     """Collective. From the step that `run` stands at to the last one, or to the step at which all ranks agree to stop."""
@@ -26,7 +29,8 @@ def train(run: Run) -> None:
     run.me.report(Phase.STEP, run.step)
     record_surroundings(run)
     fault_point("rank.begin", rank=run.world.rank, step=run.step)
-    with batches(run.share, range(run.step + 1, steps + 1), config.train.loader_workers) as shares:
+    slow = lambda: run.me.report(Phase.STEP, run.step, within_s=_STREAM_S)  # noqa: E731
+    with batches(run.share, range(run.step + 1, steps + 1), config.train.loader_workers, slow) as shares:
         while run.step < steps:
             agreed = advance(run, next(shares))
             fault_point("rank.step", rank=run.world.rank, step=run.step)

@@ -215,5 +215,32 @@ def reads_ahead_by_a_thread(rank: int, world_size: int, folder: str) -> None:
             assert not thread.is_alive()
 
 
+def waits_for_a_slow_store(rank: int, world_size: int, folder: str) -> None:
+    import threading
+
+    from keepstep.storage.manifest import hash_blocks
+    from keepstep.storage.posix import PosixStore
+    from keepstep.trainer.loader import batches
+    from keepstep.trainer.streaming import StreamedTokens
+
+    said = threading.Event()
+
+    class Slow(PosixStore):
+        def get_range(self, key: str, start: int, length: int) -> bytes:
+            assert said.wait(DEADLINE_S)
+            return super().get_range(key, start, length)
+
+    share, tokens = a_share(), np.arange(999, dtype=np.uint16)
+    (Path(folder) / "train.bin").write_bytes(tokens.tobytes())
+    read = StreamedTokens(Slow(Path(folder)), "train.bin", tokens.dtype, 999, 64, hash_blocks(tokens.data.cast("B"), 64), 128)
+    samples = StreamSamples(read, (Extent(documents=1, tokens=999),), 8)
+    with batches(replace(share, samples=samples), range(1, 3), 0, said.set) as slow:
+        assert plain(next(slow)) == plain(share[1])
+
+
+def test_a_rank_says_that_it_waits_for_a_slow_store(tmp_path: Path) -> None:
+    run_ranks(1, waits_for_a_slow_store, str(tmp_path))
+
+
 def test_streamed_tokens_are_read_ahead_and_damage_is_found_at_its_step(tmp_path: Path) -> None:
     run_ranks(1, reads_ahead_by_a_thread, str(tmp_path))
