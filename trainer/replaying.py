@@ -11,10 +11,12 @@ import os
 import signal
 from collections.abc import Mapping
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keepstep.storage.faults import fault_point
 from keepstep.storage.store import Store
 from keepstep.storage.verify import read_manifest
 
@@ -53,18 +55,26 @@ class Replaying(Attached):
 def replay_rank(job: Job, rank: int, telling: Connection, environment: Mapping[str, str]) -> None:
     """The process's whole life. It dies with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a person's Ctrl-C is the parent's, and it kills
-    parent = multiprocessing.parent_process()
-    import torch
-
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
-    if parent is None or not parent.is_alive():
-        os._exit(1)
+    _die_with_parent()
     logging.basicConfig(level=logging.ERROR)
     _set_environment(job, rank, environment)
     try:
         telling.send({"outcome": _replay(job, rank, telling)})
     except Exception as error:  # noqa: BLE001  (the process's entry: the parent says it)
         telling.send(_failure(error))
+
+
+def _die_with_parent() -> None:
+    """Our forkserver ends with whoever started it, and the kernel kills us with the forkserver; also one of us that is stopped."""
+    import torch
+
+    if (alive := forkserver._forkserver._forkserver_alive_fd) is not None:  # type: ignore[attr-defined]  # handed on to every process:
+        os.close(alive)  # while one of them holds it open, the forkserver waits
+        forkserver._forkserver._forkserver_alive_fd = None  # type: ignore[attr-defined]
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():
+        os._exit(1)
 
 
 def _failure(error: Exception) -> dict[str, Any]:
@@ -112,6 +122,7 @@ def _replay(job: Job, rank: int, telling: Connection) -> dict[str, Any]:
             views.append(observe(run, parts, view, partial(advance, run, parts)))
         else:
             advance(run, parts)
+        fault_point("rank.replay", rank=rank, step=step)
         if step % _PROGRESS_STEPS == 0:
             telling.send({"done": step - stretch.after})
     if job.hands_over:
