@@ -67,6 +67,8 @@ def make_result(run: Run, final: RankState, evaluation: Evaluation) -> dict[str,
     digests = state.digest(run.tensors, alive=lambda: run.me.report(Phase.FINISH, run.step))
     streams: list[str] = [""] * run.world.size
     dist.all_gather_object(streams, rng.digest(rng.streams_in(final.parts)))
+    if len(set(streams)) == 1:  # exact reduction: those of all ranks, however many there are
+        del streams[1:]
     return {
         "step": run.step,
         "model_sha256": digests["model"],

@@ -118,5 +118,5 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 
 def state_digest(tensors: Mapping[str, str], rng: Sequence[str], *, step: int, position: int) -> str:
-    """SHA-256 over the tensors' digests, those of every rank's random streams, the step and the data position."""
+    """SHA-256 over the tensors' digests, the random streams of every rank (once, if all have the same), step and data position."""
     return sha256_hex(canonical_json({"tensors": dict(tensors), "rng": list(rng), "step": step, "position": position}))

@@ -82,9 +82,7 @@ def test_with_exact_reduction_no_bit_tells_the_sizes(start: Start, tmp_path: Pat
     prove_ledger(run)
     fixed = start(f"run.steps={STEPS}", "cluster.nodes=1", "cluster.exact_reduction=true", "cluster.logical_ranks=4")
     assert fixed.wait() == 0, fixed.said()
-    found, expected = run.outcome(), fixed.outcome()
-    assert found.losses == expected.losses
-    assert (found.model_sha256, found.optimizer_sha256) == (expected.model_sha256, expected.optimizer_sha256)
+    assert run.outcome() == fixed.outcome()
     assert run.result()["perplexity"] == fixed.result()["perplexity"]
 
 
@@ -92,13 +90,14 @@ MANY_STEPS, KILLS = 300, 10
 
 
 def test_ten_kills_by_chance_in_three_hundred_steps_cost_no_bit(start: Start, tmp_path: Path) -> None:
-    """Ranks, agents, whole nodes and coordinators, at steps that a seeded generator draws."""
+    """Ranks, agents, whole nodes and coordinators, one in each tenth of the run, as a seeded generator draws."""
     tiny = ("model.layers=1", "train.batch_tokens=64", f"run.steps={MANY_STEPS}")
     two = (*tiny, "cluster.ranks_per_node=1", "cluster.max_failures=100", "cluster.strikes=100")
     undisturbed = start(*two)
     chance = random.Random(11)
-    steps = sorted(chance.sample(range(1, MANY_STEPS), KILLS))
-    undisturbed.wait_for_step(MANY_STEPS // 2)
+    steps = [chance.randrange(first, first + MANY_STEPS // KILLS) for first in range(1, MANY_STEPS - 1, MANY_STEPS // KILLS)]
+    for step in range(0, MANY_STEPS, MANY_STEPS // KILLS):  # a busy machine may need its patience for each part
+        undisturbed.wait_until(lambda status, step=step: status["step"] >= step)
     assert undisturbed.wait() == 0, undisturbed.said()
     run = start(NO_HANG, *two, faults=gates(tmp_path, *steps))
     for what in [chance.choice(("rank", "agent", "node", "coordinator")) for _ in steps]:

@@ -46,6 +46,7 @@ class Outcome:
     steps: list[tuple[int, str, float]]  # step, loss, gradient norm
     model: str
     optimizer: str
+    state: str
     perplexity: float
 
 
@@ -58,7 +59,7 @@ def outcome(root: Path, attempt: int = 1) -> Outcome:
     (folder,) = root.glob(f"data/a{attempt:06d}/s{STEPS:09d}-*")
     result = json.loads((folder / "rank-00000.json").read_text())["state"]["result"]
     steps = [(record["step"], record["loss_hex"], record["grad_norm"]) for record in records]
-    return Outcome(steps, result["model_sha256"], result["optimizer_sha256"], result["perplexity"])
+    return Outcome(steps, result["model_sha256"], result["optimizer_sha256"], result["state_sha256"], result["perplexity"])
 
 
 def resume_from(root: Path, attempt: int, step: int) -> Resume:
