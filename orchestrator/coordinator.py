@@ -23,7 +23,7 @@ from keepstep.trainer.contract import EXIT_REQUEUE
 
 from . import config as configs
 from . import events as ev
-from . import phases, rewinding
+from . import phases, rewinding, rewinds
 from .archive import EventFile, write_result
 from .client import LONG_POLL_S
 from .commits import InvalidCheckpoint, write_manifest
@@ -320,6 +320,8 @@ class Coordinator:
         """What will be done. Raises InputError where it cannot be."""
         if isinstance(self.run.phase, (phases.Opening, phases.Ending, *phases.TERMINAL)):
             raise InputError("this coordinator is just beginning or ending; ask again in a few seconds")
+        if rewinds.is_wanted(self.run):
+            raise InputError("another rewind is just being written; ask again in a few seconds")
         lineage = self.log.lineage
         wanted = rewinding.order(lineage, self._given, to=to, skip=skip, override=override)
         self._apply(ev.RewindAsked(at=time.monotonic(), to=wanted.to, skips=tuple(skip), overrides=tuple(override), why=wanted.why))

@@ -63,7 +63,7 @@ def write_error(path: Path, error: BaseException) -> None:
     damaged = getattr(error, "directory", "") if kind == DAMAGED_KIND else ""
     told: dict[str, Any] = {"kind": kind, "why": why[:500], "damaged": damaged}
     if kind == BAD_STEP_KIND:
-        told |= {"bad_step": error.step, "bad_ranks": getattr(error, "ranks", ()), "skips": error.skips}  # type: ignore[attr-defined]
+        told |= {"bad_step": getattr(error, "step", -1), "bad_ranks": getattr(error, "ranks", ()), "skips": getattr(error, "skips", ())}
     path.write_text(json.dumps(told))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
+from keepstep.storage import skips
 from keepstep.trainer.contract import BAD_STEP_KIND, DAMAGED_KIND, Phase
 
 from .wire import AgentReport, RankReport
@@ -164,9 +165,17 @@ def _exit_evidence(node: str, rank: RankReport, now: float, kind: str, how: str)
 
 def _kind_of(rank: RankReport) -> str:
     kind = rank.kind or ("signal" if (rank.exit_code or 0) < 0 else "exit")
-    if kind == BAD_STEP_KIND and not rank.skips:
-        return "exception"  # it cannot say what to leave out: nothing would change the next time
+    if kind == BAD_STEP_KIND and not _says_what_to_leave_out(rank):
+        return "exception"  # nothing would change the next time
     return "abort" if kind == "signal" and rank.why == "SIGABRT" else kind
+
+
+def _says_what_to_leave_out(rank: RankReport) -> bool:
+    """A script may say anything."""
+    try:
+        return rank.bad_step > 0 and bool(skips.ranges(rank.skips))
+    except ValueError:
+        return False
 
 
 def _how(kind: str, rank: RankReport) -> str:

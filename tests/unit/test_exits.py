@@ -43,6 +43,14 @@ def test_a_refused_step_tells_what_to_leave_out(tmp_path: Path) -> None:
     assert explain(1, str(path)) == Exit(1, "bad-step", why, "", bad_step=12, bad_ranks=(2,), skips=("96:98",))
 
 
+def test_a_script_may_refuse_a_step_without_saying_which(tmp_path: Path) -> None:
+    error = ArithmeticError("no")
+    error.kind = "bad-step"  # type: ignore[attr-defined]
+    path = tmp_path / "error-0.json"
+    write_error(path, error)
+    assert explain(1, str(path)) == Exit(1, "bad-step", "ArithmeticError: no", "")
+
+
 def test_an_error_that_was_cut_off_explains_nothing(tmp_path: Path) -> None:
     path = tmp_path / "error-0.json"
     path.write_text('{"kind": "exc')

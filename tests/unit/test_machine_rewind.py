@@ -77,6 +77,15 @@ def test_a_budget_of_none_allows_no_rewind() -> None:
     assert "train.spike.budget = 0 allows no rewind" in run.phase.why
 
 
+@pytest.mark.parametrize("nonsense", [{"skips": ()}, {"skips": ("4",)}, {"skips": ("42:40",)}, {"bad_step": -1}, {"bad_step": 0}])
+def test_whoever_cannot_say_what_to_leave_out_has_raised_an_exception(nonsense: dict[str, object]) -> None:
+    run = starting()
+    for place, node in enumerate(NODES):
+        said = report(node, 10, attempt=1, ranks=(rank(place, **(REFUSED | {"skips": ("40:42",)} | nonsense)),))
+        run = play(run, ev.Reported(1.0, said))[0]
+    assert (run.failures, run.rewind, [failure.culprit.kind for failure in run.failed]) == (1, None, ["exception"])
+
+
 def test_asked_to_stop_a_bad_step_stops() -> None:
     run = refused(play(starting(), ev.StopAsked(0.5, "maintenance"))[0])
     assert isinstance(run.phase, phases.Ending)
