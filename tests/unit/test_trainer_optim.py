@@ -9,7 +9,7 @@ import torch
 
 from keepstep.trainer.config import ModelSection, OptimizerSection
 from keepstep.trainer.models import build_model, initial_value
-from keepstep.trainer.optim import ShardOptimizer, changed_hyper_parameters, clip_scale, learning_rate
+from keepstep.trainer.optim import ShardOptimizer, changed_hyper_parameters, changes, clip_scale, learning_rate, schedule_of
 
 CONFIG = OptimizerSection(lr=1.0, min_lr_ratio=0.1, warmup_steps=10)
 
@@ -72,6 +72,45 @@ def test_the_gradient_square_is_that_of_the_global_norm() -> None:
 def test_state_exists_before_the_first_step() -> None:
     state = ShardOptimizer(model(), CONFIG).state()
     assert {key for entry in state.values() for key in entry} == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_group_without_parameters_is_there_and_keeps_its_hyper_parameters() -> None:
+    net = torch.nn.Linear(3, 2, bias=False)
+    optimizer = ShardOptimizer(net, OptimizerSection(weight_decay=0.3))
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.take_gradients()
+    optimizer.update(lr=0.25, scale=1.0)
+    rest = {"lr": 0.25, "betas": (0.9, 0.95), "eps": 1e-8}
+    assert optimizer.hyper_parameters() == {"decayed": rest | {"weight_decay": 0.3}, "exempt": rest | {"weight_decay": 0.0}}
+    assert optimizer.group_names["exempt"] == []
+
+
+def test_a_group_that_is_new_or_gone_is_told_key_by_key() -> None:
+    assert list(changed_hyper_parameters({"old": {"lr": 1.0, "eps": 1e-8}}, {"new": {"lr": 1.0, "eps": 1e-6}})) == [
+        "eps of the new parameters was None and is 1e-06 from here on",
+        "eps of the old parameters was 1e-08 and is None from here on",
+    ]
+
+
+def test_a_changed_schedule_is_told_key_by_key() -> None:
+    before, after = schedule_of(CONFIG, 100), schedule_of(CONFIG.model_copy(update={"lr": 0.5, "warmup_steps": 3}), 100)
+    assert list(changes(before, after, "of the schedule")) == [
+        "lr of the schedule was 1.0 and is 0.5 from here on",
+        "warmup_steps of the schedule was 10 and is 3 from here on",
+    ]
+    assert list(changes(before, before, "of the schedule")) == []
+
+
+def test_discarded_gradients_leave_everything_as_it_was() -> None:
+    net = model()
+    optimizer = ShardOptimizer(net, CONFIG)
+    before = {name: shard.detach().clone() for name, shard in optimizer.shards.items()}
+    net(torch.arange(8).view(1, 8)).sum().backward()
+    optimizer.take_gradients()
+    optimizer.discard_gradients()
+    assert optimizer.gradient_square() == 0
+    assert all(torch.equal(shard, before[name]) for name, shard in optimizer.shards.items())
+    assert all(float(state["step"]) == 0 for state in optimizer.state().values())
 
 
 def test_changed_hyper_parameters_are_named_and_the_rate_is_not() -> None:

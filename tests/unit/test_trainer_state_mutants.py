@@ -37,6 +37,7 @@ from keepstep.trainer.run import Run, open_run
 from keepstep.trainer.state import NestedTensors, flatten
 
 pytestmark = pytest.mark.slow
+README = Path(__file__).resolve().parents[2] / "trainer" / "README.md"
 STEPS, STOP = 6, 2
 Mutate = Callable[[Run, Registry], Registry]
 
@@ -214,6 +215,11 @@ def without(name: str) -> Mutate:
 
 def test_every_part_has_a_mutant(straight: Ending) -> None:
     assert set(straight.parts) == set(SHOWN), "say in SHOWN how leaving out the new part shows"
+
+
+def test_the_readme_has_a_word_for_every_part() -> None:
+    section = README.read_text().partition("## What survives a restart")[2].partition("\n## ")[0]
+    assert {name for name in SHOWN if f"`{name}`" not in section} == set()
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped(lab: Lab, straight: Ending) -> None:
