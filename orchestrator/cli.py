@@ -382,6 +382,7 @@ def trace(
     attempt: Annotated[int, typer.Option(metavar="A", min=0, help="As it stood at the end of this attempt; default: now.")] = 0,
     first: Annotated[int, typer.Option("--from", metavar="STEP", help="Show from this step on.")] = 0,
     last: Annotated[int, typer.Option("--to", metavar="STEP", help="Show up to this step.")] = 0,
+    ledger: Annotated[bool, typer.Option("--ledger", help="Prove that each sample was consumed once; reads all of them again.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one self-contained page, with heat maps by layer.")] = None,
     parquet: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write all steps and layer statistics for pandas and others.")
@@ -393,9 +394,21 @@ def trace(
 
     Example: keepstep trace runs/quickstart --html trace.html
     """
-    from .tracing import trace as show
+    from . import tracing
 
-    show(root, attempt=attempt, first=first, last=last, html=html, parquet=parquet, tensorboard=tensorboard, as_json=as_json)
+    tracing.trace(
+        root,
+        tracing.Wanted(
+            attempt=attempt,
+            first=first,
+            last=last,
+            ledger=ledger,
+            html=html,
+            parquet=parquet,
+            tensorboard=tensorboard,
+            as_json=as_json,
+        ),
+    )
 
 
 @app.command()

@@ -149,6 +149,11 @@ class _View:
                 x = self._x(int(kept[0]))
                 out.append(f'<line class="attempt" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
                 out.append(f'<text x="{x + 3:.1f}" y="{TOP + 9}">attempt {attempt.attempt}</text>')
+        for attempt in np.unique(self.course.lost.attempt):
+            lost = self.course.lost.step[self.course.lost.attempt == attempt]
+            x, end = self._x(int(lost.min()) - 0.5), self._x(int(lost.max()) + 0.5)
+            place = f'x="{x:.1f}" width="{end - x:.1f}" y="{TOP}" height="{HEIGHT - TOP - BOTTOM}"'
+            out.append(f'<rect class="gone" {place}><title>attempt {attempt}: {len(lost)} steps lost</title></rect>')
         return "".join(out)
 
 

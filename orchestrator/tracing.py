@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,14 +15,19 @@ from rich.table import Table
 from rich.text import Text
 
 from keepstep.storage.errors import StorageError
+from keepstep.storage.runlog import RunLog
+from keepstep.storage.steps import read_steps
 from keepstep.storage.store import Store
 from keepstep.trainer.columns import Course, Steps
 from keepstep.trainer.course import read_course
 from keepstep.trainer.diagnosis import diagnose
 from keepstep.trainer.findings import Finding, Severity
 
+from .config import overridden
 from .curves import AXIS, Line, chart, figure, lane
 from .errors import InputError
+from .roots import stored_config
+from .sections import RunConfig
 from .viewing import visit
 
 NARROWEST: Final = 40  # below that nothing could be read
@@ -34,56 +39,69 @@ _STYLES: Final = {Severity.NOTE: "cyan", Severity.WARNING: "yellow", Severity.CR
 _TRAIN, _HELD_OUT, _LOST = "bright_blue", "bright_yellow", "red"
 
 
-def trace(
-    root: str,
-    *,
-    attempt: int,
-    first: int,
-    last: int,
-    html: Path | None,
-    parquet: Path | None,
-    tensorboard: Path | None,
-    as_json: bool,
-) -> None:
-    """The whole of the command. 0: the newest attempt, the first step, the last one. Raises InputError."""
-    store, _ = visit(root)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What the command line asks for. 0: the newest attempt, from the first step, to the last one."""
+
+    attempt: int = 0
+    first: int = 0
+    last: int = 0
+    ledger: bool = False
+    html: Path | None = None
+    parquet: Path | None = None
+    tensorboard: Path | None = None
+    as_json: bool = False
+
+
+def trace(root: str, wanted: Wanted) -> None:
+    """The whole of the command. Raises InputError."""
+    store, log = visit(root)
+    config = overridden(stored_config(store), log.lineage.overrides)
     try:
-        whole = read_course(store, attempt or None)
+        whole = replace(read_course(store, wanted.attempt or None), config=config)
+        ledger = _ledger(store, log, config) if wanted.ledger else ""
     except (ValueError, StorageError) as error:
         raise InputError(f"{root}: {error}") from error
-    course = whole.within(first, last or _EVERY_STEP) if first or last else whole
+    first, last = wanted.first, wanted.last or _EVERY_STEP
+    course = whole.within(first, last)
     if not len(course.steps):
-        raise InputError(f"{root}: no step was recorded{' between these' if first or last else ' yet'}")
-    findings = [finding for finding in diagnose(whole) if first <= finding.since <= (last or _EVERY_STEP)]
-    for written in _write(store, course, findings, html=html, parquet=parquet, tensorboard=tensorboard):
-        if not as_json:
-            print(written)
-    if as_json:
-        print(json.dumps(document(course, findings)))
-    elif not (html or parquet or tensorboard):
-        show(_console(), course, findings)
+        raise InputError(f"{root}: no step was recorded{' between these' if wanted.first or wanted.last else ' yet'}")
+    findings = [finding for finding in diagnose(whole) if first <= finding.since <= last]
+    written = _write(course, findings, ledger, wanted)
+    if wanted.as_json:
+        print(json.dumps(document(course, findings) | {"ledger": ledger or None}))
+    elif written:
+        print("\n".join([*written, *([ledger] if ledger else [])]))
+    else:
+        show(_console(), course, findings, ledger)
 
 
-def _write(
-    store: Store, course: Course, findings: Sequence[Finding], *, html: Path | None, parquet: Path | None, tensorboard: Path | None
-) -> list[str]:
+def _ledger(store: Store, log: RunLog, config: RunConfig) -> str:
+    """The newest history's; every sample of it is read again."""
+    from keepstep.trainer.ledger import prove
+
+    records = [step.record for step in log.lineage.history(read_steps(store))]
+    return prove(store, config, records, skips=log.lineage.skips).sentence
+
+
+def _write(course: Course, findings: Sequence[Finding], ledger: str, wanted: Wanted) -> list[str]:
     """What was written, one sentence each."""
     written = []
     try:
-        if html:
+        if wanted.html:
             from .tracepage import page
 
-            html.write_text(page(course, findings))
-            written.append(f"{html}: one page, {html.stat().st_size} bytes, opens without a network")
-        if parquet or tensorboard:
-            from keepstep.trainer import exports
+            wanted.html.write_text(page(course, findings, ledger))
+            written.append(f"{wanted.html}: one page, {wanted.html.stat().st_size} bytes, opens without a network")
+        if wanted.parquet or wanted.tensorboard:
+            from keepstep.trainer.exports import write_parquet, write_tensorboard
 
-            if parquet:
-                exports.write_parquet(course, parquet)
-                written.append(f"{parquet}: {len(course.steps)} steps")
-            if tensorboard:
-                exports.write_tensorboard(course, tensorboard)
-                written.append(f"{tensorboard}: {len(course.steps)} steps; look with: tensorboard --logdir {tensorboard}")
+            if wanted.parquet:
+                write_parquet(course, wanted.parquet)
+                written.append(f"{wanted.parquet}: {len(course.steps) + len(course.lost)} rows, one for each computed step")
+            if wanted.tensorboard:
+                write_tensorboard(course, wanted.tensorboard)
+                written.append(f"{wanted.tensorboard}: look with `tensorboard --logdir {wanted.tensorboard}`")
     except (OSError, ValueError, ImportError) as error:
         raise InputError(str(error)) from error
     return written
@@ -98,7 +116,7 @@ def _console() -> Console:
 # For people.
 
 
-def show(console: Console, course: Course, findings: Sequence[Finding]) -> None:
+def show(console: Console, course: Course, findings: Sequence[Finding], ledger: str = "") -> None:
     """Curves, attempts and lost work, findings; as wide as the console."""
     for line in headline(course):
         console.print(line, markup=False)
@@ -116,6 +134,8 @@ def show(console: Console, course: Course, findings: Sequence[Finding]) -> None:
     if len(course.attempts) > 1:
         console.print(_attempts(course))
     console.print()
+    if ledger:
+        console.print(ledger, markup=False)
     show_findings(console, findings)
 
 

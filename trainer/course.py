@@ -16,7 +16,7 @@ import numpy as np
 from keepstep.storage.errors import NotFound
 from keepstep.storage.layout import EVENTS_KEY, RUN_CONFIG_KEY
 from keepstep.storage.lineage import Folding, Lineage, Segment
-from keepstep.storage.records import Attempt, Failed, Finished, Record
+from keepstep.storage.records import Attempt, Failed, Finished, Record, Rewind
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.steps import attempts_with_steps, is_step, step_lines
 from keepstep.storage.store import Store
@@ -74,7 +74,7 @@ def _records_until(records: Sequence[Record], attempt: int | None) -> Sequence[R
     kept: list[Record] = []
     newest = 0
     for record in records:
-        if newest >= attempt and (isinstance(record, Attempt) or type(record).__name__ == "Rewind"):
+        if newest >= attempt and isinstance(record, Attempt | Rewind):
             break
         newest = record.attempt if isinstance(record, Attempt) else newest
         kept.append(record)
@@ -262,9 +262,8 @@ def _rewinds(records: Sequence[Record]) -> Iterator[Incident]:
     newest = 0
     for record in records:
         newest = record.attempt if isinstance(record, Attempt) else newest
-        if type(record).__name__ == "Rewind":
-            fields: Any = record
-            yield Incident(kind="rewind", step=max(0, fields.step), attempt=newest, why=fields.why, skips=fields.skips)
+        if isinstance(record, Rewind):
+            yield Incident(kind="rewind", step=max(0, record.step), attempt=newest, why=record.why, skips=record.skips)
 
 
 def _attempt(record: Attempt, steps: Steps, lost: Steps) -> AttemptCourse:

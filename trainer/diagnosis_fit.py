@@ -48,8 +48,9 @@ def over_fitting(course: Course) -> Iterator[Finding]:
                 f"held-out loss was {best.nats:.3f} at step {best.step} and is {last.nats:.3f} at step {last.step}, "
                 f"while the training loss fell from {then:.3f} to {now:.3f}{_epochs(course)}"
             ),
-            remedy=f"keep step {best.step}'s model, or go on from there with other settings: "
-            f"{rewind(course, best.step + 1, f'model.dropout={_more_dropout(course)}')}; more text (data.source) helps most",
+            remedy=f"keep the model of step {best.step}, or go on from before it: "
+            f"{rewind(course, best.step + 1, f'optimizer.weight_decay={_more_decay(course)}')}; in a new run more text (data.source) helps "
+            f"most, then model.dropout = {_more_dropout(course)}",
         )
     elif course.epochs > GAP_EPOCHS and last.nats - now > GAP * now:
         yield Finding(
@@ -64,6 +65,10 @@ def over_fitting(course: Course) -> Iterator[Finding]:
 
 def _epochs(course: Course) -> str:
     return f"; the text was seen {course.epochs:.1f} times" if course.epochs else ""
+
+
+def _more_decay(course: Course) -> str:
+    return number(max(0.1, 3 * course.config.optimizer.weight_decay))
 
 
 def _more_dropout(course: Course) -> str:
@@ -101,7 +106,7 @@ def repeated_data(course: Course) -> Iterator[Finding]:
             since=since,
             evidence=f"the {course.epoch_samples} samples of the text were seen {course.epochs:.1f} times; "
             f"up to {number(EPOCHS)} times repeated text is nearly as good as new, beyond {number(WORTHLESS_EPOCHS)} worth next to nothing",
-            remedy="more text (data.source, data.max_bytes = 0), or run.steps = " + str(since),
+            remedy=f"more text (data.source, data.max_bytes = 0), or fewer steps: run.steps = {since - 1}",
         )
     yield from _repeated_batches(course)
 

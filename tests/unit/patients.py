@@ -27,8 +27,10 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def trained(root: Path, text: Mapping[str, str], *, steps: int, may_fail: bool = False, **sections: Mapping[str, Any]) -> Course:
-    """One attempt of the LM trainer, on documents by name; sections come on top of `SMALL`."""
+def trained(
+    root: Path, text: Mapping[str, str], *, steps: int, stop_at: int = 0, may_fail: bool = False, **sections: Mapping[str, Any]
+) -> Course:
+    """One attempt of the LM trainer, on documents by name; sections come on top of `SMALL`. Stops at `stop_at` if that is not 0."""
     folder = root / "text"
     folder.mkdir(parents=True)
     for name, body in text.items():
@@ -37,7 +39,7 @@ def trained(root: Path, text: Mapping[str, str], *, steps: int, may_fail: bool =
     config = {name: {**SMALL.get(name, {}), **own.get(name, {}), **sections.get(name, {})} for name in {*SMALL, *own, *sections}}
     (root / RUN_CONFIG_KEY).write_text(tomli_w.dumps(config))
     try:
-        train_ranks(root, config, world_size=1)
+        train_ranks(root, config, world_size=1, stop_at=stop_at)
     except AssertionError:
         if not may_fail:
             raise
