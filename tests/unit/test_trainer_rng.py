@@ -64,3 +64,22 @@ def test_the_digest_tells_streams_apart() -> None:
     assert before == rng.digest(rng.capture())
     torch.rand(1)
     assert before != rng.digest(rng.capture())
+
+
+def test_a_tracker_of_devices_that_are_not_here_refuses_to_load_and_changes_nothing() -> None:
+    saved: dict[str, Any] = rng.capture() | {"dtensor": {"distributes": True}}
+    expected = draw()
+    rng.restore(rng.capture() | {name: value for name, value in saved.items() if name != "dtensor"})
+    with pytest.raises(rng.RngMismatch, match="DTensors drew numbers on CUDA devices"):
+        rng.restore(saved)
+    assert draw() == expected
+
+
+def test_every_stream_is_a_part_and_comes_out_of_a_state_again() -> None:
+    parts = {part.name: part for part in rng.parts()}
+    saved = {name: part.capture() for name, part in parts.items()}
+    expected = draw()
+    rng.restore(rng.streams_in(saved | {"step": 3}))
+    assert draw() == expected
+    assert [name for name, part in parts.items() if part.per_rank] == ["rng.python", "rng.numpy", "rng.torch", "rng.cuda"]
+    assert not any(part.per_rank for part in rng.parts(per_rank=False))
