@@ -1,6 +1,6 @@
 """What computes a step: forward and backward over this rank's share of the batch, and the update that follows.
 
-The loop knows an engine by this interface alone; which one a run has is decided in run.py.
+The loop knows an engine by this interface alone; which one a run has is decided in engines.py.
 """
 
 from __future__ import annotations

@@ -89,6 +89,12 @@ def test_with_exact_reduction_no_bit_tells_the_sizes(start: Start, tmp_path: Pat
 MANY_STEPS, KILLS = 300, 10
 
 
+def has_reached(run: LiveRun, step: int) -> bool:
+    assert run.process
+    status = run.status()
+    return run.process.poll() is not None or (status is not None and status["step"] >= step)
+
+
 def test_ten_kills_by_chance_in_three_hundred_steps_cost_no_bit(start: Start, tmp_path: Path) -> None:
     """Ranks, agents, whole nodes and coordinators, one in each tenth of the run, as a seeded generator draws."""
     tiny = ("model.layers=1", "train.batch_tokens=64", f"run.steps={MANY_STEPS}")
@@ -97,7 +103,7 @@ def test_ten_kills_by_chance_in_three_hundred_steps_cost_no_bit(start: Start, tm
     chance = random.Random(11)
     steps = [chance.randrange(first, first + MANY_STEPS // KILLS) for first in range(1, MANY_STEPS - 1, MANY_STEPS // KILLS)]
     for step in range(0, MANY_STEPS, MANY_STEPS // KILLS):  # a busy machine may need its patience for each part
-        undisturbed.wait_until(lambda status, step=step: status["step"] >= step)
+        poll_until(lambda step=step: has_reached(undisturbed, step), f"step {step}", undisturbed.said)
     assert undisturbed.wait() == 0, undisturbed.said()
     run = start(NO_HANG, *two, faults=gates(tmp_path, *steps))
     for what in [chance.choice(("rank", "agent", "node", "coordinator")) for _ in steps]:
