@@ -96,7 +96,7 @@ def _row(tensor: Tensor, *, units: bool) -> Tensor:
         return empty_row(x.device)
     low, high = torch.aminmax(x)
     figures = [
-        torch.tensor(x.numel(), dtype=torch.float64, device=x.device),
+        torch.full((), x.numel(), dtype=torch.float64, device=x.device),
         _num_nonfinite(x, low, high),
         x.numel() - torch.count_nonzero(x),
         x.sum(),
@@ -125,7 +125,7 @@ def _dead_units(x: Tensor) -> tuple[Tensor, Tensor]:
     """(number of units, minus those that are 0 throughout)."""
     units = x.reshape(-1, x.shape[-1])
     is_dead = (units.amax(0) == 0) & (units.amin(0) == 0)
-    return torch.tensor(x.shape[-1], device=x.device), -is_dead.sum()
+    return torch.full((), x.shape[-1], device=x.device), -is_dead.sum()
 
 
 class Activations:
