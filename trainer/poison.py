@@ -3,13 +3,15 @@
     KEEPSTEP_FAULTS = "trainer.sample:position=37:module=blocks.1.mlp.up:way=gradient"
 
 What this module makes of the sample at that position of the canonical order becomes NaN: its output (`way=output`, the default), or the
-gradient that comes back through it. The sample is known by its tokens, so it does so in every pass, on whichever rank, at any step.
+gradient that comes back through it; `way=steep` makes that gradient a million times as large. The sample is known by its tokens, so it
+does so in every pass, on whichever rank, at any step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -49,21 +51,25 @@ def _spoil_output(output: Tensor, is_hit_B: Tensor) -> Tensor:
     return torch.where(is_hit_B.view(-1, *[1] * (output.ndim - 1)), math.nan, output)
 
 
-class _SpoilGradient(torch.autograd.Function):
+class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, is_hit_B: Tensor) -> Tensor:
-        ctx.save_for_backward(is_hit_B)
+    def forward(ctx: Any, output: Tensor, factors_B: Tensor) -> Tensor:
+        ctx.save_for_backward(factors_B)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (is_hit_B,) = ctx.saved_tensors
-        return _spoil_output(gradients[0], is_hit_B), None
+        (factors_B,) = ctx.saved_tensors
+        return gradients[0] * factors_B.view(-1, *[1] * (gradients[0].ndim - 1)), None
 
 
-def _spoil_gradient(output: Tensor, is_hit_B: Tensor) -> Tensor:
-    spoilt: Tensor = _SpoilGradient.apply(output, is_hit_B)  # type: ignore[no-untyped-call]
-    return spoilt
+def _scale_gradient(output: Tensor, is_hit_B: Tensor, *, factor: float) -> Tensor:
+    scaled: Tensor = _ScaleGradient.apply(output, torch.where(is_hit_B, factor, 1.0).to(output.dtype))  # type: ignore[no-untyped-call]
+    return scaled
 
 
-WAYS: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {"output": _spoil_output, "gradient": _spoil_gradient}
+WAYS: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "output": _spoil_output,
+    "gradient": partial(_scale_gradient, factor=math.nan),
+    "steep": partial(_scale_gradient, factor=1e6),
+}

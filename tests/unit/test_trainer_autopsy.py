@@ -77,15 +77,18 @@ def rejected_in(root: Path) -> dict[str, Any]:
 
 
 def draws_nothing() -> None:
-    """Fails where an autopsy touches a random stream."""
+    """Fails where an autopsy touches a random stream, or does not say that it may take long."""
     from keepstep.trainer import guard, rng
 
     examine = guard.examine
 
-    def watched(*arguments: Any) -> Any:
+    def watched(run: Any, *arguments: Any) -> Any:
         streams = {name: stream.capture() for name, stream in rng.STREAMS.items()}
-        found = examine(*arguments)
+        announced, report = [], run.me.report
+        run.me.report = lambda phase, step, within_s=0.0: (announced.append(within_s), report(phase, step, within_s=within_s))
+        found = examine(run, *arguments)
         assert {name: stream.capture() for name, stream in rng.STREAMS.items()} == streams
+        assert (announced[0] > 0, announced[-1]) == (True, 0)
         return found
 
     guard.examine = watched
@@ -122,6 +125,16 @@ def test_one_sample_whose_gradient_alone_is_nan_is_named_with_rank_and_module(co
     told = told_after(config, tmp_path / "root", f"trainer.sample:position=21:module={module}:way=gradient", prepare=draws_nothing)
     assert (told["step"], told["skips"], told["ranks"]) == (3, ["21:22"], [1])
     assert told["sentence"].startswith(f"step 3: the gradient of rank 1 is nan; first in the backward pass of {module}; samples 21:22 ('")
+
+
+def test_a_sample_with_a_steep_gradient_is_found_where_people_ask_for_it(config: dict[str, Any], tmp_path: Path) -> None:
+    train = TINY["train"] | {"spike": {"window": 8, "gradient_factor": 10}}
+    told = told_after(config, tmp_path / "root", "trainer.sample:position=37:module=blocks.1:way=steep", train=train)
+    assert (told["step"], told["skips"], told["ranks"]) == (5, ["37:38"], [1])
+    line = rejected_in(tmp_path / "root")
+    assert line["bound"] == pytest.approx(10 * line["median"])
+    start = f"step 5: the gradient is {line['value']:.4g}, beyond {line['bound']:.4g} (median of the recent steps {line['median']:.4g}); "
+    assert told["sentence"].startswith(start + "samples 37:38 of rank 1 ('")
 
 
 def looks_like_plain_torchrun() -> None:
