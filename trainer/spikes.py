@@ -51,7 +51,7 @@ class Window:
         self._norms.append(norm)
 
     def spike(self, loss: float, norm: float, limits: SpikeSection) -> Spike | None:
-        """What is beyond the limits in a step that would follow. About a microsecond while all is well."""
+        """What is beyond the limits in a step that would follow. Microseconds while all is well: one look for the minimum."""
         if len(self._losses) < limits.window // 2:
             return None
         return find_loss_spike(self._losses, loss, limits) or find_gradient_spike(self._norms, norm, limits)
