@@ -348,7 +348,7 @@ def test_norms_are_those_of_the_whole_parameters_gradients_and_updates(config: d
 
 
 def replicated(rank: int, world_size: int) -> None:
-    """A parameter cut over the ranks, one that they all hold, and a plain one."""
+    """A parameter cut over the ranks, one that they all hold, a plain one, and one whose gradient overflowed."""
     from types import SimpleNamespace
 
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -364,25 +364,32 @@ def replicated(rank: int, world_size: int) -> None:
         "cut": nn.Parameter(distribute_tensor(value, world.mesh, [Shard(0)])),
         "alike": nn.Parameter(distribute_tensor(value, world.mesh, [Replicate()])),
         "plain": nn.Parameter(value.clone()),
+        "overflowed": nn.Parameter(value.clone()),
     }
     shards = {name: nn.Parameter(local(parameter)) for name, parameter in parameters.items()}
     for shard in shards.values():
         shard.grad = torch.ones_like(shard)
+    shards["overflowed"].grad = torch.full_like(value, math.inf)
     trace = StepTrace(TraceSection(interval=1), SimpleNamespace(parameters=parameters, shards=shards), world)  # type: ignore[arg-type]
     squares = world.gather([trace.parameter_square()]).sum().item()
-    assert squares == pytest.approx(3 * 6 * 4.0)
+    assert squares == pytest.approx(4 * 6 * 4.0)
     model = Echo()
     with trace.activations(1, model, []):
         pass
     with trace.update(1, math.sqrt(squares)), torch.no_grad():
         for shard in shards.values():
             shard.add_(1)
-    assert world.gather([trace.ratio_square()]).sum().item() == pytest.approx(18 / squares)
+    assert world.gather([trace.ratio_square()]).sum().item() == pytest.approx(24 / squares)
     layers = trace.layers(1, 0.5)
     assert layers is not None
-    for name in parameters:
-        expected = {"param_norm": math.sqrt(24), "grad_norm": math.sqrt(6) / 2, "update_ratio": 0.5}
-        assert layers[name] == pytest.approx(expected | {"grad_zeros": 0, "grad_nonfinite": 0, "grad_zero_rows": 0}, rel=1e-5), name
+    canonical_json(layers)
+    finite = {"param_norm": math.sqrt(24), "grad_norm": math.sqrt(6) / 2, "update_ratio": 0.5}
+    finite |= {"grad_zeros": 0, "grad_nonfinite": 0, "grad_zero_rows": 0}
+    for name in ("cut", "alike", "plain"):
+        assert layers[name] == pytest.approx(finite, rel=1e-5), name
+    assert layers["overflowed"].pop("grad_norm") is None
+    del finite["grad_norm"]
+    assert layers["overflowed"] == pytest.approx(finite | {"grad_nonfinite": 1}, rel=1e-5)
     assert layers["logits"]["max"] is None, "the model was not called"
 
 
