@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from .columns import Course, Floats, Incident
-from .findings import Finding, Severity, median, noise, number, peak_lr, rewind, running_median, sigma, warm
+from .findings import Finding, Severity, median, noise, number, peak_lr, rewind, running_median, running_noise, sigma, warm
 
 # A normal deviate leaves 8 sigma once in 1e15 steps; batches of text have heavier tails, hence the floor of a tenth of the level beside it.
 SPIKE_SIGMAS: Final = 8.0
@@ -46,25 +46,25 @@ class Spike:
     peak: int
     end: int | None
     usual: float  # level before
-    spread: float  # sigma before
+    spread: float  # sigma before, around the trend
 
 
 def spikes(loss: Floats) -> Iterator[Spike]:
     """Losses far above what was usual in the `SPIKE_WINDOW` steps before."""
-    i = SPIKE_MIN_WINDOW
-    while i < len(loss):
-        before = loss[max(0, i - SPIKE_WINDOW) : i]
-        usual, spread = median(before), sigma(before)
-        if not loss[i] > usual + max(SPIKE_SIGMAS * spread, SPIKE_SHARE * usual):
-            i += 1
+    usual, spread = running_median(loss, SPIKE_WINDOW)[:-1], running_noise(loss, SPIKE_WINDOW)[:-1]
+    with np.errstate(invalid="ignore"):
+        is_far = loss[1:] > usual + np.fmax(SPIKE_SIGMAS * spread, SPIKE_SHARE * usual)
+    over = 0
+    for i in (np.flatnonzero(is_far) + 1).tolist():
+        if i < max(over, SPIKE_MIN_WINDOW):
             continue
-        back = np.flatnonzero(loss[i:] <= usual + max(2 * spread, SPIKE_SHARE * usual / 2))
+        level, sigma_before = float(usual[i - 1]), float(spread[i - 1])
+        back = np.flatnonzero(loss[i:] <= level + max(2 * sigma_before, SPIKE_SHARE * level / 2))
         end = i + int(back[0]) if len(back) else None
-        peak = i + int(np.nanargmax(loss[i:end]))
-        yield Spike(first=i, peak=peak, end=end, usual=usual, spread=spread)
+        yield Spike(first=i, peak=i + int(np.nanargmax(loss[i:end])), end=end, usual=level, spread=sigma_before)
         if end is None:
             return
-        i = end + 1
+        over = end + 1
 
 
 def loss_spike(course: Course) -> Iterator[Finding]:
@@ -168,9 +168,9 @@ def lr_too_high(course: Course) -> Iterator[Finding]:
     if ratio < RATIO_HIGH:
         return  # whatever happened, the updates were small
     steps = course.steps
-    since, what = diverged_since(course), "rose and stayed there"
+    since, what, severity = diverged_since(course), "rose and stayed there", Severity.CRITICAL
     if since is None:
-        since, what = hump(course), "rose above that of the untrained model"
+        since, what, severity = hump(course), "rose above that of the untrained model, and came back", Severity.WARNING
     if since is None:
         return
     best, after = float(np.nanmin(steps.loss[: since + 1])), steps.loss[since:]
@@ -178,7 +178,7 @@ def lr_too_high(course: Course) -> Iterator[Finding]:
     known = f", each update changes the parameters by {number(ratio)} of their norm" if ratio == ratio else ""
     yield Finding(
         name="learning-rate-too-high",
-        severity=Severity.CRITICAL,
+        severity=severity,
         since=int(steps.step[since]),
         evidence=f"the loss {what}: from {best:.3f} up to {worst}; optimizer.lr peaks at {number(lr)}{known}",
         remedy=rewind(course, int(steps.step[since]), f"optimizer.lr={number(lr / 10)}") + ", or a longer optimizer.warmup_steps",

@@ -64,6 +64,17 @@ def running_median(values: Floats, width: int) -> Floats:
     return out
 
 
+def running_noise(values: Floats, width: int) -> Floats:
+    """`noise` of each value and the up to `width` - 1 before it; `width` is 3 or more."""
+    filled = fill(values)
+    out: Floats = np.array([noise(filled[: i + 1]) for i in range(min(width - 1, len(filled)))])
+    if len(filled) < width:
+        return out
+    windows = np.lib.stride_tricks.sliding_window_view(np.diff(filled), width - 1)
+    deviations = np.abs(windows - np.median(windows, axis=1, keepdims=True))
+    return np.concatenate([out, MAD_TO_SIGMA * np.median(deviations, axis=1) / np.sqrt(2)])
+
+
 def fill(values: Floats) -> Floats:
     """Unknown values become the last known one; the first ones the first known one."""
     known = ~np.isnan(values)
