@@ -23,7 +23,7 @@ from keepstep.trainer.contract import EXIT_FAILED, EXIT_OK
 from keepstep.trainer.replay import DUMPS, ReplayFailed, View
 
 from .errors import InputError
-from .replaying import TOLERANCE, Archive, Outcome, Way, travel
+from .replaying import Archive, Outcome, Way, travel
 from .viewing import open_console
 
 Json = dict[str, Any]
@@ -143,7 +143,7 @@ def _report(archive: Archive, asked: Asked, outcome: Outcome) -> Json:
         "from_checkpoint": route.base.directory if route.base else "",
         "steps_computed": route.num_steps,
         "steps_compared": comparison.num_compared,
-        "checked": f"loss within {TOLERANCE:g}" if comparison.tolerance else "bits of the loss",
+        "checked": f"loss within {comparison.tolerance:g}" if comparison.tolerance else "bits of the loss",
         "holds": comparison.holds and bool(refused) == bool(view["rejected"]),
         "widest_relative_difference": comparison.widest,
         "first_difference": None
@@ -206,7 +206,7 @@ def _index(folder: Path, out: Path, report: Json) -> Json:
 
 def _print(console: Console, report: Json) -> None:
     def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(printable(text), markup=False, soft_wrap=True)
 
     for note in report["notes"]:
         say(note)
@@ -231,6 +231,9 @@ def _print_comparison(say: Say, report: Json) -> None:
     loss, first = report["loss"], report["first_difference"]
     if loss["computed"] is not None:
         say(f"loss {loss['computed']:.6f} nats per token ({report['loss_hex']['computed']}), recorded {_number(loss['recorded'])}")
+    if not report["steps_compared"]:
+        say("compared with nothing: no step on the way was recorded, or the records were lost with their node")
+        return
     if first is None:
         widest = f" (widest relative difference {report['widest_relative_difference']:.1e})" if "within" in report["checked"] else ""
         say(f"checked: {report['checked']}, equal in all {report['steps_compared']} steps{widest}")
@@ -287,7 +290,7 @@ def _print_worst(say: Say, report: Json) -> None:
     say(f"the worst of {len(report['samples'])} samples{whose}, by their own loss:")
     for sample in report["worst"]:
         say(f"  {_number(sample['loss'], 4)} nats per token: position {sample['position']} (rank {sample['rank']}, {sample['place']})")
-        say(f"    {printable(sample['text'])}")
+        say(f"    {sample['text']}")
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from .layout import parse_checkpoint_directory
-from .lineage import Folding, Lineage
+from .lineage import Folding, Lineage, Segment
 from .records import Attempt, Commit, Entry
 
 
@@ -68,7 +68,13 @@ def read_past(entries: Iterable[Entry]) -> Past:
 
 def attempt_of(lineage: Lineage, step: int) -> int | None:
     """The attempt that computed a step of the history; None where the history does not reach."""
-    return next((segment.attempt for segment in lineage.segments() if segment.holds(step)), None)
+    segment = segment_of(lineage, step)
+    return segment.attempt if segment else None
+
+
+def segment_of(lineage: Lineage, step: int) -> Segment | None:
+    """Where a step lies in the history. In one that is not provisional it was computed, whether or not its record is left."""
+    return next((segment for segment in lineage.segments() if segment.holds(step)), None)
 
 
 def routes(past: Past, attempt: int, step: int) -> Iterator[Route]:
