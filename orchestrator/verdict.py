@@ -146,7 +146,8 @@ def _bad_step(node: str, rank: RankReport, now: float) -> Evidence:
     evidence = _exit_evidence(node, rank, now, BAD_STEP_KIND, "refused it")
     where = rank.bad_ranks[0] if rank.bad_ranks else rank.rank
     sentence = rank.why.partition(": ")[2] or rank.why  # without the exception's name
-    return replace(evidence, why=sentence, node=node if where == rank.rank else "", rank=where, step=rank.bad_step, skips=rank.skips)
+    node = node if where == rank.rank else ""
+    return replace(evidence, why=sentence, node=node, rank=where, step=rank.bad_step, skips=rank.skips, tail=())  # a traceback says no more
 
 
 def _exit_evidence(node: str, rank: RankReport, now: float, kind: str, how: str) -> Evidence:

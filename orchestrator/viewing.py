@@ -108,7 +108,7 @@ def _changes(status: Mapping[str, Any]) -> str:
     """What rewinds have brought; "" where there were none."""
     left_out = f"without the samples at {', '.join(status['skips'])}" if status["skips"] else ""
     changed = f"with {', '.join(status['overrides'])}" if status["overrides"] else ""
-    number = f"{status['rewinds']} bad steps" if status["rewinds"] else ""
+    number = f"{status['rewinds']} time{'s' if status['rewinds'] > 1 else ''} for a bad step" if status["rewinds"] else ""
     told = ", ".join(filter(None, (left_out, changed, number)))
     return f"rewound: {told}" if told else ""
 

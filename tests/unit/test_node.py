@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +46,7 @@ class Group:
     """What `RankGroup` does, with processes that end when they are told a code."""
 
     def __init__(self, group: GroupSpec) -> None:
+        self.specs = group.specs
         self.processes = [self._start(spec.scratch, spec.attempt, i, group.log_paths[i]) for i, spec in enumerate(group.specs)]
         self.pids = tuple(process.pid for process in self.processes)
         self.sentinels = {os.pidfd_open(pid): i for i, pid in enumerate(self.pids)}
@@ -88,6 +91,22 @@ class Group:
 newest: list[Group] = []
 
 
+def launch_of(attempt: int, **fields: Any) -> Launch:
+    return Launch(
+        attempt=attempt,
+        nonce="ab",
+        first_rank=4,
+        num_ranks=2,
+        group_rank=0,
+        num_nodes=1,
+        world_size=2,
+        store_node="n#1",
+        store=StoreAddress(attempt=attempt, host="127.0.0.1", port=1),
+        resume=None,
+        **fields,
+    )
+
+
 @pytest.fixture
 async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[NodeRanks]:
     """Two ranks that run."""
@@ -106,22 +125,21 @@ async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
         config=RunConfig(),
     )
     made = NodeRanks("n#1", settings, Store.open(tmp_path / "root"), Patience(4.0), lambda: None)
-    launch = Launch(
-        attempt=ATTEMPT,
-        nonce="ab",
-        first_rank=4,
-        num_ranks=2,
-        group_rank=0,
-        num_nodes=1,
-        world_size=2,
-        store_node="n#1",
-        store=StoreAddress(attempt=ATTEMPT, host="127.0.0.1", port=1),
-        resume=None,
-    )
-    await made.pursue(launch)
+    await made.pursue(launch_of(ATTEMPT))
     yield made
     await made.stop()
     newest.pop().close()
+
+
+async def test_the_ranks_config_is_the_agents_with_the_overrides_of_the_launch(tmp_path: Path, node: NodeRanks) -> None:
+    path = tmp_path / "scratch" / "config.json"
+    assert json.loads(path.read_text()) == RunConfig().model_dump(mode="json")
+    overrides = ("optimizer.lr=0.5", "train.spike.budget=9")
+    await node.pursue(launch_of(ATTEMPT + 1, overrides=overrides, skips=("3:4",)))
+    told = json.loads(path.read_text())
+    assert (told["optimizer"]["lr"], told["train"]["spike"]["budget"]) == (0.5, 9)
+    assert all(spec.skips == ("3:4",) for spec in newest[-1].specs)
+    newest.pop(0).close()
 
 
 async def until_exited(node: NodeRanks, local_rank: int) -> RankReport:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from keepstep.orchestrator import config as configs
 from keepstep.orchestrator import events as ev
+from keepstep.orchestrator.agent import replaced
 from keepstep.orchestrator.archive import read_events
 from keepstep.orchestrator.cli import app
 from keepstep.orchestrator.errors import InputError
@@ -157,6 +158,12 @@ def test_skips_of_before_shift_where_the_next_ones_may_begin(run: Kept) -> None:
 def test_a_save_that_comes_later_is_not_gone_back_to(run: Kept) -> None:
     """--to 29 chose step 20; were step 25 committed meanwhile, it might have consumed what is to be left out."""
     assert ordered(run, 29).to == 20
+
+
+def test_ranks_of_an_attempt_that_was_rewound_stop_although_nobody_tells_them(run: Kept) -> None:
+    assert "the run is over" in replaced(reread(run).lineage, 1)
+    command(run, "--to", "20")
+    assert replaced(reread(run).lineage, 1) == "attempt 1 was rewound: a person asked to go back to step 20"
 
 
 def test_nothing_was_trained_yet(tmp_path: Path) -> None:
