@@ -209,7 +209,7 @@ def rewind(
     """Go back to a checkpoint and on from there: without some samples, with another learning rate. Live or not, ended or not.
 
     The steps after it leave the history; their records stay, and so does their last checkpoint until it is unpinned. Skips and overrides
-    (optimizer.*, train.*, evaluate.*, run.steps) hold for the rest of the run, on top of run.toml.
+    (optimizer.*, train.*, evaluate.*, trace.*, run.steps) hold for the rest of the run, on top of run.toml.
 
     Example: keepstep rewind runs/quickstart --to 120 --skip 1024:1040 -o optimizer.lr=0.001
     """

@@ -30,7 +30,7 @@ from .roots import stored_config
 from .sections import RunConfig
 from .viewing import call, is_coordinator, visit
 
-_CHANGEABLE: Final = ("optimizer.", "train.", "evaluate.", "run.steps")
+_CHANGEABLE: Final = ("optimizer.", "train.", "evaluate.", "trace.", "run.steps")
 _WHY_FIXED: Final = {
     "data.skip": "it holds from the first step on; leave samples out with --skip",
     "data.": "the order of the samples would be another one, and nobody could say any more which of them were consumed",
