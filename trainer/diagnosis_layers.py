@@ -136,10 +136,18 @@ def _refused(course: Course, incident: Incident) -> Finding:
 
 
 def _first_non_finite_layer(course: Course) -> tuple[int, str] | None:
-    """(step, first name in the order of the forward pass)."""
+    """(step, first name in the order of the forward pass).
+
+    With precision "fp16" a gradient that overflows under the loss's scale is nothing: nobody applies it, its norm is not recorded.
+    """
+    steps = course.steps
+    overflowed = steps.step[np.isnan(steps.grad_norm)] if course.config.train.precision == "fp16" else steps.step[:0]
     for statistic in ("nonfinite", "grad_nonfinite"):
         names, values = course.layers.named(statistic)
-        rows, columns = np.nonzero(np.nan_to_num(values) > 0)
+        is_wrong = np.nan_to_num(values) > 0
+        if statistic == "grad_nonfinite":
+            is_wrong[np.isin(course.layers.step, overflowed)] = False
+        rows, columns = np.nonzero(is_wrong)
         if len(rows):
             return int(course.layers.step[rows[0]]), names[int(columns[rows == rows[0]].min())]
     return None

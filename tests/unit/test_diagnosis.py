@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepstep.trainer.columns import Course, Evaluation, Floats, Incident, Steps, no_steps
+from keepstep.trainer.columns import Course, Evaluation, Floats, Incident, LayerSamples, Steps, no_steps
 from keepstep.trainer.config import TrainerConfig
 from keepstep.trainer.diagnosis import diagnose
 from keepstep.trainer.diagnosis_layers import _since, kinds_by_depth
@@ -152,6 +152,16 @@ def test_a_refused_step_that_the_run_has_left_behind_is_a_warning() -> None:
     assert "keepstep rewind ROOT --to 20 --skip 240:248" in open_.remedy
     assert left.severity is Severity.WARNING
     assert "went back to step 20 by itself and leaves out 240:248" in left.remedy
+
+
+def test_an_overflow_under_the_scale_of_fp16_is_nothing() -> None:
+    well = course(falling(60, 6.0, 0.02, 0))
+    norm = well.steps.grad_norm.copy()
+    norm[9] = np.nan
+    layers = LayerSamples(step=np.array([10, 20]), names=("a.weight",), values={"grad_nonfinite": np.array([[0.5], [0.0]])})
+    overflowed = replace(well, steps=replace(well.steps, grad_norm=norm), layers=layers)
+    assert names(overflowed) == {"non-finite"}
+    assert names(replace(overflowed, config=TrainerConfig.model_validate({"train": {"precision": "fp16"}}))) == set()
 
 
 def test_the_most_severe_comes_first_and_a_cause_hides_its_consequence() -> None:
