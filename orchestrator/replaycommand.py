@@ -219,7 +219,7 @@ def _print(console: Console, report: Json) -> None:
         say("it is refused again" if report["rejected"] else "NOT EQUAL: it is not refused now")
     if report["lr"] is not None:
         first, last = report["positions"]
-        say(f"learning rate {report['lr']:.6g}, gradient norm {report['grad_norm']['computed']:.6g}, positions {first} to {last - 1}")
+        say(f"learning rate {report['lr']:.6g}, gradient norm {_brief(report['grad_norm']['computed'])}, positions {first} to {last - 1}")
     console.print(_parameter_table(report))
     console.print(_activation_table(report))
     _print_worst(say, report)

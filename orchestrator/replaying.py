@@ -27,7 +27,7 @@ from .sections import RunConfig
 
 # Relative, by train.precision. On one process the gradients of more than two ranks are added in another order, so updates differ in their
 # last float32 bits. Four ranks, 200 steps from scratch: 1.3e-7 at the most; a parameter that rounds to another bfloat16 counts for more.
-TOLERANCES: Final = {"fp32": 1e-5, "bf16": 1e-3}
+TOLERANCES: Final = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-3}
 _INDEX: Final = "tokens/index.json"
 Records = Mapping[int, Mapping[int, Mapping[str, Any]]]  # attempt -> step -> its record
 

@@ -31,6 +31,11 @@ class Agreed:
     update_ratio_before: float  # norm of the update before this step, over that of the parameters it changed; NaN where unknown
 
 
+def gradient_scale_of(run: Run, tokens: float) -> float:
+    """From the gradient that the engine holds to that of the mean loss over a batch's `tokens`."""
+    return run.config.train.batch_tokens / tokens / run.scaler.scale
+
+
 def agree(run: Run, step: int, sums: Sums, parts: Sequence[MicroBatch]) -> Agreed:
     """Collective. Sums are rounded once, so they are the same everywhere, in every repetition, and in whatever order."""
     due = run.world.rank == 0 and run.cadence.is_due(step, time.monotonic())
@@ -42,7 +47,7 @@ def agree(run: Run, step: int, sums: Sums, parts: Sequence[MicroBatch]) -> Agree
     square = total((*squares, *square_rest, *square_rest2))
     request = Request(int(max(requests)))
     asked = run.save_requests.is_new(request is Request.SAVE)
-    gradient_scale = run.config.train.batch_tokens / sum(counts) / run.scaler.scale
+    gradient_scale = gradient_scale_of(run, sum(counts))
     return Agreed(
         loss=total((*losses, *loss_rest, *loss_rest2)) / sum(counts),
         tokens=int(sum(counts)),

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .agreement import gradient_scale_of
 from .contract import BAD_STEP_KIND
 from .loader import MicroBatch
 from .parallel import whole
@@ -101,14 +102,15 @@ class ObservedEngine:
         with self.forward.watching(self._engine.model):
             sums = self._engine.backward(parts, step=step)
         self.found["parameters"] = self._look(self._shards, "parameters", "-before")
-        gradients = {name: shard.grad for name, shard in self._shards.items() if shard.grad is not None}
+        tokens = float(self._run.world.gather([sums.tokens]).sum())
+        scale = gradient_scale_of(self._run, tokens)
+        gradients = {name: shard.grad * scale for name, shard in self._shards.items() if shard.grad is not None}
         self.found["gradients"] = self._look(gradients, "gradients")
         return sums
 
     def update(self, *, lr: float, scale: float) -> None:
         before = {name: shard.detach().clone() for name, shard in self._shards.items()}
         self._engine.update(lr=lr, scale=scale)
-        self.found["gradient_scale"] = scale
         self.found["updates"] = self._look({name: shard.detach() - before[name] for name, shard in self._shards.items()})
         self._look(self._shards, "parameters", "-after")
 
