@@ -110,7 +110,7 @@ def _part(fields: Mapping[str, Any]) -> Part:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a rank trains and evaluates on; the arrays are memory-mapped, read-only."""
+    """What a rank trains and evaluates on; read-only, and memory-mapped unless it is streamed."""
 
     index: TokenIndex
     train: TokenReader

@@ -46,7 +46,7 @@ def load_trained(root: str, step: int | None = None, *, partial: Sequence[str] =
     config = _config(store)
     commit = commit_of_step(store, step)
     with tempfile.TemporaryDirectory(prefix="keepstep-") as scratch:  # mapped files stay readable after they are gone
-        tokens = open_tokens(store, Path(scratch))
+        tokens = open_tokens(store, Path(scratch), streaming=True)  # nobody reads the training text
     model = build_model(config.model, tokens.index.vocabulary)
     manifest = read_manifest(store, commit.directory, commit.manifest_sha256)
     reader = CheckpointReader(store, commit.directory, manifest)
