@@ -130,7 +130,10 @@ class Registry:
             if odd := [rank for rank, value in enumerate(values) if value != values[0]]:
                 told = f"rank 0 had saved {_short(values[0])}, rank {odd[0]} {_short(values[odd[0]])}"
                 yield f"{told}, so {self.world_size} ranks cannot go on from one of them"
-            yield from part.check(values[0])
+            try:
+                yield from part.check(values[0])
+            except (AttributeError, KeyError, TypeError, ValueError) as error:  # of another version's making
+                yield f"it holds what this version cannot read ({type(error).__name__}: {error}): {_short(values[0])}"
         elif part.elsewhere is None:
             yield f"every rank has its own, so what {saved_by} ranks had saved is nothing for {self.world_size}"
 

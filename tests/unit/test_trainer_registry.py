@@ -76,6 +76,14 @@ def test_a_refusal_names_what_is_missing_what_is_extra_and_what_differs_and_how(
     assert [box.value for box in boxes] == ["mine"] * 3
 
 
+def test_a_part_of_another_shape_is_a_difference_like_any_other() -> None:
+    def check(saved: Any) -> list[str]:
+        return [] if saved["position"] == 3 else ["elsewhere"]
+
+    with pytest.raises(StateMismatch, match=r"a differs: it holds what this version cannot read \(KeyError: 'position'\): \{\"turn\": 3\}"):
+        registry([part("a", Box(0), check=check)]).restore(states({"a": {"turn": 3}}))
+
+
 def test_a_state_without_parts_is_refused_as_a_whole() -> None:
     with pytest.raises(StateMismatch, match="missing in it: a, b"):
         registry([part("a", Box(0)), part("b", Box(0))]).restore([{"rng": {}, "step": 3}])
