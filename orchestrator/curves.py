@@ -155,4 +155,4 @@ def figure(value: float) -> str:
     """At most eight characters."""
     if value and (abs(value) >= 1e6 or abs(value) < 1e-3):
         return f"{value:.1e}"
-    return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.0f}"
+    return f"{value:.4g}" if abs(value) < 1e3 else f"{value:.0f}"

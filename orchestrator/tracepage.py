@@ -58,7 +58,7 @@ def _subtitle(course: Course) -> str:
     steps = course.steps
     parts = [
         f"steps {steps.step[0]} to {steps.step[-1]} of {course.config.run.steps}, {course.outcome or 'not over'}",
-        f"{len(course.attempts)} attempts, {len(course.lost)} steps lost",
+        f"attempts {len(course.attempts)}, steps lost {len(course.lost)}",
         f"{course.epochs:.2f} epochs" if course.epochs else "",
         f"held-out perplexity {figure(course.evaluations[-1].perplexity)}" if course.evaluations else "",
     ]

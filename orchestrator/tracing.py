@@ -122,7 +122,7 @@ def show(console: Console, course: Course, findings: Sequence[Finding], ledger: 
         console.print(line, markup=False)
     first, last = span_of(course)
     size: dict[str, Any] = {"width": console.width, "ascii_only": not console.encoding.lower().startswith("utf")}
-    for row in chart(*_loss(course), first, last, height=10, **size):
+    for row in chart(*_loss(course, "o" if size["ascii_only"] else "●"), first, last, height=10, **size):
         console.print(row)
     for title, name in CURVES:
         values = getattr(course.steps, name)
@@ -145,7 +145,8 @@ def headline(course: Course) -> list[str]:
     counted = f"steps {steps.step[0]} to {steps.step[-1]} of {course.config.run.steps} ({state})"
     again = f"{lost} computed again or given up" if lost else "none computed again"
     epochs = f", {course.epochs:.2f} epochs" if course.epochs else ""
-    lines = [f"{course.run}: {counted}, {len(course.attempts)} attempts, {again}{epochs}"]
+    attempts = "1 attempt" if len(course.attempts) == 1 else f"{len(course.attempts)} attempts"
+    lines = [f"{course.run}: {counted}, {attempts}, {again}{epochs}"]
     if course.evaluations:
         newest = course.evaluations[-1]
         lines.append(f"held-out loss {newest.nats:.4f} nats per token, perplexity {figure(newest.perplexity)}, at step {newest.step}")
@@ -158,7 +159,7 @@ def span_of(course: Course) -> tuple[int, int]:
     return int(everything.min()), int(everything.max())
 
 
-def _loss(course: Course) -> tuple[Text, list[Line]]:
+def _loss(course: Course, mark: str) -> tuple[Text, list[Line]]:
     title = Text("loss", style="bold") + Text(_from_to(course.steps.loss), style="dim") + Text("  train", style=_TRAIN)
     lines = [
         Line(x=part.step, y=part.loss, style=_LOST)
@@ -166,7 +167,7 @@ def _loss(course: Course) -> tuple[Text, list[Line]]:
     ]
     lines.append(Line(x=course.steps.step, y=course.steps.loss, style=_TRAIN))
     if course.evaluations:
-        title += Text("  held-out o", style=_HELD_OUT)
+        title += Text(f"  held-out {mark}", style=_HELD_OUT)
         nats = np.array([evaluation.nats for evaluation in course.evaluations])
         lines.append(Line(x=np.array([e.step for e in course.evaluations]), y=nats, style=_HELD_OUT, is_dotted=True))
     if len(course.lost):

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from keepstep.orchestrator import config as configs
 from keepstep.orchestrator.cli import app, main
-from keepstep.orchestrator.curves import AXIS, Line, chart, lane, scale_of, thinned
+from keepstep.orchestrator.curves import AXIS, Line, chart, figure, lane, scale_of, thinned
 from keepstep.orchestrator.sections import RunConfig
 from keepstep.orchestrator.tracepage import page
 from keepstep.orchestrator.tracing import headline, show
@@ -189,6 +189,13 @@ class TestCurves:
         assert len(x) <= 400
         assert (x[0], x[-1]) == (0, 99_999)
         assert x[thin == 9.0].tolist() == [54_321]
+
+    @pytest.mark.parametrize(
+        ("value", "text"), [(0.0, "0"), (12345.6, "12346"), (1e7, "1.0e+07"), (3e-5, "3.0e-05"), (-0.12345, "-0.1235")]
+    )
+    def test_figures_fit_beside_the_axis(self, value: float, text: str) -> None:
+        assert figure(value) == text
+        assert len(text) <= AXIS - 2
 
     def test_a_lane_puts_its_spans_where_the_curve_has_them(self) -> None:
         row = lane("attempt", [(1, 50, "-", "|1"), (51, 100, "-", "|2")], 1, 100, width=AXIS + 100).plain
