@@ -89,8 +89,9 @@ def test_any_number_of_ranks_has_the_same_bits(config: Config, four: tuple[Path,
     assert trained(config, tmp_path, world_size) == four[1]
 
 
-def test_in_bf16_too(config: Config, four: tuple[Path, Outcome], tmp_path: Path) -> None:
-    half = config | {"train": config["train"] | {"precision": "bf16"}}
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_in_half_precision_too(config: Config, four: tuple[Path, Outcome], tmp_path: Path, precision: str) -> None:
+    half = config | {"train": config["train"] | {"precision": precision}}
     one, *others = [trained(half, tmp_path / str(world_size), world_size) for world_size in (1, 3, 4)]
     assert others == [one, one]
     assert one.steps != four[1].steps, "it makes a difference"
