@@ -96,7 +96,9 @@ class TokenIndex:
         except CorruptRecord as error:
             raise ValueError(f"{error}; delete the folder {FOLDER}/ and run `keepstep prepare` again") from None
         if fields.pop("format", None) != FORMAT:
-            raise ValueError(f"{INDEX} is not of format {FORMAT}: another version of keepstep wrote it; go on with that, or choose another run.root")
+            raise ValueError(
+                f"{INDEX} is not of format {FORMAT}: another keepstep wrote it; go on with that one, or choose another run.root"
+            )
         return TokenIndex(**fields | {name: _part(fields[name]) for name in PARTS})
 
     def part(self, name: str) -> Part:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from keepstep.storage.canonical import seal
 from keepstep.storage.store import Store
 from keepstep.trainer.config import DataSection
 from keepstep.trainer.text import Document
@@ -171,6 +172,11 @@ def test_tokens_that_were_never_prepared_are_missed(tmp_path: Path) -> None:
 def test_the_index_survives_its_bytes(text: Path, tmp_path: Path) -> None:
     index = prepare(section(text), Store.open(tmp_path / "root"))
     assert TokenIndex.parse(index.body()) == index
+
+
+def test_an_index_of_another_version_is_refused_with_a_remedy() -> None:
+    with pytest.raises(ValueError, match=r"tokens/index\.json is not of format 2: .*; go on with that one, or choose another run\.root"):
+        TokenIndex.parse(seal({"format": 1}))
 
 
 def test_unigram_nats_are_the_entropy_of_the_frequencies() -> None:
