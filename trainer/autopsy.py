@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from keepstep.storage.skips import union
 
 from .config import SpikeSection
 from .contract import Phase
+from .data import Feed
 from .loader import MicroBatch
 from .run import Run
 from .samples import IGNORED
@@ -58,14 +60,20 @@ class Autopsy:
     samples: tuple[Sample, ...]  # those to blame, worst first; empty: none alone
     module: str  # where a value was first not finite, "" if none was seen
     positions: tuple[int, ...]  # of the whole step
+    later: tuple[int, ...] = ()  # where the samples to blame come again before the run's end, in later epochs
     bad_parameter: str  # was not finite before the step, so it is nobody's fault in it; "": all were
 
-    def skips(self, how: str) -> tuple[str, ...]:
-        """What to leave out ("FIRST:LAST"): nothing where that cannot help."""
+    def here(self, how: str) -> tuple[str, ...]:
+        """What of the step to leave out ("FIRST:LAST"): nothing where that cannot help."""
         if self.bad_parameter:
             return ()
         blamed = [sample.position for sample in self.samples] if how == "samples" else []
         return union(f"{position}:{position + 1}" for position in blamed or self.positions)
+
+    def skips(self, how: str) -> tuple[str, ...]:
+        """The same, and where the blamed samples come again."""
+        again = self.later if how == "samples" else ()
+        return union((*self.here(how), *(f"{position}:{position + 1}" for position in again)))
 
 
 def examine(run: Run, step: int, parts: Sequence[MicroBatch], finding: Finding) -> Autopsy:
@@ -82,7 +90,21 @@ def examine(run: Run, step: int, parts: Sequence[MicroBatch], finding: Finding) 
     mine = Witness(samples, found.module, found.order, bad_parameters, bad_gradients)
     witnesses: list[Witness] = [mine] * run.world.size
     dist.all_gather_object(witnesses, mine)
-    return conclude(witnesses, finding, run.config.train.spike, list(shards))
+    autopsy = conclude(witnesses, finding, run.config.train.spike, list(shards))
+    return replace(autopsy, later=come_again(run.feed, [sample.position for sample in autopsy.samples], run.config.run.steps))
+
+
+def come_again(feed: Feed, positions: Sequence[int], steps: int) -> tuple[int, ...]:
+    """Later positions of the samples at `positions`, up to the last step's: what spoils one epoch spoils the next."""
+    samples = feed.order.samples(np.array(positions, dtype=np.uint64)).tolist()
+    found, known = list[int](), -1
+    while len(found) > known:  # each one that is left out moves the run's end by one position
+        known = len(found)
+        end = feed.end(steps) + len(positions) + known
+        found = [
+            again for at, sample in zip(positions, samples, strict=True) for again in feed.order.positions_of(sample, at + 1, end).tolist()
+        ]
+    return tuple(sorted(found))
 
 
 def conclude(witnesses: Sequence[Witness], finding: Finding, limits: SpikeSection, names: Sequence[str]) -> Autopsy:

@@ -42,9 +42,10 @@ def check(run: Run, step: int, agreed: Agreed, parts: Sequence[MicroBatch]) -> N
         return
     fault_point("rank.autopsy", rank=run.world.rank, step=step)
     autopsy = examine(run, step, parts, finding)
-    skips = autopsy.skips(run.config.train.spike.skip)
+    how = run.config.train.spike.skip
+    skips = autopsy.skips(how)
     ranks = tuple(sorted({sample.rank for sample in autopsy.samples})) or (finding.ranks if isinstance(finding, NonFinite) else ())
-    sentence = describe(step, finding, autopsy, ranks, skips, excerpt(run, autopsy.samples))
+    sentence = describe(step, finding, autopsy, ranks, autopsy.here(how), excerpt(run, autopsy.samples))
     if run.world.rank == 0:
         run.me.record_step({"rejected": rejected(step, finding, autopsy, ranks, skips, sentence)})
     raise BadStep(sentence if run.me.spec else sentence + advice(skips), step=step, skips=skips, ranks=ranks)
@@ -61,7 +62,7 @@ def find(window: Window, agreed: Agreed, limits: SpikeSection) -> Finding | None
     return window.spike(agreed.loss, agreed.grad_norm, limits)
 
 
-def describe(step: int, finding: Finding, autopsy: Autopsy, ranks: Sequence[int], skips: Sequence[str], text: str) -> str:
+def describe(step: int, finding: Finding, autopsy: Autopsy, ranks: Sequence[int], here: Sequence[str], text: str) -> str:
     """One sentence on one line: what happened, on which rank, in which module, by which samples."""
     of_ranks = f"of rank{'s' * (len(ranks) > 1)} {_some(map(str, ranks))}" if ranks else ""
     is_spike = isinstance(finding, Spike)  # the loss is then that of all ranks together, and the samples are theirs
@@ -71,9 +72,10 @@ def describe(step: int, finding: Finding, autopsy: Autopsy, ranks: Sequence[int]
     if autopsy.bad_parameter:
         parts.append(f"{autopsy.bad_parameter} was not finite before this step, so no sample is to blame")
     elif autopsy.samples:
-        parts.append(f"samples {_some(skips)}{f' {of_ranks}' if is_spike else ''} ({text})")
+        again = f", which come again {len(autopsy.later)} times" if autopsy.later else ""
+        parts.append(f"samples {_some(here)}{f' {of_ranks}' if is_spike else ''} ({text}){again}")
     else:
-        parts.append(f"no sample alone is to blame, so all of them are: {_some(skips)}")
+        parts.append(f"no sample alone is to blame, so all of them are: {_some(here)}")
     return "; ".join(parts)
 
 

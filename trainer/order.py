@@ -15,7 +15,7 @@ permutations may change between versions (NEP 19), and floats would end at 2^53.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -68,16 +68,42 @@ class Order:
         in_cycle = np.bincount(slot_sources[:slots], minlength=len(self.quotas)).tolist()
         return tuple(cycles * quota + count for quota, count in zip(self.quotas, in_cycle, strict=True))
 
+    def positions_of(self, sample: int, first: int, last: int) -> Positions:
+        """Where a sample stands among the positions [first, last), ascending: once in each epoch of its source. Inverse of `samples`."""
+        starts = np.cumsum((0, *self.sizes))
+        source = int(np.searchsorted(starts, sample, side="right")) - 1
+        size, quota = self.sizes[source], np.uint64(self.quotas[source])
+        drawn_first, drawn_last = self.drawn(first)[source], self.drawn(last)[source]
+        epochs = np.arange(drawn_first // size, -(-drawn_last // size), dtype=np.uint64)
+        drawn = epochs * np.uint64(size) + self._places(source, np.full_like(epochs, sample - int(starts[source])), epochs)
+        drawn = drawn[(drawn >= np.uint64(drawn_first)) & (drawn < np.uint64(drawn_last))]
+        slot_sources, _ = _cycle(self.quotas)
+        slots = np.flatnonzero(slot_sources == source).astype(np.uint64)
+        found: Positions = drawn // quota * np.uint64(len(slot_sources)) + slots[drawn % quota]
+        return found
+
     def _of_source(self, source: int, drawn: Positions) -> Positions:
         size = self.sizes[source]
         epochs, places = np.divmod(drawn, np.uint64(size))
         if self.kind == "sequential":
             return places
-        seeds = np.full_like(drawn, self.seed)
-        if source:
-            seeds = _hashed(seeds + np.full_like(drawn, source) * _SOURCES)
-        keys = _hashed(seeds + (epochs + np.uint64(1)) * _GOLDEN)
+        keys = self._keys(source, epochs)
         return in_blocks(places, size, self.block_samples, keys) if self.kind == "blocks" else shuffled(places, size, keys)
+
+    def _places(self, source: int, samples: Positions, epochs: Positions) -> Positions:
+        """Inverse of `_of_source`, for each epoch."""
+        size = self.sizes[source]
+        if self.kind == "sequential":
+            return samples
+        keys = self._keys(source, epochs)
+        return out_of_blocks(samples, size, self.block_samples, keys) if self.kind == "blocks" else unshuffled(samples, size, keys)
+
+    def _keys(self, source: int, epochs: Positions) -> Positions:
+        """Of the permutations of these epochs."""
+        seeds = np.full_like(epochs, self.seed)
+        if source:
+            seeds = _hashed(seeds + np.full_like(epochs, source) * _SOURCES)
+        return _hashed(seeds + (epochs + np.uint64(1)) * _GOLDEN)
 
 
 def apportion(weights: Sequence[float | int]) -> tuple[int, ...]:
@@ -129,6 +155,18 @@ def in_blocks(places: Positions, count: int, block: int, keys: Positions) -> Pos
     return blocks * np.uint64(block) + offsets
 
 
+def out_of_blocks(values: Positions, count: int, block: int, keys: Positions) -> Positions:
+    """Inverse of `in_blocks`."""
+    num_whole, rest = (np.uint64(part) for part in divmod(count, block))
+    short_first = _hashed(keys) % (num_whole + np.uint64(1)) * np.uint64(block)
+    blocks, offsets = np.divmod(values, np.uint64(block))
+    is_short = blocks == num_whole
+    inside = _hashed(keys + (blocks + np.uint64(1)) * _GOLDEN)
+    places = unshuffled(blocks, int(num_whole), keys) * np.uint64(block) + unshuffled(offsets, block, inside)
+    places = np.where(places < short_first, places, places + rest)
+    return np.where(is_short, short_first + unshuffled(offsets, int(rest), inside), places)
+
+
 def shuffled(places: Positions, count: int, keys: Positions) -> Positions:
     """A keyed permutation of range(count), element by element and without a table: a balanced Feistel network over the next power of
     four, walked until it falls below `count` (Black and Rogaway 2002). A place that is not below `count` stays where it is.
@@ -136,11 +174,20 @@ def shuffled(places: Positions, count: int, keys: Positions) -> Positions:
     Args:
         keys: of the permutation to take, one for each place.
     """
+    return _walked(_feistel, places, count, keys)
+
+
+def unshuffled(values: Positions, count: int, keys: Positions) -> Positions:
+    """Inverse of `shuffled`."""
+    return _walked(_feistel_back, values, count, keys)
+
+
+def _walked(permute: Callable[[Positions, np.uint64, Positions], Positions], numbers: Positions, count: int, keys: Positions) -> Positions:
     half = np.uint64(max(1, (max(1, count - 1).bit_length() + 1) // 2))
-    out = places.astype(np.uint64)
+    out = numbers.astype(np.uint64)
     todo = out < np.uint64(count)
     while todo.any():
-        out[todo] = _feistel(out[todo], half, keys[todo])
+        out[todo] = permute(out[todo], half, keys[todo])
         todo &= out >= np.uint64(count)
     return out
 
@@ -150,6 +197,14 @@ def _feistel(values: Positions, half: np.uint64, keys: Positions) -> Positions:
     left, right = values >> half, values & mask
     for i in range(_ROUNDS):
         left, right = right, left ^ (_mix(right + _hashed(keys + np.uint64(i))) & mask)
+    return (left << half) | right
+
+
+def _feistel_back(values: Positions, half: np.uint64, keys: Positions) -> Positions:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = values >> half, values & mask
+    for i in reversed(range(_ROUNDS)):
+        left, right = right ^ (_mix(left + _hashed(keys + np.uint64(i))) & mask), left
     return (left << half) | right
 
 

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepstep.storage.skips import ranges
-from keepstep.trainer.autopsy import Autopsy, Sample, Witness, conclude, to_blame
+from keepstep.storage.skips import ranges, union
+from keepstep.trainer.autopsy import Autopsy, Sample, Witness, come_again, conclude, to_blame
 from keepstep.trainer.config import SpikeSection
 from keepstep.trainer.contract import BAD_STEP_KIND
+from keepstep.trainer.data import Feed
 from keepstep.trainer.guard import BadStep, advice, describe, find, rejected
+from keepstep.trainer.order import Order
 from keepstep.trainer.spikes import Finding, NonFinite, Spike, Window
 
 LIMITS = SpikeSection(gradient_factor=10)
@@ -177,3 +179,25 @@ class TestSentence:
         error = BadStep("step 3: ...", step=3, skips=("9:10",), ranks=(1,))
         assert isinstance(error, ArithmeticError)
         assert (error.kind, error.step, error.skips, error.ranks, str(error)) == (BAD_STEP_KIND, 3, ("9:10",), (1,), "step 3: ...")
+
+
+class TestComeAgain:
+    @given(seed=st.integers(0, 100), size=st.integers(3, 40), step=st.integers(1, 12), kind=st.sampled_from(["shuffled", "blocks"]))
+    def test_a_sample_that_was_left_out_is_not_met_again_in_any_epoch(self, seed: int, size: int, step: int, kind: Any) -> None:
+        steps, feed = 30, Feed(order=Order(seed=seed, sizes=(size,), kind=kind, block_samples=4), samples_per_step=4)
+        position = feed.positions(step)[0]
+        (bad,) = feed.samples(*(turn := feed.turns(step)[0], turn + 1)).tolist()
+        again = come_again(feed, [position], steps)
+        mended = Feed(order=feed.order, samples_per_step=4, skips=ranges(union(f"{p}:{p + 1}" for p in (position, *again))))
+        assert bad not in mended.samples(mended.turns(step)[0], mended.turns(steps)[1]).tolist()
+        assert not again or max(again) < mended.end(steps) + size
+
+    def test_it_is_said_how_often_they_would_have_come_again(self) -> None:
+        autopsy = Autopsy(samples=(sample(9, math.nan),), module="norm", positions=(8, 9), bad_parameter="", later=(19, 29))
+        assert (autopsy.here("samples"), autopsy.skips("samples"), autopsy.skips("batch")) == (
+            ("9:10",),
+            ("9:10", "19:20", "29:30"),
+            ("8:10",),
+        )
+        sentence = describe(3, NAN_LOSS, autopsy, (1,), autopsy.here("samples"), "'x'")
+        assert sentence == "step 3: the loss of rank 1 is nan; first in norm; samples 9:10 ('x'), which come again 2 times"

@@ -56,6 +56,13 @@ class TestOneSource:
         jumps = int((np.diff(order // block) != 0).sum())
         assert jumps == -(-count // block) - 1
 
+    @given(order=orders(), first=st.integers(0, 2000) | st.just(FAR), count=st.integers(0, 600))
+    def test_a_sample_is_found_wherever_it_stands(self, order: Order, first: int, count: int) -> None:
+        there = order.samples(positions(first, first + count)).tolist()
+        for sample in {*there[:5], 0, sum(order.sizes) - 1}:
+            found = order.positions_of(sample, first, first + count).tolist()
+            assert found == [first + i for i, each in enumerate(there) if each == sample]
+
     def test_epochs_and_seeds_have_orders_of_their_own(self) -> None:
         for kind in ("shuffled", "blocks"):
             one, two = (Order(seed=seed, sizes=(1000,), kind=kind, block_samples=30) for seed in (1, 2))  # type: ignore[arg-type]
