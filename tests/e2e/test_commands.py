@@ -41,6 +41,12 @@ def test_a_finished_run_is_shown_verified_and_loaded_by_stock_pytorch(undisturbe
     events = json.loads(keepstep("events", run.root, "--json").stdout)
     assert {"at", "run", "term", "attempt", "node", "rank", "step", "kind", "why"} <= events[0].keys()
 
+    course = json.loads(keepstep("trace", run.root, "--json", "--ledger").stdout)
+    assert course["steps"]["step"] == list(range(1, STEPS + 1))
+    assert course["ledger"].endswith("samples, each exactly once")
+    assert course["evaluations"][-1]["perplexity"] == run.result()["perplexity"]
+    assert [attempt["lost_steps"] for attempt in course["attempts"]] == [0]
+
     verified = keepstep("checkpoints", "verify", run.root, "--json")
     assert verified.returncode == 0, verified.stderr
     rows = json.loads(verified.stdout)
