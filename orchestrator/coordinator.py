@@ -45,6 +45,7 @@ TICK_S = 0.1
 LOG_READ_PERIOD_S = 1.0
 GOODPUT_PERIOD_S = 2.0
 GOODPUT_WAIT_S = 0.5
+REWIND_WAIT_S = 3.0  # below what the command line waits for an answer
 FAREWELL_S = 3.0  # how long the agents may take to hear that the run is over
 
 
@@ -316,8 +317,8 @@ class Coordinator:
             raise InputError(*problems)
         self._apply(ev.ResizeAsked(time.monotonic(), nodes))
 
-    def ask_rewind(self, *, to: int, skip: Sequence[str], override: Sequence[str]) -> str:
-        """What will be done. Raises InputError where it cannot be."""
+    async def ask_rewind(self, *, to: int, skip: Sequence[str], override: Sequence[str]) -> str:
+        """What is done, once it is in the log or `REWIND_WAIT_S` is over. Raises InputError where it cannot be."""
         if isinstance(self.run.phase, (phases.Opening, phases.Ending, *phases.TERMINAL)):
             raise InputError("this coordinator is just beginning or ending; ask again in a few seconds")
         if rewinds.is_wanted(self.run):
@@ -326,7 +327,11 @@ class Coordinator:
         wanted = rewinding.order(lineage, self._given, to=to, skip=skip, override=override)
         self._apply(ev.RewindAsked(at=time.monotonic(), to=wanted.to, skips=tuple(skip), overrides=tuple(override), why=wanted.why))
         where = rewinding.where_to(lineage.newest_until(wanted.to), wanted)
-        return f"going back {where}: ranks that run are stopped at once, the next attempt begins there"
+        deadline = time.monotonic() + REWIND_WAIT_S
+        while rewinds.is_wanted(self.run) and (left := deadline - time.monotonic()) > 0:
+            await is_set_within(self._news, left)
+        late = "; it is not in the run log yet: `keepstep events` tells when, and a coordinator that dies before forgets it"
+        return f"going back {where}: all ranks are stopped, the next attempt begins there{late if rewinds.is_wanted(self.run) else ''}"
 
     async def status(self) -> dict[str, Any]:
         """The document of `keepstep status --json`. It never waits for storage: what is read from files may be a little old."""

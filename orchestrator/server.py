@@ -113,7 +113,7 @@ class _Views:
     async def rewind(self, request: web.Request) -> web.Response:
         to, skip, override = (json.loads(request.query[name]) for name in ("to", "skip", "override"))
         try:
-            told = self._coordinator.ask_rewind(to=to, skip=skip, override=override)
+            told = await self._coordinator.ask_rewind(to=to, skip=skip, override=override)
         except InputError as error:
             raise web.HTTPConflict(text=f"{error}\n") from error
         return web.Response(text=f"{told}\n")

@@ -133,13 +133,18 @@ def test_people_send_a_live_run_back_with_other_settings(tmp_path: Path) -> None
             await launched(client, NODES[0])
             override = ["run.steps=20", "optimizer.lr=0.001"]
             wish = {"to": "0", "skip": '["64:96"]', "override": json.dumps(override)}
-            told = (await client.post("/v1/rewind", **wish)).decode()
-            assert told.startswith("going back to the beginning, leaving out the samples at 64:96, with run.steps=20, optimizer.lr=0.001")
+            asked = asyncio.create_task(client.post("/v1/rewind", **wish))
+            while (await client.directive(NODES[0], "")).launch:
+                await asyncio.sleep(0)
+            with pytest.raises(CoordinatorRefused, match="another rewind is just being written"):
+                await client.post("/v1/rewind", to="0", skip="[]", override="[]")
             for node in NODES:
                 stopped = RankReport(
                     rank=NODES.index(node), local_rank=0, pid=9, state="exited", exit_code=-9, kind="signal", stopped_by_agent=True
                 )
                 await client.report(report(node, 2, attempt=1, ranks=(stopped,)))
+            where = "going back to the beginning, leaving out the samples at 64:96, with run.steps=20, optimizer.lr=0.001"
+            assert (await asked).decode() == f"{where}: all ranks are stopped, the next attempt begins there\n"
             again = await launched(client, NODES[0])
             assert again.launch
             assert (again.launch.attempt, again.launch.skips, again.launch.overrides) == (2, ("64:96",), tuple(override))
