@@ -120,7 +120,7 @@ class Incident:
     attempt: int
     why: str
     module: str = ""  # that made it, where somebody found out
-    cause: str = ""  # of a failure: its kind; of a rejected step: "spike" or "non-finite"
+    cause: str = ""  # of a failure: its kind; of a rejected step: "spike" or "non-finite"; of a rewind: "bad-step" or "people"
     skips: tuple[str, ...] = ()
 
 

@@ -263,7 +263,8 @@ def _rewinds(records: Sequence[Record]) -> Iterator[Incident]:
     for record in records:
         newest = record.attempt if isinstance(record, Attempt) else newest
         if isinstance(record, Rewind):
-            yield Incident(kind="rewind", step=max(0, record.step), attempt=newest, why=record.why, skips=record.skips)
+            cause = "bad-step" if record.bad_step >= 0 else "people"
+            yield Incident(kind="rewind", step=max(0, record.step), attempt=newest, why=record.why, cause=cause, skips=record.skips)
 
 
 def _attempt(record: Attempt, steps: Steps, lost: Steps) -> AttemptCourse:

@@ -18,6 +18,7 @@ GAP_EPOCHS: Final = 2.0  # nothing is learnt by heart that was seen once
 TRAIN_STEPS: Final = 11  # of the training loss around an evaluation
 
 KNOWS_NO_CONTEXT: Final = 0.97  # of what the frequencies of tokens alone reach
+STILL_FALLS: Final = 0.005  # of the loss, from one median of TRAIN_STEPS steps to the next: then it is too early, not too small
 DONE_SHARE: Final = 0.5  # of run.steps: before that nothing is said about the end
 
 # Muennighoff et al. 2023 (Scaling Data-Constrained Language Models): up to 4 epochs repeated text is nearly as good as new, beyond 16 it
@@ -86,13 +87,15 @@ def under_fitting(course: Course) -> Iterator[Finding]:
     if not min(now, held_out if held_out == held_out else now) > KNOWS_NO_CONTEXT * course.unigram_nats:
         return
     seen = f", held-out loss {held_out:.3f}" if held_out == held_out else ""
+    falls = train_loss_at(course, last - TRAIN_STEPS) - now > STILL_FALLS * now
+    more = "more run.steps: the loss still falls; then " if falls else ""
     yield Finding(
         name="under-fitting",
-        severity=Severity.WARNING,
+        severity=Severity.NOTE if falls else Severity.WARNING,
         since=last,
         evidence=f"training loss {now:.3f}{seen} at step {last}; the frequencies of tokens alone, without any context, give "
         f"{course.unigram_nats:.3f}",
-        remedy="a larger model (model.width, model.layers), more run.steps, less model.dropout or optimizer.weight_decay",
+        remedy=f"{more}a larger model (model.width, model.layers), less model.dropout or optimizer.weight_decay",
     )
 
 

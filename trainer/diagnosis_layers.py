@@ -121,14 +121,15 @@ def _is_non_finite(incident: Incident) -> bool:
 
 def _refused(course: Course, incident: Incident) -> Finding:
     went_back = [i for i in course.incidents if i.kind == "rewind" and i.attempt == incident.attempt]
-    skips = ", ".join(incident.skips)
+    by_itself = " by itself" if went_back and went_back[-1].cause == "bad-step" else ""
+    skips = ", ".join(went_back[-1].skips if went_back else ())
     return Finding(
         name="non-finite",
         severity=Severity.WARNING if went_back else Severity.CRITICAL,
         since=incident.step,
         layers=(incident.module,) if incident.module else (),
         evidence=incident.why,
-        remedy=f"the run went back to step {went_back[-1].step} by itself and leaves out {skips or 'nothing'}: look at those samples"
+        remedy=f"the run went back to step {went_back[-1].step}{by_itself} and leaves out {skips or 'nothing'}: look at those samples"
         if went_back
         else rewind(course, incident.step, skip=incident.skips[0] if incident.skips else "")
         + f"; if it comes back with other samples: -o optimizer.lr={number(peak_lr(course) / 10)}",

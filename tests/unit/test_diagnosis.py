@@ -124,7 +124,11 @@ def test_a_gap_to_held_out_text_without_repetition_is_no_over_fitting() -> None:
 
 def test_an_unfinished_training_is_not_under_fitted_yet() -> None:
     early = replace(course(np.full(40, 6.0)), unigram_nats=6.0)
-    assert "under-fitting" in names(early)
+    (finding,) = diagnose(early)
+    assert (finding.name, finding.severity) == ("under-fitting", Severity.WARNING)
+    (falling_still,) = diagnose(replace(early, steps=replace(early.steps, loss=np.linspace(9.0, 6.0, 40))))
+    assert falling_still.severity is Severity.NOTE
+    assert falling_still.remedy.startswith("more run.steps")
     longer = TrainerConfig.model_validate({"run": {"steps": 200}})
     assert "under-fitting" not in names(replace(early, config=longer))
 
@@ -144,7 +148,7 @@ def test_a_refused_step_that_the_run_has_left_behind_is_a_warning() -> None:
     bad = Incident(
         kind="rejected", step=31, attempt=1, why="step 31: the loss is nan", module="blocks.0", cause="non-finite", skips=("240:248",)
     )
-    gone = Incident(kind="rewind", step=20, attempt=1, why="step 31 was bad", skips=("240:248",))
+    gone = Incident(kind="rewind", step=20, attempt=1, why="step 31 was bad", cause="bad-step", skips=("240:248",))
     well = course(falling(60, 6.0, 0.02, 0))
     (open_,) = diagnose(replace(well, incidents=(bad,)))
     (left,) = diagnose(replace(well, incidents=(bad, gone)))
