@@ -72,7 +72,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Course]:
             stop_at=45,
             data={"tokenizer": "bpe", "vocabulary": 1024},
             model=quickstart,
-            optimizer={"warmup_steps": 20},
+            optimizer={"warmup_steps": 20, "lr": 1e-3},  # at 3e-3 so narrow a model really overshoots for single steps
             train={"batch_tokens": 1024},
         ),
         "network": recorded(root / "network", residual_network()),
