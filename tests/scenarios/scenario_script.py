@@ -11,9 +11,9 @@
 A report repeats the node's last one, but for what is said. Its sequence grows, its term and revision are the newest unless said.
 Ranks: `*:STEP@5` (all of the node, running), `3:SIGKILL@41`, `2:lost@41` (a peer), `1:damaged@20`, `0:stopped@41` (by its agent),
 `*:bad3/96:98@2` (all refuse step 3, whose positions 96 to 97 were found bad by the rank of which this is one; `bad3/` cannot say which;
-`bad3/96:98/1` names rank 1), `*:done@100` and `*:left@50` (exit code 0 in phase DONE or STOPPED), `1:exit7@3`, `'1:ValueError: bad batch@3'`;
-`*:mute@0` (running, without any progress report); at the end `~75`: quiet for 75 s, `^4`: 4 s are its limit, `!40`: it has begun 40
-collectives (others 41).
+`bad3/96:98/1` names rank 1), `*:done@100` and `*:left@50` (exit code 0 in phase DONE or STOPPED), `1:exit7@3`,
+`'1:ValueError: bad batch@3'`; `*:mute@0` (running, without any progress report); at the end `~75`: quiet for 75 s,
+`^4`: 4 s are its limit, `!40`: it has begun 40 collectives (others 41).
 `persisted=20` all ranks of the node, `persisted=20:0,1` some. `-` drops what the report said before: `persisted=-`.
 """
 
