@@ -33,6 +33,7 @@ __all__ = [
     "RunConfig",
     "StorageSection",
     "explain_difference",
+    "explain_overrides",
     "identity",
     "load",
     "overridden",
@@ -71,6 +72,16 @@ def parse(text: str, name: str, overrides: Sequence[str] = ()) -> RunConfig:
 def overridden(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """With the overrides of a run log's rewinds. Raises InputError where they do not fit together."""
     return parse(to_toml(config), "run.toml", overrides) if overrides else config
+
+
+def explain_overrides(config: RunConfig, overrides: Sequence[str]) -> str:
+    """For whoever starts the run and thinks that run.toml holds: which of its values do not. "" where all do."""
+    keys = (override.partition("=")[0].strip() for override in overrides)
+    now = overridden(config, overrides)
+    told = [
+        f"{shown(key, value_of(now, key))}, not {value_of(config, key)!r}" for key in keys if value_of(now, key) != value_of(config, key)
+    ]
+    return f"since a rewind {'; '.join(told)}; another `keepstep rewind` with -o changes that" if told else ""
 
 
 def to_toml(config: RunConfig) -> str:

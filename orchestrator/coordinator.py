@@ -95,6 +95,8 @@ class Coordinator:
     async def reign(self, opened: ev.Opened) -> End:
         """From our `opened` record to the end. The server must be listening already: its URL stands in that record."""
         self._apply(opened)
+        if why := configs.explain_overrides(self._given, self.log.lineage.overrides):
+            self._say(ev.Say(kind="overridden", why=why))
         self._janitor.start()
         periodic = [asyncio.create_task(self._tick()), asyncio.create_task(self._read_log())]
         for task in periodic:

@@ -7,7 +7,7 @@ import ipaddress
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -20,7 +20,7 @@ from keepstep.storage.store import Store
 from keepstep.trainer.contract import EXIT_OK, EXIT_REQUEUE
 
 from .archive import utc_now, write_result
-from .config import identity, to_toml
+from .config import identity, overridden, to_toml
 from .contact import address_towards
 from .coordinator import Coordinator, End
 from .errors import InputError
@@ -47,6 +47,7 @@ async def _serve(config: RunConfig, store: Store, listener: socket.socket, tell:
         if (over := log.lineage.outcome) and isinstance(over, Finished) and over.outcome == "succeeded":
             await asyncio.to_thread(write_result, store, log.lineage)  # its coordinator may have died just before
             return End(EXIT_OK, f"the run is over already: {over.why}")
+        _check_overrides(config, log.lineage.overrides)
         await asyncio.to_thread(_open_term, log, config, _url_of(listener))
     except StoreError as error:
         raise InputError(f"run.root = {config.run.root!r}: {error}") from error
@@ -63,6 +64,17 @@ async def _serve(config: RunConfig, store: Store, listener: socket.socket, tell:
         return await coordinator.reign(opened_event(log))
     finally:
         await runner.cleanup()
+
+
+def _check_overrides(config: RunConfig, overrides: Sequence[str]) -> None:
+    """Before anybody is fenced for a config that cannot reign."""
+    try:
+        overridden(config, overrides)
+    except InputError as error:
+        told = f"a rewind of this run set {', '.join(overrides)}, which does not fit this config"
+        raise InputError(
+            f"{told}: {error}", "undo the change, or set another value with `keepstep rewind ROOT --to STEP -o section.key=value`"
+        ) from error
 
 
 def _open_term(log: RunLog, config: RunConfig, url: str) -> Opened:
