@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from keepstep.storage.skips import union
+from keepstep.storage.skips import ranges, union
 
 from .config import SpikeSection
 from .contract import Phase
@@ -31,6 +31,7 @@ from .spikes import Finding, Spike
 from .tracer import Traced, traced
 
 _MAX_ALONE: Final = 256  # samples of a rank that pass one by one
+_MAX_AGAIN: Final = 1000  # later positions of the samples to blame; every rank is told of them, and every checkpoint
 _PASS_S: Final = 120.0  # one pass may take so long without a word; a step of a large model takes seconds
 
 
@@ -91,20 +92,23 @@ def examine(run: Run, step: int, parts: Sequence[MicroBatch], finding: Finding) 
     witnesses: list[Witness] = [mine] * run.world.size
     dist.all_gather_object(witnesses, mine)
     autopsy = conclude(witnesses, finding, run.config.train.spike, list(shards))
-    return replace(autopsy, later=come_again(run.feed, [sample.position for sample in autopsy.samples], run.config.run.steps))
+    blamed = [sample.position for sample in autopsy.samples]
+    return replace(autopsy, later=come_again(run.feed, blamed, run.config.run.steps)) if blamed else autopsy
 
 
 def come_again(feed: Feed, positions: Sequence[int], steps: int) -> tuple[int, ...]:
-    """Later positions of the samples at `positions`, up to the last step's: what spoils one epoch spoils the next."""
-    samples = feed.order.samples(np.array(positions, dtype=np.uint64)).tolist()
-    found, known = list[int](), -1
-    while len(found) > known:  # each one that is left out moves the run's end by one position
-        known = len(found)
-        end = feed.end(steps) + len(positions) + known
-        found = [
-            again for at, sample in zip(positions, samples, strict=True) for again in feed.order.positions_of(sample, at + 1, end).tolist()
-        ]
-    return tuple(sorted(found))
+    """Where else the samples at `positions` stand up to the last step, the next `_MAX_AGAIN`: what spoils one epoch spoils the next.
+
+    What is left out moves the run's end, so it looks again until nothing new comes into sight.
+    """
+    samples = sorted(set(feed.order.samples(np.array(positions, dtype=np.uint64)).tolist()))
+    found, known = set(positions), set[int]()
+    while found - known:
+        known |= found
+        left_out = ranges(f"{first}:{last}" for first, last in (*feed.skips, *((position, position + 1) for position in known)))
+        end = replace(feed, skips=left_out).end(steps)
+        found = {p for sample in samples for p in feed.order.positions_of(sample, min(positions), end)[:_MAX_AGAIN].tolist()}
+    return tuple(sorted(known.difference(positions))[:_MAX_AGAIN])
 
 
 def conclude(witnesses: Sequence[Witness], finding: Finding, limits: SpikeSection, names: Sequence[str]) -> Autopsy:
@@ -123,7 +127,7 @@ def conclude(witnesses: Sequence[Witness], finding: Finding, limits: SpikeSectio
 
 
 def to_blame(samples: Iterable[Sample], finding: Finding, limits: SpikeSection) -> list[Sample]:
-    """Those that show alone what the step showed; none of them if that takes all."""
+    """Those that show alone what the step showed; of several, none if that takes all."""
     samples = list(samples)
     if finding.what == "loss":
         bound = finding.bound if isinstance(finding, Spike) else math.inf
@@ -131,8 +135,10 @@ def to_blame(samples: Iterable[Sample], finding: Finding, limits: SpikeSection) 
     else:
         norms = [sample.gradient for sample in samples if math.isfinite(sample.gradient)]
         bound = limits.gradient_factor * median(norms) if isinstance(finding, Spike) and norms else math.inf
+        if not bound:
+            return []  # too small to be compared
         bad = [sample for sample in samples if not sample.gradient < bound]
-    return bad if len(bad) < len(samples) else []
+    return bad if len(bad) < len(samples) or len(samples) == 1 else []
 
 
 def _badness(sample: Sample) -> tuple[float, float, int]:
@@ -165,7 +171,9 @@ def _passes(run: Run, parts: Sequence[MicroBatch], *, with_gradients: bool) -> t
         if i >= len(parts) or not part.counts:
             continue
         positions = run.feed.at(*part.turns).tolist()
-        samples += map(Sample, positions, [run.world.rank] * len(positions), losses_B.tolist(), _gradients(found, len(positions)))
+        samples += map(
+            Sample, positions, [run.world.rank] * len(positions), losses_B.tolist(), _gradients(found, len(positions), run.scaler.scale)
+        )
         if found.module and not (first.module and first.order <= found.order):
             first = found
     model.train(was_training)
@@ -181,7 +189,7 @@ def _one_pass(run: Run, part: MicroBatch, *, with_gradients: bool) -> tuple[Tens
     with traced(run.engine.model) as found, torch.set_grad_enabled(with_gradients):
         nll_B = sample_nll(run.engine.model(inputs_BT), targets_BT)
         if with_gradients:
-            torch.autograd.backward(nll_B.sum() / run.config.train.batch_tokens)
+            torch.autograd.backward(nll_B.sum() / run.config.train.batch_tokens * run.scaler.scale)
     return nll_B.detach().double() / (targets_BT != IGNORED).sum(1).clamp(min=1), found
 
 
@@ -191,12 +199,13 @@ def sample_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return nll.view(targets_BT.shape).sum(1)
 
 
-def _gradients(found: Traced, count: int) -> list[float]:
+def _gradients(found: Traced, count: int, scale: float) -> list[float]:
+    """Of the unscaled loss."""
     if found.magnitudes_B is None or found.bad_B is None:
         return [0.0] * count
     if count == 1 and found.is_bad_weight:
         return [math.nan]
-    return torch.where(found.bad_B, math.nan, found.magnitudes_B).tolist()
+    return torch.where(found.bad_B, math.nan, found.magnitudes_B / scale).tolist()
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -85,6 +85,13 @@ class TestBlame:
         assert to_blame([sample(5), sample(6)], finding, LIMITS) == []
         assert to_blame([sample(i, loss=math.nan, gradient=math.nan) for i in range(3)], finding, LIMITS) == []
 
+    def test_the_only_sample_of_a_step_is_to_blame(self) -> None:
+        alone = sample(7, loss=math.nan, gradient=math.nan)
+        assert to_blame([alone], NAN_LOSS, LIMITS) == to_blame([alone], NAN_GRADIENT, LIMITS) == [alone]
+
+    def test_gradients_too_small_to_be_compared_blame_nobody(self) -> None:
+        assert to_blame([sample(5, gradient=0), sample(6, gradient=0), sample(7, gradient=1e-30)], STEEP, LIMITS) == []
+
     @given(losses=st.lists(st.floats(0, 20, width=32), min_size=1, max_size=40), bound=st.floats(0, 20, width=32))
     def test_of_a_spike_each_one_beyond_the_bound_is(self, losses: list[float], bound: float) -> None:
         samples = [sample(i, loss=loss) for i, loss in enumerate(losses)]
@@ -182,15 +189,37 @@ class TestSentence:
 
 
 class TestComeAgain:
-    @given(seed=st.integers(0, 100), size=st.integers(3, 40), step=st.integers(1, 12), kind=st.sampled_from(["shuffled", "blocks"]))
-    def test_a_sample_that_was_left_out_is_not_met_again_in_any_epoch(self, seed: int, size: int, step: int, kind: Any) -> None:
-        steps, feed = 30, Feed(order=Order(seed=seed, sizes=(size,), kind=kind, block_samples=4), samples_per_step=4)
-        position = feed.positions(step)[0]
-        (bad,) = feed.samples(*(turn := feed.turns(step)[0], turn + 1)).tolist()
-        again = come_again(feed, [position], steps)
-        mended = Feed(order=feed.order, samples_per_step=4, skips=ranges(union(f"{p}:{p + 1}" for p in (position, *again))))
-        assert bad not in mended.samples(mended.turns(step)[0], mended.turns(steps)[1]).tolist()
-        assert not again or max(again) < mended.end(steps) + size
+    @given(
+        seed=st.integers(0, 100),
+        size=st.integers(3, 40),
+        step=st.integers(1, 12),
+        kind=st.sampled_from(["shuffled", "blocks"]),
+        draw_skips=st.sampled_from([(), ((118, 125),), ((121, 122), (124, 130))]),
+    )
+    def test_a_sample_that_was_left_out_is_not_met_again_in_any_epoch(
+        self, seed: int, size: int, step: int, kind: Any, draw_skips: tuple[tuple[int, int], ...]
+    ) -> None:
+        order = Order(seed=seed, sizes=(size,), kind=kind, block_samples=4)
+        steps, feed = 30, Feed(order=order, samples_per_step=4, skips=draw_skips)
+        blamed = list(range(*feed.positions(step)))[:2]
+        bad = feed.samples(*(turn := feed.turns(step)[0], turn + 2)).tolist()
+        again = come_again(feed, blamed, steps)
+        mended = Feed(
+            order=feed.order,
+            samples_per_step=4,
+            skips=ranges(union(f"{p}:{p + 1}" for p in (*blamed, *again, *(q for skip in draw_skips for q in range(*skip))))),
+        )
+        assert not {*bad} & {*mended.samples(mended.turns(step)[0], mended.turns(steps)[1]).tolist()}
+        assert not {*again} & {*blamed}
+        assert not again or max(again) < mended.end(steps) + 1
+
+    def test_what_is_left_out_behind_the_end_already_moves_it_as_well(self) -> None:
+        feed = Feed(order=Order(seed=0, sizes=(10,), kind="sequential"), samples_per_step=5, skips=((20, 23),))
+        assert come_again(feed, [3], 4) == (13, 23)
+
+    def test_a_small_source_that_repeats_within_a_step_is_counted_once(self) -> None:
+        feed = Feed(order=Order(seed=0, sizes=(5,), kind="sequential"), samples_per_step=10)
+        assert come_again(feed, [1, 6], 2) == (11, 16, 21)
 
     def test_it_is_said_how_often_they_would_have_come_again(self) -> None:
         autopsy = Autopsy(samples=(sample(9, math.nan),), module="norm", positions=(8, 9), bad_parameter="", later=(19, 29))
