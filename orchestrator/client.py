@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from .wire import AgentReport, Directive
+from .wire import AgentReport, Directive, Message
 
 LONG_POLL_S = 1.0  # the server answers at the latest after this time; also the floor of the report period
 CALL_TIMEOUT_S = 5.0
@@ -23,6 +23,10 @@ AT_ONCE = struct.pack("ii", 1, 0)  # of SO_LINGER
 
 class CoordinatorUnreachable(ConnectionError):
     """No answer: the coordinator is dead, away, or its network is. Says nothing about which."""
+
+
+class CoordinatorUnable(CoordinatorUnreachable):
+    """It answered, but could not do what was asked, or not now. Whoever only wants to be heard asks again, as after no answer."""
 
 
 class CoordinatorRefused(PermissionError):
@@ -77,6 +81,9 @@ class CoordinatorClient:
     async def post(self, path: str, **params: str) -> bytes:
         return await self._call("POST", path, params=params)
 
+    async def send(self, path: str, message: Message) -> bytes:
+        return await self._call("POST", path, data=message.model_dump_json().encode())
+
     async def _call(self, method: str, path: str, *, waits_s: float = 0.0, **arguments: Any) -> bytes:
         timeout = aiohttp.ClientTimeout(total=waits_s + self._patience_s, sock_connect=min(2.0, self._patience_s / 2))
         try:
@@ -87,7 +94,7 @@ class CoordinatorClient:
         if answer.status in (401, 403, 404, 409):
             raise CoordinatorRefused(f"{self.url}{path}: {answer.status} {body.decode(errors='replace').strip()}")
         if answer.status != 200:
-            raise CoordinatorUnreachable(f"{self.url}{path}: {answer.status} {body.decode(errors='replace').strip()[:200]}")
+            raise CoordinatorUnable(f"{self.url}{path}: {answer.status} {body.decode(errors='replace').strip()[:200]}")
         return body
 
 

@@ -81,6 +81,7 @@ class Coordinator:
         self._goodput_at = -math.inf
         self._counting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._counting.set_result(None)
+        self._rewind_answer: ev.Event | None = None  # of the log, to the newest wish
         self._working: set[ev.Asking] = set()
         self._seen_off: set[str] = set()  # nodes that were told that the run is over
         self._news = asyncio.Event()
@@ -132,7 +133,8 @@ class Coordinator:
     def _tell_progress(self) -> None:
         if (reached := slowest_step(self.run)) != self._told_step:
             self._told_step = reached
-            self._tell({"kind": "progress", "attempt": self.run.attempt, "step": reached, "at_s": round(time.monotonic(), 4)})
+            told = {"kind": "progress", "attempt": self.run.attempt, "step": reached, "steps": self.config.run.steps}
+            self._tell({**told, "at_s": round(time.monotonic(), 4)})
 
     async def _read_log(self) -> None:
         """Learns of a successor even when it has nothing to write."""
@@ -212,6 +214,7 @@ class Coordinator:
         if isinstance(request, ev.LogEnd):
             await self._end(request)
         if isinstance(request, ev.LogRewind):
+            self._rewind_answer = answer
             self._reconfigure()
         return answer
 
@@ -320,20 +323,31 @@ class Coordinator:
         self._apply(ev.ResizeAsked(time.monotonic(), nodes))
 
     async def ask_rewind(self, *, to: int, skip: Sequence[str], override: Sequence[str]) -> str:
-        """What is done, once it is in the log or `REWIND_WAIT_S` is over. Raises InputError where it cannot be."""
+        """What is done, once it is in the log or `REWIND_WAIT_S` is over. Raises InputError where it cannot be, or was not."""
         if isinstance(self.run.phase, (phases.Opening, phases.Ending, *phases.TERMINAL)):
             raise InputError("this coordinator is just beginning or ending; ask again in a few seconds")
         if rewinds.is_wanted(self.run):
             raise InputError("another rewind is just being written; ask again in a few seconds")
         lineage = self.log.lineage
         wanted = rewinding.order(lineage, self._given, to=to, skip=skip, override=override)
+        self._rewind_answer = None
         self._apply(ev.RewindAsked(at=time.monotonic(), to=wanted.to, skips=tuple(skip), overrides=tuple(override), why=wanted.why))
-        where = rewinding.where_to(lineage.newest_until(wanted.to), wanted)
         deadline = time.monotonic() + REWIND_WAIT_S
-        while rewinds.is_wanted(self.run) and (left := deadline - time.monotonic()) > 0:
+        while self._rewind_answer is None and rewinds.is_wanted(self.run) and (left := deadline - time.monotonic()) > 0:
             await is_set_within(self._news, left)
-        late = "; it is not in the run log yet: `keepstep events` tells when, and a coordinator that dies before forgets it"
-        return f"going back {where}: all ranks are stopped, the next attempt begins there{late if rewinds.is_wanted(self.run) else ''}"
+        return self._explain_rewind(rewinding.where_to(lineage.newest_until(wanted.to), wanted))
+
+    def _explain_rewind(self, where: str) -> str:
+        """By what the log answered; the next attempt may be in it by now. Raises InputError."""
+        match self._rewind_answer:
+            case ev.Logged(record=ev.RewindRecord() as record):
+                return f"going back {rewinding.where_to(record.resume, record)}: all ranks are stopped, the next attempt begins there"
+            case ev.RewindVoid(why=why):
+                raise InputError(f"not rewound: {why}; the run goes on from its newest checkpoint")
+        if not rewinds.is_wanted(self.run) or isinstance(self.run.phase, (phases.Ending, *phases.TERMINAL)):
+            raise InputError(f"not rewound: {self.run.phase.why}; ask again once the run is over")
+        late = "it is not in the run log yet: `keepstep events` tells when, and a coordinator that dies before forgets it"
+        return f"going back {where}: all ranks are stopped, the next attempt begins there; {late}"
 
     async def status(self) -> dict[str, Any]:
         """The document of `keepstep status --json`. It never waits for storage: what is read from files may be a little old."""

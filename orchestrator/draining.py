@@ -34,7 +34,8 @@ def _weigh(run: Run, phase: phases.Draining, event: Reported) -> phases.Draining
         return phase
     if phase.stood:
         phase = replace(phase, stood=hangs.updated(phase.stood, report))
-    return _with(phase, verdict.of_report(report, run.now, keeps_promises=run.policy.needs_final_commit))
+    promises, resume_step = run.policy.needs_final_commit, phase.record.resume_step
+    return _with(phase, verdict.of_report(report, run.now, keeps_promises=promises, resume_step=resume_step))
 
 
 def _mourn(run: Run, phase: phases.Draining, buried: Iterable[str]) -> phases.Draining:
@@ -69,17 +70,20 @@ def _may_still_commit(run: Run, phase: phases.Draining) -> bool:
     """A commit under way must be settled before a checkpoint is chosen; one that lacks a few parts gets a little time."""
     if asking.pending(run.asks, Commit):
         return True
-    missing = saves.missing_ranks(run.saves, phase.record.world_size)
-    return bool(missing) and run.now - phase.since < run.policy.commit_wait_s and all(_may_come(run, phase, rank) for rank in missing)
+    awaited = saves.until(run.saves, run.rewind.to) if run.rewind else run.saves  # what is newer leaves the history anyway
+    missing = saves.missing_ranks(awaited, phase.record.world_size)
+    if not missing or run.now - phase.since >= run.policy.commit_wait_s:
+        return False
+    step = max(awaited.parts)[0]
+    return all(_may_come(run, phase, rank, step) for rank in missing)
 
 
-def _may_come(run: Run, phase: phases.Draining, rank: int) -> bool:
+def _may_come(run: Run, phase: phases.Draining, rank: int, step: int) -> bool:
     """The rank had finished the step that is being saved, and the node whose persister holds its part is there."""
     node = _node_of(phase, rank)
     report = run.members.report_of(node)
     if report is None or node in phase.unseen:
         return False
-    step = max(run.saves.parts)[0]
     return any(found.rank == rank and found.step >= step for found in report.ranks)
 
 
@@ -123,7 +127,8 @@ def _node_of(phase: phases.Draining, rank: int) -> str:
 
 def _all_evidence(run: Run, phase: phases.Draining) -> Iterator[Evidence]:
     for report, _ in heard(run, phase.record):
-        yield from verdict.all_of_report(report, run.now, keeps_promises=run.policy.needs_final_commit)
+        promises, resume_step = run.policy.needs_final_commit, phase.record.resume_step
+        yield from verdict.all_of_report(report, run.now, keeps_promises=promises, resume_step=resume_step)
 
 
 def _quarantine(run: Run, phase: phases.Draining) -> Run:

@@ -52,6 +52,10 @@ class AttemptRecord:
     skips: tuple[str, ...] = ()  # positions that it leaves out
     overrides: tuple[str, ...] = ()  # "section.key=value" on top of run.toml
 
+    @property
+    def resume_step(self) -> int:
+        return self.resume.step if self.resume else 0
+
 
 @dataclass(frozen=True, slots=True)
 class QuarantineRecord:
@@ -105,6 +109,7 @@ class Opened:
     attempts_below: int = 0  # records were lost, one of them may have been an attempt: all that can be are below this number
     ended: bool = False  # an end record follows the last attempt: nothing to adopt
     rewound: bool = False  # a rewind follows the last attempt: nothing to adopt either, but its ranks may live
+    forgiven: bool = False  # people asked for it: failures before it do not count any more
     skips: tuple[str, ...] = ()  # in force
     overrides: tuple[str, ...] = ()  # likewise
     rewinds: int = 0  # for bad steps, so far
@@ -340,7 +345,7 @@ class LogAttempt:
 class LogRewind:
     """Commit what is whole, choose the newest usable checkpoint at or before step `to`, append the rewind to it.
 
-    A bad step leads to the beginning where nothing was committed before it; people must say so (`to` 0), else the answer is RewindVoid.
+    A bad step leads to the beginning only where nothing was ever committed; people must say so (`to` 0). Else the answer is RewindVoid.
     """
 
     to: int

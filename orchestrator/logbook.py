@@ -130,14 +130,23 @@ class Logbook:
     def _rewind(self, request: ev.LogRewind) -> ev.Logged | ev.RewindVoid:
         """Asked twice, it is logged once."""
         self._roll_forward()
-        record = self._logged_rewind(request)
-        if record is None:
-            if why := why_no_rewind(self._log.lineage, request):
-                return ev.RewindVoid(time.monotonic(), request, why)
-            fault_point("coordinator.rewind.before", step=request.to)
-            record = self._log.append(rewind_record(self._log.lineage, request, self._term))
-            fault_point("coordinator.rewind.after", step=request.to)
+        try:
+            record = self._logged_rewind(request) or self._append_rewind(request)
+        except ValueError as error:
+            found = self._logged_rewind(request)
+            if found is None:
+                return ev.RewindVoid(time.monotonic(), request, str(error))
+            record = found
         return ev.Logged(time.monotonic(), self._rewound(record))
+
+    def _append_rewind(self, request: ev.LogRewind) -> Rewind:
+        """Raises ValueError where it leads nowhere, or somebody retires or quarantines its checkpoint at this moment."""
+        if why := why_no_rewind(self._log.lineage, request):
+            raise ValueError(why)
+        fault_point("coordinator.rewind.before", step=request.to)
+        record = self._log.append(rewind_record(self._log.lineage, request, self._term))
+        fault_point("coordinator.rewind.after", step=request.to)
+        return record
 
     def _logged_rewind(self, request: ev.LogRewind) -> Rewind | None:
         known = self._log.lineage.rewound
@@ -173,11 +182,10 @@ def _checkpoint(commit: Commit) -> ev.Checkpoint:
 
 
 def why_no_rewind(lineage: Lineage, request: ev.LogRewind) -> str:
-    """Why there is nothing to go back to; "" if there is, be it the beginning."""
-    if request.to <= 0 or lineage.newest_until(request.to):
+    """Why there is nothing to go back to; "" if there is, be it the beginning: people must say so, for a bad step nothing may be lost."""
+    to_beginning = request.to <= 0 if request.bad_step < 0 else not lineage.ever_committed
+    if to_beginning or lineage.newest_until(request.to):
         return ""
-    if request.bad_step >= 0 and (not lineage.ever_committed or lineage.newest_committed()):
-        return ""  # nothing was committed before that step
     usable = ", ".join(str(commit.step) for commit in lineage.commits if lineage.is_usable(commit)) or "none"
     return f"there is no usable checkpoint at or before step {request.to} in the history; there are: {usable}; step 0 is the beginning"
 
@@ -236,6 +244,7 @@ def opened_event(log: RunLog) -> ev.Opened:
         attempts_below=attempts_below,
         ended=lineage.is_ended,
         rewound=lineage.rewound is not None,
+        forgiven=lineage.rewound is not None and lineage.rewound.bad_step < 0,
         skips=lineage.skips,
         overrides=lineage.overrides,
         rewinds=lineage.num_bad_steps,

@@ -33,7 +33,7 @@ class Attempt:
 
     @property
     def resume_step(self) -> int:
-        return self.record.resume.step if self.record.resume else 0
+        return self.record.resume_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,10 +6,9 @@ fenced by that) and writes the record; whoever coordinates the run next goes on 
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from keepstep.storage import skips
@@ -22,15 +21,17 @@ from keepstep.storage.store import Store
 from . import config as configs
 from . import events as ev
 from .archive import EventFile, utc_now
-from .client import CoordinatorUnreachable
+from .client import CoordinatorUnable, CoordinatorUnreachable
 from .errors import InputError
 from .logbook import rewind_record, why_no_rewind
 from .rewinds import overridden
 from .roots import stored_config
-from .sections import RunConfig
+from .sections import RunConfig, known_keys
 from .viewing import call, is_coordinator, visit
+from .wire import RewindWish
 
 _CHANGEABLE: Final = ("optimizer.", "train.", "evaluate.", "trace.", "run.steps")
+_ORDER_OF_SUMS: Final = "it decides in which order gradients are added, and with it the bits of every step"
 _WHY_FIXED: Final = {
     "data.skip": "it holds from the first step on; leave samples out with --skip",
     "data.": "the order of the samples would be another one, and nobody could say any more which of them were consumed",
@@ -39,6 +40,8 @@ _WHY_FIXED: Final = {
     "run.": "it is what the root belongs to",
     "train.batch_tokens": "where a step begins in the data follows from it",
     "train.script": "another script is another run",
+    "cluster.exact_reduction": _ORDER_OF_SUMS,
+    "cluster.logical_ranks": _ORDER_OF_SUMS,
     "": "it is no part of the training: change it in run.toml, at any start",
 }
 
@@ -46,8 +49,10 @@ _WHY_FIXED: Final = {
 def rewind(where: str, *, to: int, skip: Sequence[str], override: Sequence[str]) -> str:
     """What was done, as sentences. Raises InputError."""
     try:
-        parameters = {"to": str(to), "skip": json.dumps(list(skip)), "override": json.dumps(list(override))}
-        return call(where, "POST", "/v1/rewind", **parameters).decode().strip()
+        wish = RewindWish(to=to, skip=tuple(skip), override=tuple(override))
+        return call(where, "POST", "/v1/rewind", wish).decode().strip()
+    except CoordinatorUnable as error:  # whoever answers lives: nobody else may write its log
+        raise InputError(str(error)) from error
     except CoordinatorUnreachable as error:
         if is_coordinator(where):
             raise InputError(f"{where}: no coordinator answers ({error}); name the run's root instead") from error
@@ -56,19 +61,23 @@ def rewind(where: str, *, to: int, skip: Sequence[str], override: Sequence[str])
 
 def _rewind_alone(root: str, *, to: int, skip: Sequence[str], override: Sequence[str]) -> str:
     store, log = visit(root)
-    request = order(log.lineage, stored_config(store), to=to, skip=skip, override=override)
+
+    def wish() -> ev.LogRewind:
+        return order(log.lineage, stored_config(store), to=to, skip=skip, override=override)
+
+    wish()  # nobody is fenced for what cannot be
     outcome = log.lineage.outcome
-    done = _append(store, log, request)
+    done = _append(store, log, wish)
     void = f"; its end ({outcome.why}) is void" if outcome else ""
     return f"{done}{void}\nnobody coordinates this run now: go on with `keepstep run` and the run.toml that it was started with"
 
 
-def _append(store: Store, log: RunLog, request: ev.LogRewind) -> str:
+def _append(store: Store, log: RunLog, wish: Callable[[], ev.LogRewind]) -> str:
+    """What is wished for is worked out again once the term is ours: until then somebody else may have committed, rewound or retired."""
     lineage = log.lineage
     try:
         term = log.open_term(run=lineage.run, identity=lineage.identity, host=socket.gethostname(), pid=os.getpid(), at=utc_now()).term
-        if why := why_no_rewind(log.lineage, request):  # somebody has retired it just now
-            raise InputError(why)
+        request = wish()
         record = log.append(rewind_record(log.lineage, request, term))
     except Fenced as error:
         raise InputError(f"{error}: a coordinator has just started; ask again") from error
@@ -89,7 +98,7 @@ def _attempt(lineage: Lineage) -> int:
     return newest.attempt if newest else 0
 
 
-def where_to(target: Commit | None, request: ev.LogRewind) -> str:
+def where_to(target: Commit | ev.Checkpoint | None, request: ev.LogRewind | ev.RewindRecord) -> str:
     """ "to step 40 (data/...), leaving out the samples at 400:416, with optimizer.lr=0.001"."""
     left_out = f", leaving out the samples at {', '.join(request.skips)}" if request.skips else ""
     changed = f", with {', '.join(request.overrides)}" if request.overrides else ""
@@ -110,20 +119,24 @@ def order(lineage: Lineage, config: RunConfig, *, to: int, skip: Sequence[str], 
     if why := why_no_rewind(lineage, wanted):
         raise InputError(why)
     overrides = overridden(lineage.overrides, override)
-    problems = [*_wrong_overrides(config, override, overrides), *_wrong_skips(lineage, config, to, skip)]
+    target = lineage.newest_until(to)
+    problems = [*_wrong_overrides(config, override, overrides, target), *_wrong_skips(lineage, config, to, skip)]
     if problems:
         raise InputError(*problems)
-    target = lineage.newest_until(to)
     return ev.LogRewind(to=target.step if target else 0, skips=skips.union(lineage.skips, skip), overrides=overrides, why=wanted.why)
 
 
-def _wrong_overrides(config: RunConfig, given: Sequence[str], complete: Sequence[str]) -> list[str]:
-    try:
-        configs.overridden(config, complete)
-    except InputError as error:
-        return list(error.problems)
+def _wrong_overrides(config: RunConfig, given: Sequence[str], complete: Sequence[str], target: Commit | None) -> list[str]:
     keys = [text.partition("=")[0].strip() for text in given]
-    return [f"-o: {key} cannot change in a run: {why}" for key in keys if (why := _why_fixed(key))]
+    fixed = {key: why for key in keys if key in known_keys() and (why := _why_fixed(key))}
+    problems = [f"-o: {key} cannot change in a run: {why}" for key, why in fixed.items()]
+    try:
+        steps = configs.overridden(config, [text for text in complete if text.partition("=")[0].strip() not in fixed]).run.steps
+    except InputError as error:
+        return [*problems, *error.problems]
+    if target and steps < target.step and "run.steps" in keys:
+        problems.append(f"-o: run.steps = {steps} must not be below step {target.step}, to which the run goes back")
+    return problems
 
 
 def _why_fixed(key: str) -> str:

@@ -38,13 +38,13 @@ def take_rewind_asked(run: Run, asked: RewindAsked) -> Run:
 
 
 def want(run: Run, wanted: LogRewind) -> Run:
-    """Two that are wanted at the same time are one: as far back as either, with what both leave out."""
+    """Two that are wanted at the same time are one: as far back as either, with what both leave out; people's, if one of them is."""
     if (known := run.rewind) is not None:
         wanted = LogRewind(
             to=min(known.to, wanted.to),
             skips=skips.union(known.skips, wanted.skips),
             overrides=overridden(known.overrides, wanted.overrides),
-            bad_step=max(known.bad_step, wanted.bad_step),
+            bad_step=min(known.bad_step, wanted.bad_step),
             why=f"{known.why}; {wanted.why}",
         )
     return replace(run, rewind=wanted)
@@ -63,7 +63,7 @@ def rewind_past(run: Run, bad: Evidence) -> Run:
     if not is_wanted(run) and (why := _why_no_use(run, bad)):
         return end(run, "failed", f"{why} ({progress_sentence(run)})", requeue=False)
     left_out = ", ".join(bad.skips)
-    number = f"rewind {run.rewinds + 1} of {run.policy.rewinds}"
+    number = "with the rewind that was asked for" if is_wanted(run) else f"rewind {run.rewinds + 1} of {run.policy.rewinds}"
     run = want(run, LogRewind(to=bad.step - 1, skips=bad.skips, bad_step=bad.step, why=bad.why))
     return wait(run, f"after attempt {run.attempt}: {bad.why}; going back and leaving out the samples at {left_out} ({number})")
 

@@ -137,7 +137,8 @@ def _trouble_in(run: Run, record: AttemptRecord, report: AgentReport) -> Evidenc
     if report.node not in record.gang:
         return None
     if report.attempt == record.attempt:
-        failed = verdict.of_report(report, run.now, keeps_promises=run.policy.needs_final_commit)
+        promises = run.policy.needs_final_commit
+        failed = verdict.of_report(report, run.now, keeps_promises=promises, resume_step=record.resume_step)
         return failed or _hanging(run, record, report)
     if report.attempt > record.attempt:
         why = f"{report.node} ran attempt {report.attempt}, the log knows of {record.attempt} only: a record was lost"

@@ -76,6 +76,11 @@ def complete(saves: Saves, world_size: int) -> Commit | None:
     return Commit(attempt=saves.attempt, step=step, directory=directory, indexes=tuple(ranks[rank] for rank in sorted(ranks)))
 
 
+def until(saves: Saves, step: int) -> Saves:
+    """Without the parts of newer steps."""
+    return replace(saves, parts={save: ranks for save, ranks in saves.parts.items() if save[0] <= step})
+
+
 def missing_ranks(saves: Saves, world_size: int) -> frozenset[int]:
     """Ranks whose part of the newest unfinished save is still missing; none if no save is under way."""
     if not saves.parts:

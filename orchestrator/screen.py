@@ -37,7 +37,7 @@ class Screen:
     def event(self, event: Mapping[str, Any]) -> None:
         """One event of the coordinator."""
         if event["kind"] == "progress":
-            self._progress(event["attempt"], event["step"])
+            self._progress(event["attempt"], event["step"], event["steps"])
         else:
             self.say(event_line(event))
 
@@ -52,13 +52,14 @@ class Screen:
         for line in summary(result, code, elapsed_s, self._config.run.root):
             self.say(line)
 
-    def _progress(self, attempt: int, step: int) -> None:
+    def _progress(self, attempt: int, step: int, steps: int) -> None:
+        """`steps` of the whole run are those in force: a rewind may have changed them."""
         if self._bar and self._task is not None:
             self._bar.start()
-            self._bar.update(self._task, completed=step, loss=self._loss(attempt))
-        elif (tenth := step * PLAIN_LINES // self._config.run.steps) != self._told_tenth:
+            self._bar.update(self._task, completed=step, total=steps, loss=self._loss(attempt))
+        elif (tenth := step * PLAIN_LINES // steps) != self._told_tenth:
             self._told_tenth = tenth
-            self.say(f"step {step}/{self._config.run.steps} {self._loss(attempt)}".rstrip())
+            self.say(f"step {step}/{steps} {self._loss(attempt)}".rstrip())
 
     def _loss(self, attempt: int) -> str:
         """Of the newest step record; "" while there is none, or for a script that writes none."""

@@ -14,7 +14,7 @@ from .client import LONG_POLL_S
 from .coordinator import Coordinator, NoAnswer
 from .errors import InputError
 from .metrics import exposition
-from .wire import AgentReport, Directive
+from .wire import AgentReport, Directive, RewindWish
 
 MAX_BODY_BYTES = 64 << 20
 
@@ -111,10 +111,10 @@ class _Views:
         return web.Response(text=f"a full gang has {nodes} nodes from now on\n")
 
     async def rewind(self, request: web.Request) -> web.Response:
-        to, skip, override = (json.loads(request.query[name]) for name in ("to", "skip", "override"))
         try:
-            told = await self._coordinator.ask_rewind(to=to, skip=skip, override=override)
-        except InputError as error:
+            wish = RewindWish.model_validate_json(await request.read())
+            told = await self._coordinator.ask_rewind(to=wish.to, skip=wish.skip, override=wish.override)
+        except (ValidationError, InputError) as error:
             raise web.HTTPConflict(text=f"{error}\n") from error
         return web.Response(text=f"{told}\n")
 

@@ -28,18 +28,26 @@ def standing(run: Run) -> str:
 
 
 def restored(run: Run, event: ev.Opened) -> Run:
-    """The run as its predecessor saw it. Commits since the attempt began have refilled the budget; a run that had ended begins anew."""
+    """The run as its predecessor saw it. Commits since the attempt began have refilled the budget; a run that had ended, or that people
+    sent back, begins anew."""
     if not event.last_standing:
         return run
     kept = json.loads(event.last_standing)
     strikes = {host: (run.now,) * count for host, count in kept.get("strikes", {}).items()}
     run = replace(run, members=replace(run.members, strikes=strikes, drained=kept.get("drained", {})))
     run = _resized(run, kept.get("resized"))
-    if event.ended:
+    if event.ended or event.forgiven:
         return run
     last_error = kept.get("last_error")
-    has_progressed = event.newest_commit is not None and event.newest_commit != event.last_resume
-    return replace(run, failures=0 if has_progressed else kept.get("failures", 0), last_error=tuple(last_error) if last_error else None)
+    return replace(
+        run, failures=0 if _has_progressed(event) else kept.get("failures", 0), last_error=tuple(last_error) if last_error else None
+    )
+
+
+def _has_progressed(event: ev.Opened) -> bool:
+    """Whether the attempt committed; not so where the newest checkpoint lies before its beginning: a rewind, a quarantine."""
+    newest, began = event.newest_commit, event.last_resume
+    return newest is not None and (began is None or newest.step > began.step)
 
 
 def _resized(run: Run, resized: list[int] | None) -> Run:

@@ -15,6 +15,7 @@ from keepstep.trainer.contract import Phase
 
 from . import membership, phases
 from .archive import elapsed_s, goodput, outcome_name
+from .config import overridden
 from .machine import Run, describe
 from .roots import stored_config
 from .sections import RunConfig
@@ -105,7 +106,8 @@ def last_commit(lineage: Lineage, age_s: float | None = None) -> dict[str, Any] 
 
 def status_without_coordinator(store: Store, log: RunLog) -> dict[str, Any]:
     """What the log alone says: nobody reigns, which says nothing about the ranks."""
-    lineage, config = log.lineage, stored_config(store)
+    lineage = log.lineage
+    config = overridden(stored_config(store), lineage.overrides)
     opened, newest, commit = lineage.opened, lineage.newest_attempt(), lineage.newest_committed()
     assert opened
     over = lineage.outcome

@@ -85,19 +85,27 @@ def _explains(evidence: Evidence) -> tuple[int, float, int, int]:
     return _WEIGHT.get(evidence.kind, _UNKNOWN_WEIGHT), evidence.seen_at, evidence.order, evidence.rank
 
 
-def of_report(report: AgentReport, now: float, *, keeps_promises: bool) -> Evidence | None:
+def of_report(report: AgentReport, now: float, *, keeps_promises: bool, resume_step: int = 0) -> Evidence | None:
     """The best evidence among a node's ranks; None if all are well.
 
     Args:
         keeps_promises: the trainer reports its phases, so that leaving with 0 before the end is a failure too.
+        resume_step: the attempt began after it. Whoever refuses a step up to it counts otherwise than the history: no way back follows.
     """
-    return min(all_of_report(report, now, keeps_promises=keeps_promises), key=_explains, default=None)
+    return min(all_of_report(report, now, keeps_promises=keeps_promises, resume_step=resume_step), key=_explains, default=None)
 
 
-def all_of_report(report: AgentReport, now: float, *, keeps_promises: bool) -> Iterator[Evidence]:
+def all_of_report(report: AgentReport, now: float, *, keeps_promises: bool, resume_step: int = 0) -> Iterator[Evidence]:
     for rank in report.ranks:
-        if rank.state == "exited" and (found := _of_exit(report.node, rank, now, keeps_promises)):
+        if rank.state == "exited" and (found := _of_exit(report.node, _plain(rank, resume_step), now, keeps_promises)):
             yield found
+
+
+def _plain(rank: RankReport, resume_step: int) -> RankReport:
+    """A bad step that nobody can go back from was an exception like any other."""
+    if rank.kind != BAD_STEP_KIND or (rank.bad_step > max(resume_step, 0) and _says_what_to_leave_out(rank)):
+        return rank
+    return rank.model_copy(update={"kind": "exception"})  # nothing would change the next time
 
 
 def early_leaver(report: AgentReport, now: float) -> Evidence | None:
@@ -166,15 +174,13 @@ def _exit_evidence(node: str, rank: RankReport, now: float, kind: str, how: str)
 
 def _kind_of(rank: RankReport) -> str:
     kind = rank.kind or ("signal" if (rank.exit_code or 0) < 0 else "exit")
-    if kind == BAD_STEP_KIND and not _says_what_to_leave_out(rank):
-        return "exception"  # nothing would change the next time
     return "abort" if kind == "signal" and rank.why == "SIGABRT" else kind
 
 
 def _says_what_to_leave_out(rank: RankReport) -> bool:
     """A script may say anything."""
     try:
-        return rank.bad_step > 0 and bool(skips.ranges(rank.skips))
+        return bool(skips.ranges(rank.skips))
     except ValueError:
         return False
 

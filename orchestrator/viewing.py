@@ -22,6 +22,7 @@ from .errors import InputError
 from .lines import event_line
 from .roots import ENV_TOKEN, known_token
 from .status import status_without_coordinator
+from .wire import Message
 
 FOLLOW_PERIOD_S = 0.5
 PIPED_WIDTH = 400
@@ -53,23 +54,29 @@ def coordinator_of(where: str) -> CoordinatorClient:
     return CoordinatorClient(opened.url, known_token(store))
 
 
-async def _call(where: str, method: str, path: str, **params: str) -> bytes:
+async def _call(where: str, method: str, path: str, message: Message | None, **params: str) -> bytes:
     try:
         async with coordinator_of(where) as client:
+            if message is not None:
+                return await client.send(path, message)
             return await (client.post(path, **params) if method == "POST" else client.get(path, **params))
     except CoordinatorRefused as error:
         raise InputError(str(error)) from error
 
 
-def call(where: str, method: str, path: str, **params: str) -> bytes:
-    """The coordinator's answer. Raises InputError when it refuses, CoordinatorUnreachable when there is none."""
-    return asyncio.run(_call(where, method, path, **params))
+def call(where: str, method: str, path: str, message: Message | None = None, **params: str) -> bytes:
+    """The coordinator's answer. Raises InputError when it refuses, CoordinatorUnreachable when there is none.
+
+    Args:
+        message: what is posted, instead of parameters, where it may be longer than a URL.
+    """
+    return asyncio.run(_call(where, method, path, message, **params))
 
 
 def post(where: str, path: str, **params: str) -> str:
     """Tells the coordinator something. Raises InputError when none is there to hear it."""
     try:
-        return call(where, "POST", path, **params).decode()
+        return call(where, "POST", path, None, **params).decode()
     except CoordinatorUnreachable as error:
         raise InputError(f"{where}: no coordinator answers ({error}); start one with `keepstep run` or `keepstep coordinator`") from error
 

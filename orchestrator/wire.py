@@ -5,11 +5,19 @@ from __future__ import annotations
 import hashlib
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RewindWish(Message):
+    """What a person asks for with `keepstep rewind`."""
+
+    to: int = Field(ge=0)
+    skip: tuple[str, ...] = ()
+    override: tuple[str, ...] = ()
 
 
 class RankReport(Message):

@@ -64,6 +64,7 @@ class Coordinator:
             newest_commit=good,
             ever_committed=bool(log.history),
             rewound=log.rewound and self.world.mutant != "adopts-what-was-rewound",
+            forgiven=log.rewound and log.is_forgiven,
             skips=log.skips,
             rewinds=log.num_bad_steps,
         )
@@ -202,7 +203,7 @@ class Coordinator:
         if log.rewound and log.rewind and log.rewind[:2] == (term, request):
             return ev.Logged(now, log.rewind[2])  # asked twice
         target = log.newest_until(request.to)
-        if target is None and request.to > 0 and (request.bad_step < 0 or (log.history and log.newest_good() is None)):
+        if target is None and (log.history if request.bad_step >= 0 else request.to > 0):
             return ev.RewindVoid(now, request, f"nothing at or before step {request.to}")
         record = ev.RewindRecord(
             resume=target, skips=request.skips, overrides=request.overrides, bad_step=request.bad_step, why=request.why

@@ -49,6 +49,7 @@ class Log:
     quarantined: set[str] = field(default_factory=set)
     skips: tuple[str, ...] = ()
     rewound: bool = False  # since the newest attempt
+    is_forgiven: bool = False  # people asked for the newest rewind
     rewind: tuple[int, ev.LogRewind, ev.RewindRecord] | None = None  # the newest: term, what was asked for, what was written
     num_bad_steps: int = 0
     consumed: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)  # (attempt, step) -> positions
@@ -94,7 +95,7 @@ class Log:
         self.num_bad_steps += record.bad_step >= 0
         self._must(self.num_bad_steps <= self.budget, f"rewind {self.num_bad_steps} for a bad step, the budget is {self.budget}")
         self._cut(record.resume)
-        self.skips, self.rewound = record.skips, True
+        self.skips, self.rewound, self.is_forgiven = record.skips, True, record.bad_step < 0
         self._check_ledger()
 
     def _cut(self, resume: ev.Checkpoint | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from keepstep.orchestrator import cli, serving
+from keepstep.orchestrator import cli, logbook, serving
 from keepstep.orchestrator import config as configs
 from keepstep.orchestrator.archive import read_events
 from keepstep.orchestrator.client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
@@ -24,7 +24,7 @@ from keepstep.orchestrator.logbook import opened_event
 from keepstep.orchestrator.roots import claim, token_of
 from keepstep.orchestrator.sections import RunConfig
 from keepstep.orchestrator.server import application
-from keepstep.orchestrator.wire import AgentReport, Directive, RankReport, StoreAddress, digest
+from keepstep.orchestrator.wire import AgentReport, Directive, RankReport, RewindWish, StoreAddress, digest
 from keepstep.storage.layout import RUN_CONFIG_KEY, log_key
 from keepstep.storage.records import Attempt, Finished, Rewind, encode
 from keepstep.storage.runlog import RunLog
@@ -132,12 +132,12 @@ def test_people_send_a_live_run_back_with_other_settings(tmp_path: Path) -> None
                 await client.report(report(node, 1))
             await launched(client, NODES[0])
             override = ["run.steps=20", "optimizer.lr=0.001"]
-            wish = {"to": "0", "skip": '["64:96"]', "override": json.dumps(override)}
-            asked = asyncio.create_task(client.post("/v1/rewind", **wish))
+            wish = RewindWish(to=0, skip=("64:96",), override=tuple(override))
+            asked = asyncio.create_task(client.send("/v1/rewind", wish))
             while (await client.directive(NODES[0], "")).launch:
                 await asyncio.sleep(0)
             with pytest.raises(CoordinatorRefused, match="another rewind is just being written"):
-                await client.post("/v1/rewind", to="0", skip="[]", override="[]")
+                await client.send("/v1/rewind", RewindWish(to=0))
             for node in NODES:
                 stopped = RankReport(
                     rank=NODES.index(node), local_rank=0, pid=9, state="exited", exit_code=-9, kind="signal", stopped_by_agent=True
@@ -154,7 +154,41 @@ def test_people_send_a_live_run_back_with_other_settings(tmp_path: Path) -> None
             assert coordinator.run.policy.steps == 20
             assert any(event["kind"] == "rewound" for event in said)
             with pytest.raises(CoordinatorRefused, match="must be greater than 0"):
-                await client.post("/v1/rewind", to="0", skip="[]", override='["optimizer.lr=-1"]')
+                await client.send("/v1/rewind", RewindWish(to=0, override=("optimizer.lr=-1",)))
+
+    asyncio.run(story())
+
+
+def test_a_wish_that_came_to_nothing_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was to be gone back to is gone by the time that the ranks are stopped."""
+    monkeypatch.setattr(logbook, "why_no_rewind", lambda *_: "there is no usable checkpoint any more")
+
+    async def story() -> None:
+        async with reigning(tmp_path) as (_, client, said):
+            for node in NODES:
+                await client.report(report(node, 1))
+            await launched(client, NODES[0])
+            asked = asyncio.create_task(client.send("/v1/rewind", RewindWish(to=0)))
+            while (await client.directive(NODES[0], "")).launch:
+                await asyncio.sleep(0)
+            for node in NODES:
+                stopped = RankReport(
+                    rank=NODES.index(node), local_rank=0, pid=9, state="exited", exit_code=-9, kind="signal", stopped_by_agent=True
+                )
+                await client.report(report(node, 2, attempt=1, ranks=(stopped,)))
+            with pytest.raises(CoordinatorRefused, match="not rewound: there is no usable checkpoint any more"):
+                await asked
+            assert not any(event["kind"] == "rewound" for event in said)
+            assert (await launched(client, NODES[0])).launch, "the run goes on"
+
+    asyncio.run(story())
+
+
+def test_a_wish_that_nobody_understands_is_refused(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with reigning(tmp_path) as (_, client, _):
+            with pytest.raises(CoordinatorRefused, match="greater than or equal to 0"):
+                await client.send("/v1/rewind", RewindWish.model_construct(to=-1))
 
     asyncio.run(story())
 

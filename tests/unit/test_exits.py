@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from keepstep.orchestrator.exits import Exit, explain, write_error
+from keepstep.orchestrator.wire import RankReport
 
 ERROR = {"kind": "exception", "why": "ValueError: bad batch", "damaged": ""}
 
@@ -49,6 +50,50 @@ def test_a_script_may_refuse_a_step_without_saying_which(tmp_path: Path) -> None
     path = tmp_path / "error-0.json"
     write_error(path, error)
     assert explain(1, str(path)) == Exit(1, "bad-step", "ArithmeticError: no", "")
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"skips": None},
+        {"skips": [(1, 2)]},
+        {"skips": "1:2"},
+        {"skips": ("2:1",)},
+        {"skips": {"1:2"}},
+        {"ranks": 0},
+        {"ranks": ("0",)},
+        {"ranks": None},
+        {"step": None},
+        {"step": 3.5},
+        {"step": True},
+        {"step": 10**5000},
+    ],
+)
+def test_a_refused_step_that_nobody_can_read_is_an_exception(tmp_path: Path, attributes: dict[str, object]) -> None:
+    error = Refused("no")
+    for name, value in attributes.items():
+        setattr(error, name, value)
+    path = tmp_path / "error-0.json"
+    write_error(path, error)
+    assert explain(1, str(path)) == Exit(1, "exception", "Refused: no", "")
+
+
+@pytest.mark.parametrize("kind", [5, None, object(), ["bad-step"]])
+def test_a_kind_that_is_no_text_is_none(tmp_path: Path, kind: object) -> None:
+    error = ArithmeticError("half \udc80 a pair")
+    error.kind = kind  # type: ignore[attr-defined]
+    path = tmp_path / "error-0.json"
+    write_error(path, error)
+    found = explain(1, str(path))
+    assert found == Exit(1, "exception", "ArithmeticError: half ? a pair", "")
+    report = RankReport(rank=0, local_rank=0, pid=1, state="exited", exit_code=1, kind=found.kind, why=found.why)
+    assert RankReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_what_another_version_wrote_is_read_with_care(tmp_path: Path) -> None:
+    path = tmp_path / "error-0.json"
+    path.write_text(json.dumps({"kind": "bad-step", "why": "w", "damaged": "", "bad_step": 3, "bad_ranks": [0], "skips": [4]}))
+    assert explain(1, str(path)) == Exit(1, "exception", "w", "")
 
 
 def test_an_error_that_was_cut_off_explains_nothing(tmp_path: Path) -> None:

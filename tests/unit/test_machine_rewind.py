@@ -7,20 +7,22 @@ from dataclasses import replace
 import pytest
 from machine_parts import play, rank, report, starting
 
+from keepstep.orchestrator import asking, phases
 from keepstep.orchestrator import events as ev
-from keepstep.orchestrator import phases
 from keepstep.orchestrator.machine import Run, begin, directive
 from keepstep.orchestrator.policy import Policy
 from keepstep.orchestrator.rewinds import overridden, want
+from keepstep.orchestrator.wire import Persisted
 
 NODES = ("node0#a", "node1#b")
 TARGET = ev.Checkpoint(step=20, directory="data/a000001/s000000020", manifest_sha256="m")
 REFUSED = {"exit_code": 1, "kind": "bad-step", "why": "BadStep: step 6: the loss of rank 1 is nan", "bad_step": 6, "bad_ranks": (1,)}
 
 
-def refused(run: Run, at: float = 1.0, skips: tuple[str, ...] = ("40:42",)) -> Run:
+def refused(run: Run, at: float = 1.0, skips: tuple[str, ...] = ("40:42",), bad_step: int = 6) -> Run:
     for place, node in enumerate(NODES):
-        said = report(node, int(10 * at), attempt=run.attempt, ranks=(rank(place, **REFUSED, skips=skips),))
+        found = rank(place, **(REFUSED | {"bad_step": bad_step}), skips=skips)
+        said = report(node, int(10 * at), attempt=run.attempt, ranks=(found,))
         run = play(run, ev.Reported(at, said))[0]
     return run
 
@@ -95,7 +97,48 @@ def test_asked_to_stop_a_bad_step_stops() -> None:
 def test_a_bad_step_and_a_persons_wish_are_one_rewind_as_far_back_as_either() -> None:
     run = play(starting(), ev.RewindAsked(at=0.9, to=3, skips=("60:61",), overrides=("optimizer.lr=0.1",), why="p"))[0]
     run = want(run, wanted(to=5, skips=("40:42",), bad_step=6, why="b"))
-    assert run.rewind == wanted(to=3, skips=("40:42", "60:61"), overrides=("optimizer.lr=0.1",), bad_step=6, why="p; b")
+    assert run.rewind == wanted(to=3, skips=("40:42", "60:61"), overrides=("optimizer.lr=0.1",), why="p; b")
+
+
+def test_a_bad_step_that_meets_a_persons_wish_spends_no_budget() -> None:
+    run = starting(rewinds=0)
+    run = play(run, ev.Reported(1.0, report(NODES[0], 10, attempt=1, ranks=(rank(0, **REFUSED, skips=("40:42",)),))))[0]
+    run = play(run, ev.RewindAsked(at=1.05, to=3, why="p"))[0]
+    run = play(run, ev.Reported(1.1, report(NODES[1], 11, attempt=1, ranks=(rank(1, **REFUSED, skips=("40:42",)),))))[0]
+    assert "going back and leaving out the samples at 40:42 (with the rewind that was asked for)" in run.phase.why
+    (asked,) = [ask.request for ask in run.asks]
+    assert isinstance(asked, ev.LogRewind)
+    assert (asked.to, asked.skips, asked.bad_step) == (3, ("40:42",), -1)
+    assert rewound(run).rewinds == 0
+
+
+@pytest.mark.parametrize(("bad_step", "kind"), [(20, "exception"), (2, "exception"), (21, "bad-step")])
+def test_a_script_that_counts_its_steps_otherwise_has_raised_an_exception(bad_step: int, kind: str) -> None:
+    """It resumed from step 20: a step before that is none of this attempt."""
+    run = rewound(refused(starting()))
+    record = ev.AttemptRecord(attempt=2, gang=NODES, world_size=2, nonce="n", resume=TARGET, skips=run.skips)
+    run = refused(play(run, ev.Found(2.0, TARGET), ev.Logged(2.1, record))[0], 3.0, ("80:82",), bad_step)
+    assert run.failed[-1].culprit.kind == kind
+    assert asking.pending(run.asks, ev.LogRewind) == (kind == "bad-step")
+
+
+def test_a_bad_step_with_nothing_to_go_back_to_ends_the_run() -> None:
+    run = refused(starting())
+    (asked,) = [ask.request for ask in run.asks if isinstance(ask.request, ev.LogRewind)]
+    run = play(run, ev.RewindVoid(1.5, asked, "there is no usable checkpoint"))[0]
+    assert isinstance(run.phase, phases.Ending)
+    assert run.phase.end.outcome == "failed"
+
+
+@pytest.mark.parametrize(("to", "waits"), [(3, False), (8, True)])
+def test_parts_of_what_is_left_behind_are_not_waited_for(to: int, waits: bool) -> None:
+    """Rank 1's part of step 5 is still missing; going back to step 3 leaves it behind anyway."""
+    part = Persisted(attempt=1, step=5, rank=0, directory="data/a000001/s000000005", index_sha256="x", num_bytes=1)
+    run = play(starting(), ev.Reported(0.8, report(NODES[0], 8, attempt=1, ranks=(rank(0),), persisted=(part,))))[0]
+    run = play(run, ev.RewindAsked(at=0.9, to=to, why="p"))[0]
+    for place, node in enumerate(NODES):
+        run = play(run, ev.Reported(1.0, report(node, 9, attempt=1, ranks=(rank(place, exit_code=-9, stopped_by_agent=True),))))[0]
+    assert isinstance(run.phase, phases.Draining if waits else phases.Waiting)
 
 
 def test_people_begin_with_a_fresh_budget() -> None:

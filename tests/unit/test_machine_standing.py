@@ -41,6 +41,22 @@ def test_a_commit_since_then_has_refilled_the_budget() -> None:
     assert successor(standing(predecessor()), newest_commit=NEW).failures == 0
 
 
+OLDEST = ev.Checkpoint(step=5, directory="data/0", manifest_sha256="m")
+
+
+@pytest.mark.parametrize("newest", [OLDEST, OLD, None])
+def test_going_back_is_no_progress(newest: ev.Checkpoint | None) -> None:
+    run = successor(standing(predecessor()), newest_commit=newest, rewound=True)
+    assert (run.failures, run.last_error) == (3, ("exception", "valueerror", 12))
+
+
+@pytest.mark.parametrize("newest", [OLDEST, OLD, NEW, None])
+def test_where_people_asked_to_go_back_the_run_begins_anew(newest: ev.Checkpoint | None) -> None:
+    run = successor(standing(predecessor()), newest_commit=newest, rewound=True, forgiven=True)
+    assert (run.failures, run.last_error) == (0, None)
+    assert run.members.drained == {"gpu07": "bad fan"}
+
+
 def test_a_run_that_had_ended_begins_anew_but_remembers_its_hosts() -> None:
     run = successor(standing(predecessor()), ended=True)
     assert (run.failures, run.last_error) == (0, None)

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from rich.console import Console
 from tiny import TinyRun
 from typer.testing import CliRunner
 
 from keepstep.orchestrator import config as configs
 from keepstep.orchestrator import events as ev
+from keepstep.orchestrator import logbook, rewinding
 from keepstep.orchestrator.agent import replaced
 from keepstep.orchestrator.archive import read_events
 from keepstep.orchestrator.cli import app
 from keepstep.orchestrator.errors import InputError
-from keepstep.orchestrator.logbook import opened_event
+from keepstep.orchestrator.logbook import newest_checkpoint, opened_event
 from keepstep.orchestrator.rewinding import order
 from keepstep.orchestrator.roots import claim, stored_config, token_of
+from keepstep.orchestrator.screen import Screen
 from keepstep.orchestrator.sections import RunConfig
-from keepstep.storage.records import Finished, Rewind
+from keepstep.orchestrator.wire import RewindWish
+from keepstep.storage.records import Commit, Finished, Retire, Rewind
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 
@@ -116,6 +126,9 @@ def test_the_same_run_toml_continues_with_the_overrides_on_top(run: Kept) -> Non
         (20, [], ["train.batch_tokens=8192"], "where a step begins"),
         (20, [], ["train.script=x.py"], "another script"),
         (20, [], ["cluster.nodes=3"], "change it in run.toml"),
+        (20, [], ["cluster.exact_reduction=true"], "in which order gradients are added, and with it the bits of every step"),
+        (20, [], ["cluster.logical_ranks=2"], "in which order gradients are added"),
+        (30, [], ["run.steps=25"], "run.steps = 25 must not be below step 30, to which the run goes back"),
         (20, [], ["optimizer.lr=-1"], "optimizer.lr = -1 must be"),
         (20, [], ["optimizer.rl=1"], "optimizer.rl is not a key"),
         (20, [], ["lr"], "must be section.key=value"),
@@ -173,6 +186,89 @@ def test_nothing_was_trained_yet(tmp_path: Path) -> None:
         order(log.lineage, RunConfig(), to=0, skip=[], override=[])
 
 
+def test_a_commit_of_the_last_moment_is_thought_of(run: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody whom the command could not see had committed more: what is left out is judged by the log that is ours."""
+    command(run, "--to", "20")
+    run.log.refresh()
+    again = Kept(run.store)
+    again.logbook.carry_out(ev.FindCheckpoint())
+    again.logbook.carry_out(ev.LogAttempt(attempt=2, gang=("tiny#1",), world_size=2, resume=newest_checkpoint(again.log)))
+    visit = rewinding.visit
+
+    def visit_then_commit(root: str) -> tuple[Store, RunLog]:
+        found = visit(root)
+        again.save(25)
+        return found
+
+    monkeypatch.setattr(rewinding, "visit", visit_then_commit)
+    with pytest.raises(InputError, match="step 25 has consumed the samples before position 800"):
+        command(run, "--to", "25", "--skip", "700:720")
+    assert "rewound to step 25" in command(run, "--to", "25")
+    commits = [record.step for record in reread(run).records if isinstance(record, Commit)]
+    assert commits == [10, 20, 30, 25]
+
+
+@pytest.mark.parametrize("status", [409, 500, 503])
+def test_a_coordinator_that_answers_anything_lives(run: Kept, status: int) -> None:
+    """Nobody else writes its log then, and its reason reaches the person."""
+
+    async def refuse(_: web.Request) -> web.Response:
+        return web.Response(status=status, text="not now")
+
+    with answering(run, refuse), pytest.raises(InputError, match=f"{status} not now"):
+        command(run, "--to", "20")
+    assert not any(isinstance(record, Rewind) for record in reread(run).records)
+
+
+def test_hundreds_of_samples_may_be_left_out(run: Kept) -> None:
+    heard: list[RewindWish] = []
+
+    async def hear(request: web.Request) -> web.Response:
+        heard.append(RewindWish.model_validate_json(await request.read()))
+        return web.Response(text="going back")
+
+    skip = tuple(f"{1_000_000 + 2 * number}:{1_000_001 + 2 * number}" for number in range(2000))
+    with answering(run, hear):
+        arguments = (argument for text in skip for argument in ("--skip", text))
+        assert command(run, "--to", "20", *arguments, "-o", "optimizer.lr=0.1") == "going back\n"
+    assert heard == [RewindWish(to=20, skip=skip, override=("optimizer.lr=0.1",))]
+
+
+@contextmanager
+def answering(run: Kept, handler: Callable[[web.Request], Awaitable[web.Response]]) -> Iterator[None]:
+    """Somebody at the address in the log's newest `opened`."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    run.log.open_term(run="tiny", identity="tiny", host="h", pid=1, url=url)
+    over = threading.Event()
+
+    async def serve() -> None:
+        application = web.Application()
+        application.add_routes([web.post("/v1/rewind", handler)])
+        runner = web.AppRunner(application)
+        await runner.setup()
+        await web.SockSite(runner, listener).start()
+        await asyncio.to_thread(over.wait)
+        await runner.cleanup()
+
+    server = threading.Thread(target=asyncio.run, args=(serve(),))
+    server.start()
+    try:
+        yield
+    finally:
+        over.set()
+        server.join()
+
+
+def test_the_steps_that_are_shown_are_those_in_force(run: Kept) -> None:
+    command(run, "--to", "20", "-o", "run.steps=60")
+    assert "step 20/60" in CliRunner().invoke(app, ["status", run.store.name]).output
+    shown = StringIO()
+    screen = Screen(stored_config(run.store), run.store, Console(file=shown))
+    screen.event({"kind": "progress", "attempt": 2, "step": 30, "steps": 60})
+    assert shown.getvalue() == "step 30/60\n"
+
+
 class TestLogbook:
     REQUEST = ev.LogRewind(to=25, skips=("700:702",), bad_step=26, why="step 26 is bad")
 
@@ -207,11 +303,31 @@ class TestLogbook:
         assert found.resume
         assert (found.resume.step, found.rolled_forward) == (10, False)
 
-    def test_a_bad_step_before_every_commit_leads_to_the_beginning(self, live: Kept) -> None:
-        answer = live.logbook.carry_out(ev.LogRewind(to=4, bad_step=5, why="b"))
+    def test_a_bad_step_before_every_commit_leads_to_the_beginning(self, tmp_path: Path) -> None:
+        made = Kept(Store.open(tmp_path))
+        made.launch()
+        answer = made.logbook.carry_out(ev.LogRewind(to=4, bad_step=5, why="b"))
         assert isinstance(answer, ev.Logged)
         assert isinstance(answer.record, ev.RewindRecord)
         assert answer.record.resume is None
+
+    @pytest.mark.parametrize("to", [4, 0])
+    def test_a_bad_step_never_throws_away_what_is_committed(self, live: Kept, to: int) -> None:
+        answer = live.logbook.carry_out(ev.LogRewind(to=to, bad_step=to + 1, why="b"))
+        assert isinstance(answer, ev.RewindVoid)
+        assert "no usable checkpoint" in answer.why
+        assert len(live.log.lineage.commits) == 2
+
+    def test_a_checkpoint_that_is_retired_at_this_moment_makes_the_rewind_void(self, live: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+        def retire(point: str, **_: object) -> None:
+            if point == "coordinator.rewind.before":
+                other = RunLog.open(live.store)
+                other.append(Retire(term=live.term, directories=(other.lineage.commits[0].directory,)))
+
+        monkeypatch.setattr(logbook, "fault_point", retire)
+        answer = live.logbook.carry_out(ev.LogRewind(to=10, why="p"))
+        assert isinstance(answer, ev.RewindVoid)
+        assert "not a usable commit of the history" in answer.why
 
     def test_people_are_asked_to_say_so(self, live: Kept) -> None:
         assert isinstance(live.logbook.carry_out(ev.LogRewind(to=4, why="p")), ev.RewindVoid)
