@@ -167,7 +167,7 @@ RULES = (
     ),
     Rule(
         lambda c: c.cluster.exact_reduction or not c.cluster.logical_ranks,
-        "<cluster.logical_ranks> is given, but <cluster.exact_reduction>: switch it on, or remove them",
+        "<cluster.logical_ranks> is given, but <cluster.exact_reduction>: switch it on, or remove it",
     ),
     Rule(
         lambda c: not c.data.sources or c.data.source == DataSection().source,

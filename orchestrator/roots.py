@@ -56,7 +56,10 @@ def claim(store: Store, config: RunConfig) -> RunConfig:
     return config
 
 
-REMEDY: Final = "choose another run.root, or give the config that the root was made with"
+REMEDY: Final = (
+    "choose another run.root, or give the config that the root was made with; optimizer.*, train.* and run.steps of a run are changed by "
+    "`keepstep rewind ROOT --to STEP -o section.key=value`"
+)
 
 
 def token_of(store: Store) -> str:

@@ -37,7 +37,7 @@ _LITERAL_OR_COMMENT: Final = re.compile(
       | '[^'\\\n]*(?:\\.[^'\\\n]*)*'""",
     re.DOTALL | re.VERBOSE,
 )
-_REMEDY: Final = 'name a text file, a folder or URL of text files, or to "installed-docs"'
+_REMEDY: Final = 'name a text file, a folder or URL of text files, or "installed-docs"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,8 @@ def _files(source: str, key: str) -> Iterator[Document]:
     """The documents of a file or of all files below a folder, in the order of their names."""
     import fsspec
 
+    if not source.strip():
+        raise ValueError(f"{key} is empty; {_REMEDY}")
     try:
         filesystem, path = fsspec.core.url_to_fs(source)
         names = sorted(filesystem.find(path)) if filesystem.isdir(path) else [path]

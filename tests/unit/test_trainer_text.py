@@ -98,3 +98,9 @@ def test_pieces_make_the_text() -> None:
     pieces = list(text._pieces(body))
     assert "".join(pieces) == body
     assert len(pieces) > 3
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_a_source_without_a_name_is_not_the_current_folder(source: str) -> None:
+    with pytest.raises(ValueError, match=r"data.sources\[1\] is empty; name a text file"):
+        list(text.documents(source, "data.sources[1]"))
