@@ -152,6 +152,9 @@ def test_people_send_a_live_run_back_with_other_settings(tmp_path: Path) -> None
             assert (status["steps"], status["skips"], status["overrides"], status["rewinds"]) == (20, ["64:96"], override, 0)
             assert json.loads(await client.get("/v1/config"))["optimizer"]["lr"] == 0.001
             assert coordinator.run.policy.steps == 20
+            coordinator._told_step = -1
+            coordinator._tell_progress()
+            assert said[-1]["steps"] == 20
             assert any(event["kind"] == "rewound" for event in said)
             with pytest.raises(CoordinatorRefused, match="must be greater than 0"):
                 await client.send("/v1/rewind", RewindWish(to=0, override=("optimizer.lr=-1",)))

@@ -329,6 +329,12 @@ class TestLogbook:
         assert isinstance(answer, ev.RewindVoid)
         assert "not a usable commit of the history" in answer.why
 
+    @pytest.mark.parametrize(("bad_step", "forgiven"), [(-1, True), (26, False)])
+    def test_a_successor_hears_whether_people_sent_the_run_back(self, live: Kept, bad_step: int, forgiven: bool) -> None:
+        live.logbook.carry_out(ev.LogRewind(to=25, bad_step=bad_step, why="x"))
+        opened = opened_event(live.log)
+        assert (opened.rewound, opened.forgiven) == (True, forgiven)
+
     def test_people_are_asked_to_say_so(self, live: Kept) -> None:
         assert isinstance(live.logbook.carry_out(ev.LogRewind(to=4, why="p")), ev.RewindVoid)
 
