@@ -48,15 +48,18 @@ class StreamedTokens:
     def __getitem__(self, places: npt.NDArray[np.int64]) -> Ids:
         """The ids at these places, in their shape. Raises DamagedTokens, or StoreError."""
         blocks, offsets = np.divmod(places, self.block_bytes // self.dtype.itemsize)
-        out = np.empty(places.shape, dtype=self.dtype)
-        numbers = np.unique(blocks).tolist()
+        blocks, offsets = blocks.ravel(), offsets.ravel()
+        by_block = np.argsort(blocks, kind="stable")
+        numbers, starts = np.unique(blocks[by_block], return_index=True)
+        chosen = dict(zip(numbers.tolist(), np.split(by_block, starts[1:]), strict=False))  # of no place np.split makes one part
+        wanted = list(chosen)
+        out = np.empty(blocks.shape, dtype=self.dtype)
         with self._lock:
-            for some in (numbers[i : i + self._capacity] for i in range(0, len(numbers), self._capacity)):
+            for some in (wanted[i : i + self._capacity] for i in range(0, len(wanted), self._capacity)):
                 self._fetch(some)
                 for number in some:
-                    chosen = blocks == number
-                    out[chosen] = self._cache[number][offsets[chosen]]
-        return out
+                    out[chosen[number]] = self._cache[number][offsets[chosen[number]]]
+        return out.reshape(places.shape)
 
     @property
     def _capacity(self) -> int:

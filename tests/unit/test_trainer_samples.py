@@ -102,7 +102,7 @@ class TestStreaming:
         tokens = np.arange(1003, dtype=np.uint16)
         read, _ = streamed(tmp_path, tokens)
         chance = np.random.default_rng(1)
-        for shape in ((1,), (7, 5), (40, 30), (1,)):
+        for shape in ((1,), (7, 5), (0, 5), (40, 30), (0,), (1,)):
             places = chance.integers(0, 1003, shape)
             assert np.array_equal(read[places], tokens[places])
 
