@@ -38,6 +38,7 @@ def poison(model: nn.Module, samples: Samples, feed: Feed) -> None:
 
 
 def _plant(model: nn.Module, ids_T: Tensor, module: str, spoil: Callable[[Tensor, Tensor], Tensor]) -> None:
+    ids_T = ids_T.clamp(min=0)  # as the model is given padding
     is_hit: list[Tensor] = []  # of the batch that is under way, (B,)
 
     def look(_: nn.Module, args: tuple[Any, ...]) -> None:

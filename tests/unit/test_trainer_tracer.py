@@ -12,6 +12,7 @@ from keepstep.trainer.autopsy import sample_nll
 from keepstep.trainer.config import ModelSection
 from keepstep.trainer.models import Gpt, build_model, initial_value
 from keepstep.trainer.poison import WAYS, _plant
+from keepstep.trainer.samples import IGNORED
 from keepstep.trainer.tracer import Traced, traced
 
 MODEL = ModelSection(layers=2, width=16, heads=2, context=8)
@@ -102,3 +103,10 @@ def test_the_loss_of_a_sample_is_its_own_and_padding_does_not_count(model: Gpt) 
     part = sample_nll(logits_BTV, targets_BT)
     assert part[1] < whole[1]
     assert torch.equal(part[[0, 2, 3]], whole[[0, 2, 3]])
+
+
+def test_a_padded_sample_is_planted_as_the_model_sees_it() -> None:
+    """data.pack = "documents": its row ends with IGNORED, and the model is given 0 there."""
+    model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
+    _plant(model, torch.tensor([1, 2, IGNORED, IGNORED]), "1", WAYS["output"])
+    assert model(torch.tensor([[1, 2, 0, 0], [1, 2, 3, 0]])).isnan().all((1, 2)).tolist() == [True, False]
