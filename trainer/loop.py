@@ -38,11 +38,11 @@ def train(run: Run) -> None:
 
             if agreed.stop or run.step == steps:
                 break
+            if config.evaluate.interval and run.step % config.evaluate.interval == 0:
+                evaluate_run(run)  # before the save: whoever goes on from that does not come by here again
+                run.me.report(Phase.STEP, run.step)
             if agreed.save:
                 save(run)
-            if config.evaluate.interval and run.step % config.evaluate.interval == 0:
-                evaluate_run(run)
-                run.me.report(Phase.STEP, run.step)
     finish(run)
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from keepstep.trainer import loop
 from keepstep.trainer.cadence import Auto, Cadence, EverySeconds, EverySteps, Interval, parse_interval
 from keepstep.trainer.run import SaveRequests
 
@@ -55,3 +60,25 @@ def test_one_showing_of_a_save_request_is_one_save() -> None:
         if owed[-1] and can_save:
             requests.served()
     assert owed == [False, True, True, False, False, True]
+
+
+def test_what_is_due_together_is_evaluated_before_it_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever goes on from that checkpoint begins behind the evaluation: after the save it would be lost with any rank."""
+    happened: list[str] = []
+    config = SimpleNamespace(run=SimpleNamespace(steps=5), train=SimpleNamespace(loader_workers=0), evaluate=SimpleNamespace(interval=2))
+    ready = SimpleNamespace(get_ready=lambda tensors: None)
+    me, world = SimpleNamespace(report=lambda phase, step: None), SimpleNamespace(rank=0)
+    run = SimpleNamespace(config=config, me=me, world=world, checkpointer=ready, tensors={}, step=0, share=None)
+
+    def advance(run: Any, parts: Any) -> SimpleNamespace:
+        run.step += 1
+        return SimpleNamespace(stop=False, save=run.step in (1, 4))
+
+    monkeypatch.setattr(loop, "advance", advance)
+    monkeypatch.setattr(loop, "batches", lambda share, steps, *rest: nullcontext(iter(steps)))
+    for name in ("record_surroundings", "finish"):
+        monkeypatch.setattr(loop, name, lambda run: None)
+    monkeypatch.setattr(loop, "save", lambda run: happened.append(f"save {run.step}"))
+    monkeypatch.setattr(loop, "evaluate_run", lambda run: happened.append(f"evaluate {run.step}"))
+    loop.train(run)  # type: ignore[arg-type]
+    assert happened == ["save 1", "evaluate 2", "evaluate 4", "save 4"]
