@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -26,9 +27,12 @@ from .handover import complete
 DUMPS: Final = ("gradients", "activations", "parameters")
 Progress = Callable[[int], None]  # so many steps of this replay are done
 
+_SILENCE_S: Final = 3600.0  # of all processes: a start, or ten steps of a large model that one processor takes for all ranks
+_MOMENT_S: Final = 2.0  # for the others' words after a failure
+
 
 class ReplayFailed(RuntimeError):
-    """A process of the replay ended without a result."""
+    """A process of the replay ended without a result, or none says anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +77,7 @@ class Job:
     hands_over: bool
     view: View | None
     streams: tuple[Mapping[str, Any], ...] = ()  # random streams by rank, where one process takes the shares in turn and continues
+    derives: bool = False  # the state comes from a process that did the work of another number of ranks: no streams of this stretch's
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,7 +105,7 @@ def replay(
             place.mkdir()
             num_processes = 1 if on_one_process else stretch.world_size
             is_last = number == len(stretches) - 1
-            same_ranks = number > 0 and stretches[number - 1].world_size == stretch.world_size
+            ranks_before = stretches[number - 1].world_size if number else 0
             job = Job(
                 stretch=stretch,
                 origin=origin,
@@ -108,7 +113,8 @@ def replay(
                 folder=str(place),
                 hands_over=not is_last,
                 view=view if is_last else None,
-                streams=streams if same_ranks else (),
+                streams=streams if ranks_before == stretch.world_size else (),
+                derives=on_one_process and ranks_before not in (0, stretch.world_size),
             )
             outcomes = _run(job, len(replayed.records), progress or (lambda done: None))
             replayed.records |= {record["step"]: record for record in outcomes[0]["records"]}
@@ -127,12 +133,17 @@ def _run(job: Job, done: int, progress: Progress) -> list[Mapping[str, Any]]:
     outcomes: dict[int, Mapping[str, Any]] = {}
     with _started(context, job) as (processes, ends):
         while len(outcomes) < job.num_processes:
-            for ready in wait(list(ends)):
-                rank = ends[ready]  # type: ignore[index]
-                message = _receive(ready, rank, processes[rank])  # type: ignore[arg-type]
+            ready = wait(list(ends), _SILENCE_S)
+            if not ready:
+                raise ReplayFailed(f"no process of the replay has said anything for {_SILENCE_S:g} s: is one of them stopped?")
+            for end in ready:
+                rank = ends[end]  # type: ignore[index]
+                message = _receive(end, processes[rank])  # type: ignore[arg-type]
+                if _error(message, rank) is not None:
+                    raise _cause(message, rank, ends, processes)
                 if "outcome" in message:
                     outcomes[rank] = message["outcome"]
-                    del ends[ready]  # type: ignore[arg-type]
+                    del ends[end]  # type: ignore[arg-type]
                 elif rank == 0:
                     progress(done + message["done"])
     return [outcomes[rank] for rank in range(job.num_processes)]
@@ -163,15 +174,41 @@ def _started(context: Any, job: Job) -> Iterator[tuple[list[BaseProcess], dict[C
                 end.close()
 
 
-def _receive(end: Connection, rank: int, process: BaseProcess) -> Mapping[str, Any]:
-    """A process's next message. Raises what it raised."""
+def _receive(end: Connection, process: BaseProcess) -> Mapping[str, Any]:
+    """A process's next message, or that there will be none."""
     try:
         message: Mapping[str, Any] = end.recv()
     except EOFError:
-        process.join()
-        raise ReplayFailed(f"process {rank} of the replay ended with exit code {process.exitcode}") from None
-    if damaged := message.get("damaged"):
-        raise DamagedCheckpoint(*damaged)
-    if why := message.get("why"):
-        raise ReplayFailed(f"rank {rank}: {why}")
+        process.join(_MOMENT_S)
+        return {"ended": process.exitcode}
     return message
+
+
+def _error(message: Mapping[str, Any], rank: int) -> Exception | None:
+    """What a message is to us when it tells of a failure."""
+    if damaged := message.get("damaged"):
+        return DamagedCheckpoint(*damaged)
+    if why := message.get("why"):
+        return ReplayFailed(f"rank {rank}: {why}")
+    if "ended" in message:
+        return ReplayFailed(f"process {rank} of the replay ended with exit code {message['ended']}")
+    return None
+
+
+def _cause(message: Mapping[str, Any], rank: int, ends: Mapping[Connection, int], processes: Sequence[BaseProcess]) -> Exception:
+    """After the first failure that was heard of: of all that is heard in a moment, what is no consequence of another one's."""
+    failures = {rank: message}
+    others = {end: other for end, other in ends.items() if other != rank}
+    until = time.monotonic() + _MOMENT_S
+    while others and "damaged" not in failures[rank] and (left_s := until - time.monotonic()) > 0:
+        for end in wait(list(others), left_s):
+            other = others[end]  # type: ignore[index]
+            heard = _receive(end, processes[other])  # type: ignore[arg-type]
+            if "done" not in heard:
+                del others[end]  # type: ignore[arg-type]
+            if _error(heard, other) is not None:
+                failures[other] = heard
+        rank = min(failures, key=lambda each: 0 if "damaged" in failures[each] else 2 if failures[each].get("lost_peer") else 1)
+    error = _error(failures[rank], rank)
+    assert error is not None
+    return error

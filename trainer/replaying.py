@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Mapping
 from functools import partial
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from .serial import SerialEngine
 
 _PROGRESS_STEPS = 10  # between two words to the parent
+# What gloo, NCCL and c10d say when another process died; a consequence, never the cause. See also orchestrator/exits.py.
+_LOST_PEER = re.compile(
+    r"peer|broken pipe|socket|connection|failed to recv|remote process|timed out|pair closure|RemoteError", re.IGNORECASE
+)
 
 
 class Replaying(Attached):
@@ -82,7 +87,7 @@ def _failure(error: Exception) -> dict[str, Any]:
 
     if isinstance(error, ResumeDamaged) and error.__cause__ is not None:
         return {"damaged": error.__cause__.__reduce__()[1]}
-    return {"why": f"{type(error).__name__}: {error}"}
+    return {"why": f"{type(error).__name__}: {error}", "lost_peer": isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))}
 
 
 def _set_environment(job: Job, rank: int, environment: Mapping[str, str]) -> None:
@@ -133,10 +138,15 @@ def _replay(job: Job, rank: int, telling: Connection) -> dict[str, Any]:
 
 def _in_turn(job: Job, run: Run) -> SerialEngine | None:
     """Where one process does the work of several ranks, its engine; with exact reduction the usual one does it already."""
+    from . import rng
     from .serial import SerialEngine, streams_after_resume
 
     num_ranks = job.stretch.world_size
-    if num_ranks == job.num_processes or run.config.cluster.exact_reduction:
+    if run.config.cluster.exact_reduction:
+        return None
+    if num_ranks == job.num_processes:
+        if job.derives:  # as many processes handed the state over, so open_run took what the share that came last had drawn from
+            rng.seed_everything(run.config.run.seed, run.step, run.world.rank)
         return None
     saved = job.streams or _saved_streams(job)
     run.engine = SerialEngine(run.engine, streams_after_resume(saved, num_ranks, seed=run.config.run.seed, step=run.step))

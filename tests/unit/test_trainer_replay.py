@@ -31,7 +31,7 @@ from keepstep.trainer.contract import Resume
 from keepstep.trainer.data import feed_for
 from keepstep.trainer.models import Gpt, build_model
 from keepstep.trainer.optim import clip_scale, learning_rate
-from keepstep.trainer.replay import Job
+from keepstep.trainer.replay import Job, Stretch, replay
 from keepstep.trainer.samples import samples_of
 from keepstep.trainer.tokens import open_tokens
 
@@ -145,6 +145,17 @@ def test_without_any_checkpoint_it_is_computed_from_scratch_through_every_change
     on_one = bare.outcome(9, ON_ONE)
     assert (on_one.comparison.tolerance, on_one.comparison.num_compared) == (TOLERANCES["fp32"], 9)
     assert on_one.comparison.widest < 1e-6
+
+
+def test_one_process_goes_on_with_one_rank_as_a_smaller_world_did(past: Past) -> None:
+    """Its own process did both ranks' work before, so what it leaves behind are no streams of the one rank's."""
+    config = TrainerConfig.model_validate(past.config)
+    stretches = [
+        Stretch(config=config, attempt=1, world_size=2, after=0, last=2, threads=1),
+        Stretch(config=config, attempt=2, world_size=1, after=2, last=4, threads=1),
+    ]
+    ranks, one = (replay(stretches, None, on_one_process=on_one_process) for on_one_process in (False, True))
+    assert [one.records[step]["loss_hex"] for step in range(1, 5)] == [ranks.records[step]["loss_hex"] for step in range(1, 5)]
 
 
 @pytest.mark.parametrize("step", [2, 5, 10])
