@@ -47,10 +47,16 @@ def registry_of(run: Run) -> Registry:
 
 
 def _progress(run: Run) -> Part:
+    def check(saved: dict[str, Any]) -> Iterable[str]:
+        if type(saved["step"]) is not int or saved["step"] < 0:
+            yield f"step {saved['step']!r} is none"
+        if saved["loss_hex"] != "":
+            float.fromhex(saved["loss_hex"])
+
     def restore(saved: dict[str, Any]) -> None:
         run.step, run.loss_hex = saved["step"], saved["loss_hex"]
 
-    return Part(name="progress", capture=lambda: {"step": run.step, "loss_hex": run.loss_hex}, restore=restore)
+    return Part(name="progress", capture=lambda: {"step": run.step, "loss_hex": run.loss_hex}, restore=restore, check=check)
 
 
 def _position(run: Run) -> Part:
@@ -112,11 +118,15 @@ def _optimizer(run: Run) -> Part:
     def capture() -> dict[str, Any]:
         return run.engine.optimizer.hyper_parameters()
 
+    def check(saved: dict[str, Any]) -> Iterable[str]:
+        list(changed_hyper_parameters(saved, capture()))  # raises where it cannot be compared
+        return ()
+
     def restore(saved: dict[str, Any]) -> None:
         for sentence in changed_hyper_parameters(saved, capture()):
             log.warning("%s", sentence)
 
-    return Part(name="optimizer", capture=capture, restore=restore)
+    return Part(name="optimizer", capture=capture, restore=restore, check=check)
 
 
 def _schedule(run: Run) -> Part:
@@ -125,11 +135,15 @@ def _schedule(run: Run) -> Part:
     def capture() -> dict[str, Any]:
         return schedule_of(run.config.optimizer, run.config.run.steps)
 
+    def check(saved: dict[str, Any]) -> Iterable[str]:
+        list(changes(saved, capture(), ""))  # raises where it cannot be compared
+        return ()
+
     def restore(saved: dict[str, Any]) -> None:
         for sentence in changes(saved, capture(), "of the schedule"):
             log.warning("%s", sentence)
 
-    return Part(name="schedule", capture=capture, restore=restore)
+    return Part(name="schedule", capture=capture, restore=restore, check=check)
 
 
 def _spikes(run: Run) -> Part:
@@ -139,10 +153,15 @@ def _spikes(run: Run) -> Part:
     def capture() -> list[list[str]]:
         return run.window.to_json()
 
+    def check(saved: list[list[str]]) -> Iterable[str]:
+        if not isinstance(saved, list):
+            yield f"the recent steps are {saved!r}"
+        Window.from_json(len(saved), saved)
+
     def restore(saved: list[list[str]]) -> None:
         run.window = Window.from_json(run.config.train.spike.window, saved)
 
-    return Part(name="spike", capture=capture, restore=restore)
+    return Part(name="spike", capture=capture, restore=restore, check=check)
 
 
 def threads() -> Part:
@@ -153,18 +172,33 @@ def threads() -> Part:
             log.info("computing with %d threads as before; this node would take %d", saved, torch.get_num_threads())
             torch.set_num_threads(saved)
 
+    def check(saved: Any) -> Iterable[str]:
+        if type(saved) is not int or saved < 1:
+            yield f"{saved!r} threads cannot compute"
+
     def as_rank_0(saved: Sequence[int]) -> str:
         restore(saved[0])
         return ""
 
-    return Part(name="threads", capture=torch.get_num_threads, restore=restore, per_rank=True, elsewhere=as_rank_0)
+    return Part(
+        name="threads",
+        capture=torch.get_num_threads,
+        restore=restore,
+        check=check,
+        per_rank=True,
+        elsewhere=as_rank_0,
+        check_elsewhere=check,
+    )
 
 
 def _streams(run: Run) -> list[Part]:
     """With exact reduction a stream is one of (step, logical rank) while a step computes, and the same on all ranks in between."""
 
+    if run.config.cluster.exact_reduction:
+        return rng.derived_parts(lambda: rng.seed_everything(run.config.run.seed, run.step))  # as exact.py leaves them after a step
+
     def derive() -> str:
         rng.seed_everything(run.config.run.seed, run.step, run.world.rank)
         return "random streams follow from (seed, step, rank)"
 
-    return rng.parts(derive, per_rank=not run.config.cluster.exact_reduction)
+    return rng.parts(derive)

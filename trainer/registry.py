@@ -63,6 +63,8 @@ class Part:
     elsewhere: Callable[[Sequence[Json]], str] | None = None
     """Of a part per rank, at another world size: makes it anew, given what every rank had saved, and says how (for the log).
     None: such a checkpoint is refused."""
+    check_elsewhere: Callable[[Json], Iterable[str]] = _no_problem
+    """What is wrong with one rank's value for `elsewhere`, as sentences; changes nothing."""
 
 
 class Registry:
@@ -130,12 +132,20 @@ class Registry:
             if odd := [rank for rank, value in enumerate(values) if value != values[0]]:
                 told = f"rank 0 had saved {_short(values[0])}, rank {odd[0]} {_short(values[odd[0]])}"
                 yield f"{told}, so {self.world_size} ranks cannot go on from one of them"
-            try:
-                yield from part.check(values[0])
-            except (AttributeError, KeyError, TypeError, ValueError) as error:  # of another version's making
-                yield f"it holds what this version cannot read ({type(error).__name__}: {error}): {_short(values[0])}"
+            yield from _found(part.check, values[0])
         elif part.elsewhere is None:
             yield f"every rank has its own, so what {saved_by} ranks had saved is nothing for {self.world_size}"
+        else:
+            yield from (
+                f"of rank {rank}: {problem}" for rank, value in enumerate(values) for problem in _found(part.check_elsewhere, value)
+            )
+
+
+def _found(check: Callable[[Json], Iterable[str]], value: Json) -> Iterator[str]:
+    try:
+        yield from check(value)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # of another version's making
+        yield f"it holds what this version cannot read ({type(error).__name__}: {error}): {_short(value)}"
 
 
 def _short(value: Json) -> str:

@@ -1,6 +1,6 @@
 """Every random stream of a rank: captured as JSON, restored exactly, or derived when there is nothing exact to restore.
 
-Python's random, NumPy's global generator, torch's CPU generator, the generator of every CUDA device of this process, and whether
+Python's random, NumPy's global generator, torch's CPU generator, the generator of the CUDA device that the rank computes on, and whether
 DTensor's tracker exists. The tracker keeps no numbers of its own (torch 2.13), but its making is an event of the streams: the first random
 operation on a DTensor makes it, and that gives all ranks the stream of rank 0. Made once more after a restart, it would do so again.
 """
@@ -68,12 +68,11 @@ def digest(saved: Mapping[str, Any]) -> str:
     return sha256_hex(canonical_json(saved))
 
 
-def parts(derive: Callable[[], str] | None = None, *, per_rank: bool = True) -> list[Part]:
+def parts(derive: Callable[[], str] | None = None) -> list[Part]:
     """A part per stream, named "rng.python" and so on.
 
     Args:
         derive: at another world size: makes all streams anew and says how. None: such a checkpoint is refused.
-        per_rank: False: between steps all ranks have the same streams, so that any number of ranks goes on with them.
     """
     return [
         Part(
@@ -81,8 +80,27 @@ def parts(derive: Callable[[], str] | None = None, *, per_rank: bool = True) -> 
             capture=stream.capture,
             restore=stream.restore,
             check=stream.check,
-            per_rank=per_rank and name != "dtensor",  # DTensors' operations are those of all ranks
+            per_rank=name != "dtensor",  # DTensors' operations are those of all ranks
             elsewhere=None if derive is None else lambda saved: derive(),
+        )
+        for name, stream in STREAMS.items()
+    ]
+
+
+def derived_parts(derive: Callable[[], None]) -> list[Part]:
+    """Of a run whose streams are made anew by `derive` between any two steps: at every world size, whatever was saved."""
+
+    def elsewhere(saved: Iterable[Any]) -> str:
+        derive()
+        return ""
+
+    return [
+        Part(
+            name=f"{_PREFIX}{name}",
+            capture=stream.capture,
+            restore=lambda saved: derive(),
+            per_rank=True,  # ranks of a run that was not like that had streams of their own
+            elsewhere=elsewhere,
         )
         for name, stream in STREAMS.items()
     ]
@@ -103,6 +121,12 @@ def _restore_python(saved: Mapping[str, Any]) -> None:
     random.setstate((saved["version"], words, None if saved["gauss"] is None else float.fromhex(saved["gauss"])))
 
 
+def _check_python(saved: Mapping[str, Any]) -> Iterable[str]:
+    words = tuple(int(word) for word in _unpack(saved["words"]))
+    random.Random(0).setstate((saved["version"], words, None if saved["gauss"] is None else float.fromhex(saved["gauss"])))
+    return ()
+
+
 def _capture_numpy() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     assert isinstance(keys, np.ndarray)
@@ -114,18 +138,43 @@ def _restore_numpy(saved: Mapping[str, Any]) -> None:
     np.random.set_state((saved["name"], keys, saved["position"], saved["has_gauss"], float.fromhex(saved["cached"])))
 
 
-def _cuda_states() -> list[torch.Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+def _check_numpy(saved: Mapping[str, Any]) -> Iterable[str]:
+    keys, position = _unpack(saved["keys"]), saved["position"]
+    np.random.RandomState(0).set_state((saved["name"], keys, position, saved["has_gauss"], float.fromhex(saved["cached"])))
+    if not 0 <= position <= len(keys):  # NumPy would read beside its memory
+        yield f"it stands at number {position} of {len(keys)}"
 
 
-def _restore_cuda(saved: list[str]) -> None:
-    if saved:
-        torch.cuda.set_rng_state_all([_unpack_tensor(state) for state in saved])
+def _check_torch(saved: str) -> Iterable[str]:
+    try:
+        torch.Generator().set_state(_unpack_tensor(saved))
+    except RuntimeError as error:
+        yield f"no state of torch's generator: {error}"
 
 
-def _check_cuda(saved: list[str]) -> Iterable[str]:
-    if len(saved) != (here := len(_cuda_states())):
-        yield f"it holds streams of {len(saved)} CUDA devices, this process has {here}"
+def _cuda_state() -> torch.Tensor | None:
+    """Of the device that this rank computes on. Nodes have different numbers of them; what others draw is theirs to save."""
+    return torch.cuda.get_rng_state(torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def _capture_cuda() -> str | None:
+    state = _cuda_state()
+    return None if state is None else _pack_tensor(state)
+
+
+def _restore_cuda(saved: str | None) -> None:
+    if saved is not None:
+        torch.cuda.set_rng_state(_unpack_tensor(saved), torch.cuda.current_device())
+
+
+def _check_cuda(saved: str | None) -> Iterable[str]:
+    here = _cuda_state()
+    if saved is not None and here is None:
+        yield "it holds the stream of a CUDA device, and this process has none"
+    elif saved is None and here is not None:
+        yield "it was saved by a process without CUDA, and this one computes on a CUDA device"
+    elif saved is not None and here is not None and (size := _unpack_tensor(saved).numel()) != here.numel():
+        yield f"its stream of a CUDA device has {size} bytes, here they have {here.numel()}"
 
 
 def _capture_tracker() -> dict[str, Any] | None:
@@ -141,7 +190,9 @@ def _restore_tracker(saved: Mapping[str, Any] | None) -> None:
 
 
 def _check_tracker(saved: Mapping[str, Any] | None) -> Iterable[str]:
-    if saved is not None and not _cuda_states():
+    if saved is not None and not isinstance(saved["distributes"], bool):
+        yield f"whether the tracker distributes is {saved['distributes']!r}"
+    if saved is not None and _cuda_state() is None:
         yield "DTensors drew numbers on CUDA devices, and this process has none"
 
 
@@ -162,9 +213,13 @@ def _unpack_tensor(text: str) -> torch.Tensor:
 
 
 STREAMS: Final[Mapping[str, Stream]] = {
-    "python": Stream(capture=_capture_python, restore=_restore_python),
-    "numpy": Stream(capture=_capture_numpy, restore=_restore_numpy),
-    "torch": Stream(capture=lambda: _pack_tensor(torch.get_rng_state()), restore=lambda saved: torch.set_rng_state(_unpack_tensor(saved))),
-    "cuda": Stream(capture=lambda: [_pack_tensor(state) for state in _cuda_states()], restore=_restore_cuda, check=_check_cuda),
+    "python": Stream(capture=_capture_python, restore=_restore_python, check=_check_python),
+    "numpy": Stream(capture=_capture_numpy, restore=_restore_numpy, check=_check_numpy),
+    "torch": Stream(
+        capture=lambda: _pack_tensor(torch.get_rng_state()),
+        restore=lambda saved: torch.set_rng_state(_unpack_tensor(saved)),
+        check=_check_torch,
+    ),
+    "cuda": Stream(capture=_capture_cuda, restore=_restore_cuda, check=_check_cuda),
     "dtensor": Stream(capture=_capture_tracker, restore=_restore_tracker, check=_check_tracker),
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -53,10 +54,19 @@ class LossScaler:
 
     def part(self) -> Part:
         """null where there is none. Precision follows run.toml, as hyper-parameters do."""
-        return Part(name="scaler", capture=self._capture, restore=self._restore)
+        return Part(name="scaler", capture=self._capture, restore=self._restore, check=self._check)
 
     def _capture(self) -> Json:
         return {"scale": self.scale, "applied": self.applied} if self.dynamic else None
+
+    def _check(self, saved: Json) -> Iterable[str]:
+        if saved is None:
+            return
+        scale, applied = saved["scale"], saved["applied"]
+        if isinstance(scale, bool) or not 0 < scale < math.inf or math.frexp(scale)[0] != 0.5:
+            yield f"a scale of {scale!r} is no power of two"
+        if type(applied) is not int or applied < 0:
+            yield f"the scale cannot have held for {applied!r} steps"
 
     def _restore(self, saved: Json) -> None:
         if self.dynamic and saved is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
@@ -45,8 +46,10 @@ def stateful(name: str, it: Stateful, *, per_rank: bool = False, elsewhere: Call
         name=name,
         capture=lambda: to_json(it.state_dict(), name),
         restore=restore,
+        check=_readable,
         per_rank=per_rank,
         elsewhere=moved if elsewhere else None,
+        check_elsewhere=_readable,
     )
 
 
@@ -60,6 +63,8 @@ def param_groups(optimizer: torch.optim.Optimizer, *, name: str = "optimizer") -
     def check(saved: Sequence[Json]) -> Iterable[str]:
         if len(saved) != len(optimizer.param_groups):
             yield f"it had {len(saved)} groups of parameters, here are {len(optimizer.param_groups)}"
+        for group in saved:
+            dict.keys(from_json(group))
 
     def restore(saved: Sequence[Json]) -> None:
         for group, hyper_parameters in zip(optimizer.param_groups, saved, strict=True):
@@ -68,30 +73,38 @@ def param_groups(optimizer: torch.optim.Optimizer, *, name: str = "optimizer") -
     return Part(name=name, capture=capture, restore=restore, check=check)
 
 
+def _readable(saved: Json) -> Iterable[str]:
+    try:
+        from_json(saved)
+    except RuntimeError as error:  # torch's, of a tensor whose bytes and shape do not agree
+        yield f"it holds what cannot be read: {error}"
+
+
 def to_json(value: Any, where: str) -> Json:
     """JSON from which `from_json` makes the same value again, bit by bit, types included.
 
     Plain values, lists, tuples, dictionaries, bytes, NumPy arrays and scalars, torch tensors (which come back on the CPU). What JSON has no
-    word for becomes {"$kind": ...}. Raises TypeError, which names the place below `where`, for anything else and for what is large.
+    word for becomes {"$kind": ...}. Raises TypeError, which names the place below `where`, for anything else, also for subclasses (their
+    type would be lost; an OrderedDict alone comes back as a dict, in its order), and for what is large.
     """
     match value:
-        case None | bool() | str():
+        case None | bool():
             return value
-        case int() if type(value) is int:
+        case str() | int() if type(value) in (str, int):
             return value
         case float() if type(value) is float:
             return value if math.isfinite(value) else {"$float": str(value)}
-        case list():
+        case list() if type(value) is list:
             return [to_json(each, f"{where}[{i}]") for i, each in enumerate(value)]
         case tuple() if type(value) is tuple:
             return {"$tuple": to_json(list(value), where)}
-        case dict():
+        case dict() if type(value) in (dict, OrderedDict):
             return _dict_to_json(value, where)
-        case bytes():
+        case bytes() if type(value) is bytes:
             return {"$bytes": _packed(value, where)}
-        case Tensor():
+        case Tensor() if type(value) is Tensor:
             return {"$tensor": [str(value.dtype).removeprefix("torch."), list(value.shape), _packed(_bytes_of(value), where)]}
-        case np.ndarray() | np.generic() if value.dtype.kind in "biufc":
+        case np.ndarray() | np.generic() if value.dtype.kind in "biufc" and (type(value) is np.ndarray or isinstance(value, np.generic)):
             array = np.asarray(value)
             kind = "$array" if isinstance(value, np.ndarray) else "$scalar"
             return {kind: [array.dtype.str, list(array.shape), _packed(array.tobytes(), where)]}

@@ -36,7 +36,7 @@ class StepTrace:
     """
 
     def __init__(self, config: TraceSection, optimizer: ShardOptimizer, world: World) -> None:
-        self._interval, self._world = config.interval, world
+        self._interval, self._updates, self._world = config.interval, config.updates, world
         counted = {name: is_counted(parameter, world.rank) for name, parameter in optimizer.parameters.items()}
         self._names = tuple(optimizer.parameters)
         self._shards = {name: shard for name, shard in optimizer.shards.items() if counted[name] and shard.numel()}
@@ -68,8 +68,10 @@ class StepTrace:
             name="traceback",
             capture=lambda: known(self.ratio_square()),
             restore=self._restore,
+            check=_check,
             per_rank=True,
             elsewhere=self._take_over,
+            check_elsewhere=_check,
         )
 
     def _restore(self, ratio_square: float | None) -> None:
@@ -97,12 +99,15 @@ class StepTrace:
         """Around the update; `norm` is that of all parameters before it."""
         if self.is_sampled(step):
             self._gradient_rows = {name: _gradient_row(shard.grad) for name, shard in self._shards.items()}
-        if not self._before:
+        if not self._updates:
             yield
+            self._update_squares = torch.full((1,), math.nan, dtype=torch.float64)  # what a checkpoint had of an earlier one is told
             return
-        torch._foreach_copy_(self._before, self._values)
+        if self._before:  # else this rank counts nothing, and that is 0
+            torch._foreach_copy_(self._before, self._values)
         yield
-        torch._foreach_sub_(self._before, self._values)
+        if self._before:
+            torch._foreach_sub_(self._before, self._values)
         self._update_squares, self._norm = _squares(self._before), norm
 
     def layers(self, step: int, gradient_scale: float) -> Layers | None:
@@ -115,12 +120,16 @@ class StepTrace:
             return None
         modules = torch.stack([self._activations.get(name, empty_row()).cpu() for name in self._module_names])
         parameters = self._parameter_rows()
-        row = torch.cat([modules.flatten(), parameters.flatten()])
-        rows = self._world.gather(row.tolist())
-        by_module = combined(rows[:, : modules.numel()].view(-1, *modules.shape)).tolist()
-        by_parameter = rows[:, modules.numel() :].view(-1, *parameters.shape).sum(0).tolist()
-        order = list(self._activations)
-        found = {name: _module(Statistics.of(figures), order, name) for name, figures in zip(self._module_names, by_module, strict=True)}
+        order = {name: number for number, name in enumerate(self._activations)}
+        orders = [float(order.get(name, -1)) for name in self._module_names]  # none on a rank that has nothing to compute
+        rows = self._world.gather([*modules.flatten().tolist(), *orders, *parameters.flatten().tolist()])
+        first, last = modules.numel(), modules.numel() + len(orders)
+        of_modules, of_orders, of_parameters = rows[:, :first], rows[:, first:last], rows[:, last:]
+        by_module = combined(of_modules.reshape(-1, *modules.shape)).tolist()
+        by_parameter = of_parameters.reshape(-1, *parameters.shape).sum(0).tolist()
+        known_orders = next((row for row in of_orders.tolist() if max(row, default=-1) >= 0), orders)
+        told = zip(self._module_names, by_module, known_orders, strict=True)
+        found = {name: _module(Statistics.of(figures), int(number)) for name, figures, number in told}
         found |= {name: _parameter(figures, gradient_scale) for name, figures in zip(self._names, by_parameter, strict=True)}
         return {name: {key: _rounded(value) for key, value in figures.items()} for name, figures in found.items()}
 
@@ -131,7 +140,7 @@ class StepTrace:
         if mine:
             rows[mine] = torch.stack([self._gradient_rows[name] for name in self._shards])
             rows[mine, _SQUARE] = self._squares
-            rows[mine, _UPDATE_SQUARE] = self._update_squares if self._before else math.nan
+            rows[mine, _UPDATE_SQUARE] = self._update_squares
         return rows.cpu()
 
 
@@ -165,8 +174,13 @@ def _gradient_row(gradient: Tensor | None) -> Tensor:
     return row
 
 
-def _module(statistics: Statistics, order: Sequence[str], name: str) -> dict[str, float | None]:
-    return statistics.to_json() | ({"order": order.index(name)} if name in order else {})
+def _check(saved: float | None) -> Iterator[str]:
+    if saved is not None and (isinstance(saved, bool) or not 0 <= saved < math.inf):
+        yield f"the square of an update's size is {saved!r}"
+
+
+def _module(statistics: Statistics, order: int) -> dict[str, float | None]:
+    return statistics.to_json() | ({"order": order} if order >= 0 else {})
 
 
 def _parameter(row: Sequence[float], gradient_scale: float) -> dict[str, float | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -70,10 +71,10 @@ def those(how: str) -> list[str]:
 
 
 class Devices:
-    """Two CUDA devices as far as random streams go, and DTensor's tracker over them, on a machine that has none."""
+    """A CUDA device as far as random streams go, and DTensor's tracker over them, on a machine that has none."""
 
     def __init__(self) -> None:
-        self.generators = [torch.Generator() for _ in range(2)]
+        self.generators = [torch.Generator() for _ in range(1)]
         self.distribute_region_enabled = True
 
     def track(self, mesh: Any, run_state_sync: bool = True) -> Devices:
@@ -83,12 +84,11 @@ class Devices:
                 generator.manual_seed(0)
         return self
 
-    def states(self) -> list[torch.Tensor]:
-        return [generator.get_state() for generator in self.generators]
+    def state(self) -> torch.Tensor:
+        return self.generators[0].get_state()
 
-    def set_states(self, states: list[torch.Tensor]) -> None:
-        for generator, state in zip(self.generators, states, strict=True):
-            generator.set_state(state)
+    def set_state(self, state: torch.Tensor, device: int) -> None:
+        self.generators[device].set_state(state)
 
     def draw(self) -> float:
         """As a random operation on a DTensor does."""
@@ -105,9 +105,10 @@ def devices() -> Iterator[Devices]:
         return rate(*arguments) * (1 + random.random() + float(np.random.rand()) + made.draw())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rng, "_cuda_states", made.states)
+        patch.setattr(rng, "_cuda_state", made.state)
         patch.setattr(rng, "init_device_mesh", lambda *arguments: None)
-        patch.setattr(torch.cuda, "set_rng_state_all", made.set_states)
+        patch.setattr(torch.cuda, "set_rng_state", made.set_state)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(dtensor, "OffsetBasedRNGTracker", made.track)
         patch.setattr(loop, "learning_rate", drawn)
         yield made
@@ -274,6 +275,38 @@ def test_a_part_that_only_guards_refuses_and_nothing_else_does(lab: Lab, name: s
 
     with pytest.raises(Seen):
         lab.attempt(lab.resume(), foreign)
+
+
+# What no version can have meant; a restore would fail half-way, or much later.
+BROKEN: Final[dict[str, tuple[Any, ...]]] = {
+    "progress": (None, {}, {"step": "3", "loss_hex": ""}, {"step": 2, "loss_hex": None}, {"step": 2, "loss_hex": "x"}),
+    "scaler": ({"scale": 2.0}, {"scale": 3.0, "applied": 0}, {"scale": "2", "applied": 0}, {"scale": 2.0, "applied": None}, 7),
+    "spike": ({}, [["0x0p+0"]], [[1.0, 2.0]], None),
+    "threads": (0, "1", None, True),
+    "traceback": (-1.0, "1", [], math.inf),
+    "optimizer": (7, {"decayed": 3}),
+    "schedule": (7, None),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BROKEN.items() for value in values])
+def test_a_malformed_value_is_refused_before_anything_changes_at_any_world_size(lab: Lab, name: str, value: Any) -> None:
+    def broken(run: Run, registry: Registry) -> Registry:
+        good, before = registry.state(), registry.state()
+        bad = {PARTS: good[PARTS] | {name: value}}
+        elsewhere = Registry(rank=0, world_size=3)
+        elsewhere.add(*registry.parts)
+        elsewhere.check([good, good])
+        last_rank = [good, bad] if name == "traceback" else [bad, bad]
+        for mine, states in ((registry, [bad]), (elsewhere, last_rank)):
+            with pytest.raises(StateMismatch) as caught:
+                mine.restore(states)
+            assert set(caught.value.different) == {name}
+        assert registry.state() == before
+        raise Seen
+
+    with pytest.raises(Seen):
+        lab.attempt(lab.resume(), broken)
 
 
 class Seen(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import struct
@@ -22,7 +23,7 @@ from keepstep.trainer.attach import Attached
 from keepstep.trainer.checkpoint import Checkpointer
 from keepstep.trainer.contract import Resume
 from keepstep.trainer.matching import CheckpointMismatch
-from keepstep.trainer.registry import PARTS, Registry, StateMismatch
+from keepstep.trainer.registry import PARTS, Part, Registry, StateMismatch
 from keepstep.trainer.restore import resume
 from keepstep.trainer.state import of_rank
 from keepstep.trainer.stateful import MAX_BYTES, from_json, param_groups, stateful, to_json
@@ -92,13 +93,35 @@ def test_arrays_and_their_scalars_come_back() -> None:
         ({"queue": [1, {3}]}, r"it\['queue'\]\[1\] is a set"),
         ({"gen": torch.Generator()}, r"it\['gen'\] is a Generator"),
         ({"a": np.array(["x"], dtype=object)}, r"it\['a'\] is a ndarray"),
+        ({"seen": collections.Counter("aab")}, r"it\['seen'\] is a Counter"),
+        ({"seen": collections.defaultdict(int)}, r"it\['seen'\] is a defaultdict"),
+        ({"weight": torch.nn.Parameter(torch.zeros(1))}, r"it\['weight'\] is a Parameter"),
+        ({"a": np.ma.masked_array([1], [True])}, r"it\['a'\] is a MaskedArray"),
+        ({"name": np.str_("x")}, r"it\['name'\] is a str_"),
         ({"a": {"b": torch.zeros(MAX_BYTES + 1, dtype=torch.uint8)}}, r"it\['a'\]\['b'\] has 1048577 bytes.*belongs among the tensors"),
     ],
-    ids=["set", "generator", "objects", "large"],
+    ids=["set", "generator", "objects", "counter", "defaultdict", "parameter", "masked", "str_", "large"],
 )
 def test_what_cannot_be_kept_is_named_by_its_place(value: Any, where: str) -> None:
     with pytest.raises(TypeError, match=where):
         to_json(value, "it")
+
+
+def test_an_ordered_dict_keeps_its_order() -> None:
+    assert list(through_a_checkpoint(collections.OrderedDict(b=1, a=2)).items()) == [("b", 1), ("a", 2)]
+
+
+@pytest.mark.parametrize("value", [{"$what": 1}, {"$tensor": ["float32", [3], "AAAA"]}, {"$bytes": "x"}, {"$tuple": 3}])
+def test_a_malformed_state_is_refused_before_anything_changes(value: Any) -> None:
+    part = stateful("loader", Loader(0), per_rank=True, elsewhere=lambda states: "")
+    first: list[Any] = []
+    for world_size in (2, 3):
+        mine = Registry(rank=0, world_size=world_size)
+        mine.add(Part(name="first", capture=lambda: 0, restore=first.append), part)
+        bad = {PARTS: {"first": 0, "loader": value}}
+        with pytest.raises(StateMismatch, match="loader differs"):
+            mine.restore([bad, bad])
+    assert not first
 
 
 class Loader:

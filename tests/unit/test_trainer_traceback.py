@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from keepstep.storage.canonical import canonical_json
 from keepstep.trainer.config import ModelSection, TraceSection
 from keepstep.trainer.models import Gpt, build_model
 from keepstep.trainer.parallel import initialise
+from keepstep.trainer.steptrace import StepTrace
 from keepstep.trainer.traceback import Statistics, activation_statistics, known, tensor_statistics, watched
 
 VALUES = st.floats(-100, 100, width=32) | st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf])
@@ -356,7 +359,6 @@ def replicated(rank: int, world_size: int) -> None:
     from keepstep.trainer.attach import Attached
     from keepstep.trainer.optim import local
     from keepstep.trainer.parallel import join
-    from keepstep.trainer.steptrace import StepTrace
 
     world = join(Attached(None))
     value = torch.full((3, 2), 2.0)
@@ -396,3 +398,48 @@ def replicated(rank: int, world_size: int) -> None:
 @pytest.mark.slow
 def test_what_ranks_hold_alike_counts_once() -> None:
     run_ranks(3, replicated)
+
+
+def trace_alone(rank: int, gather: Callable[[list[float]], torch.Tensor], config: TraceSection, *, holds: bool = True) -> StepTrace:
+    linear = nn.Linear(2, 2)
+    shards = dict(linear.named_parameters()) if holds else {name: torch.empty(0) for name, _ in linear.named_parameters()}
+    optimizer = SimpleNamespace(parameters=dict(linear.named_parameters()), shards=shards)
+    world = SimpleNamespace(rank=rank, size=2, device=torch.device("cpu"), gather=gather)
+    return StepTrace(config, optimizer, world)  # type: ignore[arg-type]
+
+
+def alone(row: list[float]) -> torch.Tensor:
+    return torch.tensor([row], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("updates", [False, True])
+def test_a_saved_update_is_told_once(updates: bool) -> None:
+    """Where updates are not measured, nothing is known after it; where a rank holds no rows of any parameter, its part is 0."""
+    trace = trace_alone(0, alone, TraceSection(updates=updates), holds=False)
+    trace.part().restore(0.25)
+    assert trace.ratio_square() == 0.25
+    for step in (1, 2):
+        with trace.update(step, 3.0):
+            pass
+        assert known(trace.ratio_square()) == (0.0 if updates else None)
+
+
+def test_the_order_of_the_layers_is_known_where_rank_0_computes_nothing() -> None:
+    model, rows = Gpt(ModelSection(layers=1, width=8, heads=2, context=4), 16), list[list[float]]()
+
+    def gather(row: list[float]) -> torch.Tensor:
+        rows.insert(0, row)
+        return torch.tensor(rows, dtype=torch.float64)
+
+    found = []
+    for rank in (1, 0):
+        trace = trace_alone(rank, gather, TraceSection(interval=1))
+        with trace.activations(1, model, [SimpleNamespace(counts=1)] * rank):  # type: ignore[list-item]
+            if rank == 1:
+                model(torch.zeros(1, 4, dtype=torch.long))
+        with trace.update(1, trace.parameter_square()):
+            pass
+        found.append(trace.layers(1, 1.0))
+    orders = [{name: figures["order"] for name, figures in (layers or {}).items() if "order" in figures} for layers in found]
+    assert orders[0] == orders[1]
+    assert sorted(orders[1].values()) == list(range(len(watched(model))))
