@@ -329,6 +329,8 @@ class Coordinator:
         if rewinds.is_wanted(self.run):
             raise InputError("another rewind is just being written; ask again in a few seconds")
         lineage = self.log.lineage
+        if to > (reached := max(self.run.reached, lineage.committed_step, 0)):
+            raise InputError(f"--to {to}: the run has only reached step {reached}")
         wanted = rewinding.order(lineage, self._given, to=to, skip=skip, override=override)
         self._rewind_answer = None
         self._apply(ev.RewindAsked(at=time.monotonic(), to=wanted.to, skips=tuple(skip), overrides=tuple(override), why=wanted.why))

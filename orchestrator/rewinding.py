@@ -118,6 +118,8 @@ def order(lineage: Lineage, config: RunConfig, *, to: int, skip: Sequence[str], 
         raise InputError("nothing was trained yet: there is nothing to go back from")
     if why := why_no_rewind(lineage, wanted):
         raise InputError(why)
+    if to > (steps := configs.overridden(config, lineage.overrides).run.steps):
+        raise InputError(f"--to {to}: the run has {steps} steps")
     overrides = overridden(lineage.overrides, override)
     target = lineage.newest_until(to)
     problems = [*_wrong_overrides(config, override, overrides, target), *_wrong_skips(lineage, config, to, skip)]
@@ -129,7 +131,7 @@ def order(lineage: Lineage, config: RunConfig, *, to: int, skip: Sequence[str], 
 def _wrong_overrides(config: RunConfig, given: Sequence[str], complete: Sequence[str], target: Commit | None) -> list[str]:
     keys = [text.partition("=")[0].strip() for text in given]
     fixed = {key: why for key in keys if key in known_keys() and (why := _why_fixed(key))}
-    problems = [f"-o: {key} cannot change in a run: {why}" for key, why in fixed.items()]
+    problems = [f"-o: {key} cannot be changed by a rewind: {why}" for key, why in fixed.items()]
     try:
         steps = configs.overridden(config, [text for text in complete if text.partition("=")[0].strip() not in fixed]).run.steps
     except InputError as error:
@@ -153,8 +155,10 @@ def _wrong_skips(lineage: Lineage, config: RunConfig, to: int, given: Sequence[s
         wanted = [skips.parse(text) for text in given]
     except ValueError as error:
         return [f"--skip: {error}"]
+    if config.train.script and given:
+        return ["--skip: a script reads its own data, so nobody but the script can leave samples out"]
     target = lineage.newest_until(to)
-    if config.train.script or target is None or target.step == 0:
+    if target is None or target.step == 0:
         return []
     turns = target.step * (config.train.batch_tokens // config.model.context)
     end = skips.position_of(turns - 1, known) + 1

@@ -116,9 +116,10 @@ def test_the_same_run_toml_continues_with_the_overrides_on_top(run: Kept) -> Non
     ("to", "skip", "override", "why"),
     [
         (9, [], [], "no usable checkpoint at or before step 9 in the history; there are: 10, 20, 30; step 0 is the beginning"),
+        (31, [], [], "--to 31: the run has 30 steps"),
         (20, ["7:7"], [], "--skip: '7:7' must be FIRST:LAST"),
         (20, ["600:700"], [], "step 20 has consumed the samples before position 640; go back further, or leave out 640:700"),
-        (20, [], ["model.layers=9"], "model.layers cannot change in a run: the checkpoints hold this model"),
+        (20, [], ["model.layers=9"], "model.layers cannot be changed by a rewind: the checkpoints hold this model"),
         (20, [], ["data.skip=[]"], "leave samples out with --skip"),
         (20, [], ["data.source=/x"], "the order of the samples"),
         (20, [], ["run.seed=3"], "it decides the order of the samples"),
@@ -140,6 +141,13 @@ def test_what_cannot_be_is_refused_with_the_reason(run: Kept, to: int, skip: lis
         ordered(run, to, skip, override)
     assert why in str(refused.value)
     assert not any(isinstance(record, Rewind) for record in reread(run).records)
+
+
+def test_nothing_is_left_out_of_a_scripts_own_data(run: Kept) -> None:
+    config = stored_config(run.store)
+    script = config.model_copy(update={"train": config.train.model_copy(update={"script": "train.py"})})
+    with pytest.raises(InputError, match="--skip: a script reads its own data"):
+        order(reread(run).lineage, script, to=20, skip=["700:701"], override=[])
 
 
 def test_all_problems_are_named_at_once(run: Kept) -> None:
