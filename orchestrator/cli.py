@@ -392,23 +392,15 @@ def trace(
 ) -> None:
     """The training's course: loss, gradients, updates, speed, attempts and lost work; and what is wrong with it, with a remedy.
 
+    Exit code 3 if --ledger proves nothing.
+
     Example: keepstep trace runs/quickstart --html trace.html
     """
     from . import tracing
 
-    tracing.trace(
-        root,
-        tracing.Wanted(
-            attempt=attempt,
-            first=first,
-            last=last,
-            ledger=ledger,
-            html=html,
-            parquet=parquet,
-            tensorboard=tensorboard,
-            as_json=as_json,
-        ),
-    )
+    files = {"html": html, "parquet": parquet, "tensorboard": tensorboard}
+    wanted = tracing.Wanted(attempt=attempt, first=first, last=last, ledger=ledger, as_json=as_json, **files)
+    raise typer.Exit(tracing.trace(root, wanted))
 
 
 @app.command()

@@ -41,7 +41,7 @@ class Difference:
     def sentence(self) -> str:
         return (
             f"step {self.step}: the recorded loss is {self.recorded_hex} ({self.recorded:.9g}), the computed one {self.computed_hex} "
-            f"({self.computed:.9g}): {self.ulps} ulps apart, relative {self.relative:.2g}"
+            f"({self.computed:.9g}): {self.ulps} ulp{'' if self.ulps == 1 else 's'} apart, relative {self.relative:.2g}"
         )
 
 

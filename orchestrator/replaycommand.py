@@ -24,12 +24,12 @@ from keepstep.trainer.replay import DUMPS, ReplayFailed, View
 
 from .errors import InputError
 from .replaying import Archive, Outcome, Way, travel
-from .viewing import open_console
 
 Json = dict[str, Any]
 Say = Callable[[str], None]
 NUM_WORST: Final = 5
 INDEX: Final = "index.json"
+_WIDE: Final = 400  # where there is no terminal: a script that reads it finds every column
 _FIGURES: Final = ("norm", "mean", "abs max", "zeros")
 
 
@@ -48,8 +48,10 @@ class Asked:
 
 
 def replay(asked: Asked) -> int:
-    """The whole of the command; its exit code: 3 where the recorded loss did not come out. Raises InputError."""
+    """The whole of the command; its exit code: 3 unless the recorded loss of the step came out. Raises InputError."""
     words = _dump_words(asked.dump)
+    if asked.out and not words:
+        raise InputError(f"--out {asked.out}: nothing would be written; say what, with --dump {','.join(DUMPS)}")
     out = Path(asked.out or f"replay-step{asked.step}")
     if words and out.exists():
         raise InputError(f"--out {out} exists, and nothing is overwritten: name another folder, or remove it")
@@ -74,7 +76,7 @@ def replay(asked: Asked) -> int:
     if asked.as_json:
         print(json.dumps(report))
     else:
-        _print(open_console(), report)
+        _print(_console(), report)
     return EXIT_OK if report["holds"] else EXIT_FAILED
 
 
@@ -135,6 +137,7 @@ def _report(archive: Archive, asked: Asked, outcome: Outcome) -> Json:
     computed, recorded = outcome.replayed.records.get(step, {}), outcome.recorded.get(step, {})
     first, view = comparison.first, _merged(outcome.replayed.views)
     refused = (archive.refused(outcome.attempt, step) or {}).get("why", "")
+    is_compared = step in outcome.recorded and step in outcome.replayed.records
     return {
         "step": step,
         "attempt": outcome.attempt,
@@ -144,7 +147,8 @@ def _report(archive: Archive, asked: Asked, outcome: Outcome) -> Json:
         "steps_computed": route.num_steps,
         "steps_compared": comparison.num_compared,
         "checked": f"loss within {comparison.tolerance:g}" if comparison.tolerance else "bits of the loss",
-        "holds": comparison.holds and bool(refused) == bool(view["rejected"]),
+        "step_compared": is_compared,  # a refused step has no record; that it is refused again stands for it
+        "holds": comparison.holds and (is_compared or bool(refused)) and bool(refused) == bool(view["rejected"]),
         "widest_relative_difference": comparison.widest,
         "first_difference": None
         if first is None
@@ -204,15 +208,24 @@ def _index(folder: Path, out: Path, report: Json) -> Json:
 # --- for people -------------------------------------------------------------------------------------------------------
 
 
+def _console() -> Console:
+    """As wide as the terminal, or as COLUMNS says; else wide enough for every column."""
+    console = Console(highlight=False)
+    return console if console.is_terminal or os.environ.get("COLUMNS", "").isdigit() else Console(highlight=False, width=_WIDE)
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _print(console: Console, report: Json) -> None:
     def say(text: str) -> None:
         console.print(printable(text), markup=False, soft_wrap=True)
 
     for note in report["notes"]:
         say(note)
-    begin = f"the checkpoint of step {report['from_step']}" if report["from_checkpoint"] else "scratch (no checkpoint before it is left)"
-    ranks, computed = report["world_size"], report["steps_computed"]
-    say(f"step {report['step']} of attempt {report['attempt']} ({ranks} ranks), {computed} steps from {begin}")
+    ranks, computed = counted(report["world_size"], "rank"), counted(report["steps_computed"], "step")
+    say(f"step {report['step']} of attempt {report['attempt']} ({ranks}), {computed} from {_begin(report)}")
     _print_comparison(say, report)
     if report["rejected_then"]:
         say(f"it was refused: {report['rejected_then']}")
@@ -220,23 +233,35 @@ def _print(console: Console, report: Json) -> None:
     if report["lr"] is not None:
         first, last = report["positions"]
         say(f"learning rate {report['lr']:.6g}, gradient norm {_brief(report['grad_norm']['computed'])}, positions {first} to {last - 1}")
-    console.print(_parameter_table(report))
-    console.print(_activation_table(report))
+    for table in (_parameter_table(report, console.width), _activation_table(report, console.width)):
+        console.print(table)
     _print_worst(say, report)
     if "dump" in report:
         say(f"dumped into {report['dump']['folder']}: {', '.join(report['dump']['files'])}; {INDEX} says what is what")
+
+
+def _begin(report: Json) -> str:
+    if report["from_checkpoint"]:
+        return f"the checkpoint of step {report['from_step']}"
+    return "scratch" if report["step"] == 1 else "scratch (no checkpoint before it is left)"
 
 
 def _print_comparison(say: Say, report: Json) -> None:
     loss, first = report["loss"], report["first_difference"]
     if loss["computed"] is not None:
         say(f"loss {loss['computed']:.6f} nats per token ({report['loss_hex']['computed']}), recorded {_number(loss['recorded'])}")
-    if not report["steps_compared"]:
-        say("compared with nothing: no step on the way was recorded, or the records were lost with their node")
+    lost = f"the record of step {report['step']} was lost with its node, or never written"
+    if not report["steps_compared"] and not report["rejected_then"]:
+        say(f"NOT CHECKED: compared with nothing: {lost}, and so were those on the way")
         return
     if first is None:
         widest = f" (widest relative difference {report['widest_relative_difference']:.1e})" if "within" in report["checked"] else ""
-        say(f"checked: {report['checked']}, equal in all {report['steps_compared']} steps{widest}")
+        is_checked, compared = report["step_compared"] or report["rejected_then"], report["steps_compared"]
+        equal = "equal" if compared == 1 else f"equal in all {compared} steps"
+        if not is_checked:
+            say(f"NOT CHECKED: {lost}. {counted(compared, 'step')} on the way: {report['checked']}, {equal}{widest}")
+        elif compared:
+            say(f"checked: {report['checked']}, {equal}{widest}")
         return
     say(f"NOT EQUAL. Checked: {report['checked']}. {first['sentence']}")
     for cause in first["causes"]:
@@ -255,18 +280,42 @@ def _share(value: float | None) -> str:
     return "?" if value is None else "0" if value == 0 else f"{100 * value:.3g} %"
 
 
-def _parameter_table(report: Json) -> Table:
-    table = Table("parameter", *_FIGURES, *(f"gradient {figure}" for figure in (*_FIGURES, "not finite")), "update / norm")
+def _parameter_table(report: Json, width: int) -> Table:
     gradients, parameters, updates = (report.get(name) or {} for name in ("gradients", "parameters", "updates"))
+    heads = ("parameter", *_FIGURES, *(f"gradient {figure}" for figure in (*_FIGURES, "not finite")), "update / norm")
+    rows = []
     for name in gradients | parameters:
         own, gradient, update = parameters.get(name, {}), gradients.get(name, {}), updates.get(name, {})
         ratio = update.get("norm") and own.get("norm") and update["norm"] / own["norm"]
-        table.add_row(
-            escape(name),
-            *(_brief(own.get("norm")), _brief(own.get("mean")), _brief(_abs_max(own)), _share(own.get("zeros"))),
-            *(_brief(gradient.get("norm")), _brief(gradient.get("mean")), _brief(_abs_max(gradient)), _share(gradient.get("zeros"))),
-            *(_share(gradient.get("nonfinite")), _brief(ratio) if ratio is not None else "?"),
+        rows.append(
+            (
+                name,
+                *(_brief(own.get("norm")), _brief(own.get("mean")), _brief(_abs_max(own)), _share(own.get("zeros"))),
+                *(_brief(gradient.get("norm")), _brief(gradient.get("mean")), _brief(_abs_max(gradient)), _share(gradient.get("zeros"))),
+                *(_share(gradient.get("nonfinite")), _brief(ratio) if ratio is not None else "?"),
+            )
         )
+    return fitting(heads, rows, ("parameter", "norm", "gradient norm", "update / norm", "gradient not finite"), width)
+
+
+def fitting(heads: Sequence[str], rows: Sequence[Sequence[str]], first: Sequence[str], width: int) -> Table:
+    """As many columns as the width holds: those of `first`, then the others, in the order of `heads`. Nothing in a cell is cut.
+
+    The first column is always there; where nothing fits beside it, so is the second.
+    """
+    lengths = {head: max(map(len, (*head.split(), *(row[i] for row in rows)))) for i, head in enumerate(heads)}
+    chosen: list[str] = []
+    used = 1
+    for head in (*first, *(head for head in heads if head not in first)):
+        if len(chosen) > 1 and used + lengths[head] + 3 > width:
+            continue
+        chosen.append(head)
+        used += lengths[head] + 3  # a line and two blanks
+    table = Table()
+    for head in (kept := [head for head in heads if head in chosen]):
+        table.add_column(head, overflow="fold", min_width=lengths[head] if head != heads[0] else None)
+    for row in rows:
+        table.add_row(*(escape(cell) for head, cell in zip(heads, row, strict=True) if head in kept))
     return table
 
 
@@ -275,19 +324,20 @@ def _abs_max(statistics: Mapping[str, Any]) -> float | None:
     return None if low is None or high is None else max(abs(low), abs(high))
 
 
-def _activation_table(report: Json) -> Table:
-    table = Table("output of", "min", "max", "mean", "std", "zeros", "not finite")
+def _activation_table(report: Json, width: int) -> Table:
+    heads = ("output of", "min", "max", "mean", "std", "zeros", "not finite")
+    rows = []
     for name, own in report["activations"].items():
         mean, rms = own["mean"], own["rms"]
         std = None if mean is None or rms is None else math.sqrt(max(0.0, rms * rms - mean * mean))
         values = (_brief(own["min"]), _brief(own["max"]), _brief(mean), _brief(std))
-        table.add_row(escape(name), *values, _share(own["zeros"]), _share(own["nonfinite"]))
-    return table
+        rows.append((name, *values, _share(own["zeros"]), _share(own["nonfinite"])))
+    return fitting(heads, rows, ("output of", "min", "max", "not finite"), width)
 
 
 def _print_worst(say: Say, report: Json) -> None:
     whose = "" if report["rank"] is None else f" of rank {report['rank']}"
-    say(f"the worst of {len(report['samples'])} samples{whose}, by their own loss:")
+    say(f"the worst of {counted(len(report['samples']), 'sample')}{whose}, by their own loss:")
     for sample in report["worst"]:
         say(f"  {_number(sample['loss'], 4)} nats per token: position {sample['position']} (rank {sample['rank']}, {sample['place']})")
         say(f"    {sample['text']}")

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from keepstep.trainer.columns import Course, Steps
-from keepstep.trainer.findings import Finding
+from keepstep.trainer.findings import Finding, nothing_found
 
 from .curves import Floats, Line, Scale, figure, scale_of, thinned
 
@@ -38,7 +38,7 @@ CHARTS: Final = (
 )
 
 
-def page(course: Course, findings: Sequence[Finding], ledger: str = "") -> str:
+def page(course: Course, findings: Sequence[Finding], ledger: str = "", unlooked: Sequence[str] = ()) -> str:
     """The whole document."""
     view = _View(course)
     template = Template(files("keepstep.orchestrator").joinpath("trace.html").read_text())
@@ -46,7 +46,8 @@ def page(course: Course, findings: Sequence[Finding], ledger: str = "") -> str:
         title=escape(course.run),
         subtitle=escape(_subtitle(course)),
         ledger=f"<p>{escape(ledger)}</p>" if ledger else "",
-        findings="".join(map(_finding, findings)) or '<p class="healthy">No findings: every rule was looked at, none applies.</p>',
+        findings=("".join(map(_finding, findings)) or f'<p class="healthy">{nothing_found(unlooked).capitalize()}.</p>')
+        + "".join(f"<p>Not looked at: {escape(sentence)}.</p>" for sentence in unlooked),
         charts="".join(view.charts()),
         heat="".join(_heat_maps(course)) or "<p>No layer statistics were recorded.</p>",
         attempts=_attempts(course),
@@ -210,10 +211,17 @@ def _heat_map(title: str, names: Sequence[str], steps: Sequence[int], values: Fl
 def _attempts(course: Course) -> str:
     rows = []
     for attempt in course.attempts:
-        told = [incident.why for incident in course.incidents if incident.attempt == attempt.attempt and incident.kind != "rejected"]
         source = "scratch" if attempt.resume_step < 0 else f"step {attempt.resume_step}"
         computed = f"{attempt.first_step} to {attempt.last_step}" if attempt.last_step else "none"
-        cells = (attempt.attempt, attempt.world_size, source, computed, attempt.kept_steps, attempt.lost_steps, "; ".join(told))
+        cells = (
+            attempt.attempt,
+            attempt.world_size,
+            source,
+            computed,
+            attempt.kept_steps,
+            attempt.lost_steps,
+            "; ".join(course.endings(attempt.attempt)),
+        )
         rows.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
     return "".join(rows)
 

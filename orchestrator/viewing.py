@@ -41,6 +41,8 @@ def visit(root: str) -> tuple[Store, RunLog]:
         raise InputError(f"{root}: {error}") from error
     if not log.count:
         raise InputError(f"{root}: no run lives there; check the path, or start one with `keepstep run`")
+    if log.newest_opened() is None:
+        raise InputError(f"{root}: its run log is damaged, none of its records can be believed: {log.alarms[0] if log.alarms else ''}")
     return store, log
 
 

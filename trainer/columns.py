@@ -121,7 +121,15 @@ class Incident:
     why: str
     module: str = ""  # that made it, where somebody found out
     cause: str = ""  # of a failure: its kind; of a rejected step: "spike" or "non-finite"; of a rewind: "bad-step" or "people"
-    skips: tuple[str, ...] = ()
+    skips: tuple[str, ...] = ()  # of a rewind: in force since, those before it included
+    overrides: tuple[str, ...] = ()  # of a rewind: likewise
+
+    def rewound(self) -> str:
+        """What a rewind did, in words."""
+        where = f"step {self.step}" if self.step else "the beginning"
+        who = f"a person asked to go back to {where}" if self.cause == "people" else f"{self.why}: the run went back to {where}"
+        skips = f", without samples {', '.join(self.skips)}" if self.skips else ""
+        return f"{who}{skips}{', with ' if self.overrides else ''}{', '.join(self.overrides)}"
 
 
 def no_steps() -> Steps:
@@ -166,8 +174,20 @@ class Course:
     @property
     def epochs(self) -> float:
         """Passes over the training text at the last step, 0.0 where unknown."""
-        last = int(self.steps.last_position.max(initial=-1))
-        return last / self.epoch_samples if self.epoch_samples and last > 0 else 0.0
+        samples = int(self.steps.step.max(initial=0)) * self.samples_per_step
+        return samples / self.epoch_samples if self.epoch_samples else 0.0
+
+    @property
+    def samples_per_step(self) -> int:
+        """That were consumed: what was skipped widens the span of some steps, never of all. 0: unknown."""
+        known = self.steps.first_position >= 0
+        return int((self.steps.last_position - self.steps.first_position)[known].min()) if known.any() else 0
+
+    def endings(self, attempt: int) -> list[str]:
+        """Why an attempt ended, and what a rewind then brought; empty for one that goes on, or ended well."""
+        mine = [incident for incident in self.incidents if incident.attempt == attempt]
+        failures = [incident.why for incident in mine if incident.kind == "failure"]
+        return [*failures[-1:], *(incident.rewound() for incident in mine if incident.kind == "rewind")]
 
     def commit_before(self, step: int) -> int:
         """The newest usable checkpoint before update `step`, 0 for the beginning."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Final
 
@@ -28,6 +28,7 @@ MAX_SAMPLES: Final = 2000  # of layer statistics: of more, every second is dropp
 _INTS: Final = ("step", "attempt", "first_position", "last_position", "batch", "provisional")
 _PLAIN: Final = ("loss", "grad_norm", "param_norm", "lr", "tokens", "seconds")
 _RATIO: Final = "update_ratio_before"  # a record knows the update that came before its step
+_KINDS: Final = ("rejected", "failure", "rewind")  # of incidents, as they follow each other in an attempt
 _FAILURE: Final = "failure"  # kind of the event that carries an attempt's verdict
 
 
@@ -57,7 +58,7 @@ def read_course(store: Store, attempt: int | None = None) -> Course:
         layers=reading.layers.matrices(),
         attempts=tuple(_attempt(record, steps, lost) for record in attempts),
         evaluations=tuple(reading.evaluations[step] for step in sorted(reading.evaluations)),
-        incidents=(*_told(store, attempt), *_rewinds(records), *reading.rejected),
+        incidents=in_order((*reading.rejected, *_told(store, attempt), *_rewinds(records))),
         commits=tuple(sorted(commit.step for commit in lineage.commits if log.lineage.is_usable(commit))),  # not retired since
         outcome=_outcome(lineage),
         **_text(store, config),
@@ -264,7 +265,13 @@ def _rewinds(records: Sequence[Record]) -> Iterator[Incident]:
         newest = record.attempt if isinstance(record, Attempt) else newest
         if isinstance(record, Rewind):
             cause = "bad-step" if record.bad_step >= 0 else "people"
-            yield Incident(kind="rewind", step=max(0, record.step), attempt=newest, why=record.why, cause=cause, skips=record.skips)
+            changes: dict[str, Any] = {"skips": record.skips, "overrides": record.overrides}
+            yield Incident(kind="rewind", step=max(0, record.step), attempt=newest, why=record.why, cause=cause, **changes)
+
+
+def in_order(incidents: Iterable[Incident]) -> tuple[Incident, ...]:
+    """As they happened: an attempt refuses a step, ends, and is rewound. Those of one kind come in the order in which they were told."""
+    return tuple(sorted(incidents, key=lambda incident: (incident.attempt, _KINDS.index(incident.kind))))
 
 
 def _attempt(record: Attempt, steps: Steps, lost: Steps) -> AttemptCourse:

@@ -42,6 +42,20 @@ EXPLAINS: Final = (
 )
 
 
+def unjudged(course: Course) -> tuple[str, ...]:
+    """What no rule could look at, and why: sentences without a full stop."""
+    out = []
+    if not course.epoch_samples:
+        out.append("under-fitting and repeated text: the tokens in the root are gone, or cannot be read")
+    if not course.evaluations:
+        out.append("over-fitting: there is no evaluation on held-out text yet (evaluate.interval)")
+    if not len(course.layers):
+        out.append("layers: no statistics of them were recorded (trace.interval)")
+    if len(course.steps) < loss.MIN_STEPS:
+        out.append(f"trends: fewer than {loss.MIN_STEPS} steps are recorded")
+    return tuple(out)
+
+
 def diagnose(course: Course) -> tuple[Finding, ...]:
     """All that is found, the most severe first."""
     found = [finding for rule in RULES for finding in rule(course)]

@@ -102,16 +102,21 @@ def under_fitting(course: Course) -> Iterator[Finding]:
 def repeated_data(course: Course) -> Iterator[Finding]:
     steps = course.steps
     if course.epochs > EPOCHS:
-        since = int(steps.step[np.argmax(steps.last_position > EPOCHS * course.epoch_samples)])
+        since = int(steps.step[np.argmax(steps.step * course.samples_per_step > EPOCHS * course.epoch_samples)])
         yield Finding(
             name="data-repetition",
             severity=Severity.WARNING if course.epochs > WORTHLESS_EPOCHS else Severity.NOTE,
             since=since,
             evidence=f"the {course.epoch_samples} samples of the text were seen {course.epochs:.1f} times; "
             f"up to {number(EPOCHS)} times repeated text is nearly as good as new, beyond {number(WORTHLESS_EPOCHS)} worth next to nothing",
-            remedy=f"more text (data.source, data.max_bytes = 0), or fewer steps: run.steps = {since - 1}",
+            remedy="more text in a new run (data.source, data.max_bytes = 0)" + _end_here(course),
         )
     yield from _repeated_batches(course)
+
+
+def _end_here(course: Course) -> str:
+    now = int(course.steps.step[-1])
+    return f", or an end here: run.steps = {now}" if now < course.config.run.steps and not course.outcome else ""
 
 
 def _repeated_batches(course: Course) -> Iterator[Finding]:

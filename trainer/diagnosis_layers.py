@@ -122,7 +122,7 @@ def _is_non_finite(incident: Incident) -> bool:
 def _refused(course: Course, incident: Incident) -> Finding:
     went_back = [i for i in course.incidents if i.kind == "rewind" and i.attempt == incident.attempt]
     by_itself = " by itself" if went_back and went_back[-1].cause == "bad-step" else ""
-    skips = ", ".join(went_back[-1].skips if went_back else ())
+    skips = ", ".join(incident.skips or (went_back[-1].skips if went_back else ()))  # its own; a rewind knows those of earlier ones, too
     return Finding(
         name="non-finite",
         severity=Severity.WARNING if went_back else Severity.CRITICAL,

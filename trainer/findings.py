@@ -6,6 +6,7 @@ Medians and median absolute deviations instead of means: one wild step must neit
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -90,6 +91,10 @@ def rewind(course: Course, before: int, *settings: str, skip: str = "") -> str:
     """The command that goes back to the checkpoint before a step; with nothing committed, to the beginning."""
     options = "".join([f" --skip {skip}" if skip else "", *(f" -o {setting}" for setting in settings)])
     return f"keepstep rewind {course.root or 'ROOT'} --to {course.commit_before(before)}{options}"
+
+
+def nothing_found(unlooked: Sequence[str]) -> str:
+    return "no findings; not every rule could look" if unlooked else "no findings: every rule was looked at, none applies"
 
 
 def number(value: float) -> str:

@@ -35,7 +35,7 @@ def test_the_first_difference_is_named_with_both_values() -> None:
     assert found.first
     assert (found.first.step, found.first.ulps) == (2, 1)
     assert [difference.step for difference in found.differences] == [2, 3]
-    assert "0x1.0000000000000p+1 (2), the computed one 0x1.0000000000001p+1 (2): 1 ulps apart" in found.first.sentence()
+    assert "0x1.0000000000000p+1 (2), the computed one 0x1.0000000000001p+1 (2): 1 ulp apart" in found.first.sentence()
 
 
 def test_a_tolerance_allows_what_is_near_and_never_what_is_not_finite() -> None:

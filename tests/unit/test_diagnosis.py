@@ -144,6 +144,35 @@ def test_two_equal_digests_among_very_many_are_chance() -> None:
     assert "10 of 300 steps" in finding.evidence
 
 
+def test_skipped_samples_were_not_seen() -> None:
+    """8 samples a step; step 31 begins behind a skip of a million."""
+    well = course(falling(60, 6.0, 0.02, 0))
+    last = well.steps.last_position + np.where(well.steps.step >= 31, 1_000_000, 0)
+    first = well.steps.first_position + np.where(well.steps.step > 31, 1_000_000, 0)
+    skipped = replace(well, steps=replace(well.steps, first_position=first, last_position=last))
+    assert replace(skipped, epoch_samples=480).epochs == 1
+    (often,) = diagnose(replace(skipped, epoch_samples=48, config=TrainerConfig.model_validate({"run": {"steps": 100}})))
+    assert (often.name, often.since) == ("data-repetition", 25)
+    assert "seen 10.0 times" in often.evidence
+    assert often.remedy.endswith("an end here: run.steps = 60")
+
+
+def test_a_later_bad_step_names_its_own_samples() -> None:
+    first, second = (
+        Incident(kind="rejected", step=31, attempt=n, why="the loss is nan", cause="non-finite", skips=(own,))
+        for n, own in ((1, "240:248"), (2, "250:252"))
+    )
+    back = [
+        Incident(kind="rewind", step=20, attempt=n, why="", cause="bad-step", skips=s)
+        for n, s in ((1, ("240:248",)), (2, ("240:248", "250:252")))
+    ]
+    found = diagnose(replace(course(falling(60, 6.0, 0.02, 0)), incidents=(first, back[0], second, back[1])))
+    assert [finding.remedy.split("leaves out ")[1] for finding in found] == [
+        "240:248: look at those samples",
+        "250:252: look at those samples",
+    ]
+
+
 def test_a_refused_step_that_the_run_has_left_behind_is_a_warning() -> None:
     bad = Incident(
         kind="rejected", step=31, attempt=1, why="step 31: the loss is nan", module="blocks.0", cause="non-finite", skips=("240:248",)

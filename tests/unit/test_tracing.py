@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from rich.text import Text
-from test_course import attempt, commit, record, rooted
+from test_course import attempt, commit, directory_of, record, rooted
 from test_diagnosis import course as synthetic
 from test_diagnosis import falling
 from typer.testing import CliRunner
@@ -22,9 +23,11 @@ from typer.testing import CliRunner
 from keepstep.orchestrator import config as configs
 from keepstep.orchestrator.cli import app, main
 from keepstep.orchestrator.curves import AXIS, Line, chart, figure, lane, scale_of, thinned
+from keepstep.orchestrator.errors import InputError
 from keepstep.orchestrator.sections import RunConfig
 from keepstep.orchestrator.tracepage import page
 from keepstep.orchestrator.tracing import headline, show
+from keepstep.orchestrator.viewing import visit
 from keepstep.storage.layout import EVENTS_KEY, RUN_CONFIG_KEY
 from keepstep.storage.records import Rewind
 from keepstep.storage.runlog import RunLog
@@ -33,6 +36,7 @@ from keepstep.trainer.columns import Course
 from keepstep.trainer.course import read_course
 from keepstep.trainer.diagnosis import diagnose
 from keepstep.trainer.findings import Finding, Severity
+from keepstep.trainer.ledger import Ledger
 
 STEPS = 60
 BAD = Finding(
@@ -104,8 +108,11 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["--attempt", "7"], "there is no attempt 7; this run has 1, 2"),
-            (["--from", "90"], "no step was recorded between these"),
-            (["--html", "/proc/nowhere/x.html"], "No such file or directory"),
+            (["--from", "90"], "--from 90: there are steps 1 to 60"),
+            (["--to", "-3"], "--to -3: a step is 1 or more; there are steps 1 to 60"),
+            (["--from", "9", "--to", "3"], "--from 9 is behind --to 3; there are steps 1 to 60"),
+            (["--html", "-"], "a page goes into a file"),
+            (["--html", "/proc/nowhere/x.html"], "/proc/nowhere/x.html: cannot be written: no such folder"),
         ],
     )
     def test_what_cannot_be_shown_is_one_sentence(
@@ -123,6 +130,46 @@ class TestCommand:
         log.append(replace(attempt(3), overrides=("run.steps=90",)))
         log.store.append("steps/attempt-000003.jsonl", json.dumps(record(1)).encode())
         assert "steps 1 to 1 of 90" in run(str(root))
+
+    def test_a_persons_rewind_is_why_an_attempt_ended(self, root: Path) -> None:
+        log = RunLog.open(Store.open(root))
+        changes: dict[str, Any] = {"skips": ("7:9",), "overrides": ("run.steps=90",)}
+        log.append(Rewind(term=1, directory=directory_of(1, 30), step=30, **changes, why="people asked"))
+        course = read_course(log.store)
+        told = "a person asked to go back to step 30, without samples 7:9, with run.steps=90"
+        assert course.endings(2) == [told]
+        assert [(i.kind, i.attempt) for i in course.incidents] == [("failure", 1), ("rewind", 2)]
+        assert told in " ".join(run(str(root)).split())
+        assert told in page(course, ())
+        assert json.loads(run(str(root), "--json"))["incidents"][-1]["overrides"] == ["run.steps=90"]
+
+    def test_a_ledger_that_is_not_proved_has_an_exit_code(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        ledgers = iter([Ledger(samples=8, problems=("step 3: a gap",)), Ledger(samples=240, problems=())])
+        monkeypatch.setattr("keepstep.trainer.ledger.prove", lambda *given, **named: next(ledgers))
+        results = [CliRunner().invoke(app, ["trace", str(root), "--ledger", "--json"]) for _ in range(2)]
+        assert [result.exit_code for result in results] == [3, 0]
+        assert [json.loads(result.output)["ledger"] for result in results] == [
+            {"proved": False, "samples": 8, "sentence": "ledger: not proved: step 3: a gap"},
+            {"proved": True, "samples": 240, "sentence": "ledger: 240 samples, each exactly once"},
+        ]
+
+    def test_it_is_as_wide_as_columns_says_when_it_is_piped(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "40")
+        assert max(map(len, run(str(root)).splitlines())) == 40
+        monkeypatch.delenv("COLUMNS")
+        assert max(map(len, run(str(root)).splitlines())) == 80
+
+    def test_what_no_rule_could_look_at_is_said(self, root: Path) -> None:
+        shown = run(str(root))
+        assert "every rule was looked at" not in shown
+        assert "not looked at: under-fitting and repeated text: the tokens" in shown
+
+    def test_a_log_of_which_nothing_can_be_read_is_named(self, root: Path) -> None:
+        for file in (root / "log").iterdir():
+            file.write_bytes(file.read_bytes()[:20])
+        shutil.rmtree(root / "snapshots", ignore_errors=True)
+        with pytest.raises(InputError, match="its run log is damaged"):
+            visit(str(root))
 
 
 class TestTerminal:
