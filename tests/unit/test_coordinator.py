@@ -158,6 +158,8 @@ def test_people_send_a_live_run_back_with_other_settings(tmp_path: Path) -> None
             assert any(event["kind"] == "rewound" for event in said)
             with pytest.raises(CoordinatorRefused, match="must be greater than 0"):
                 await client.send("/v1/rewind", RewindWish(to=0, override=("optimizer.lr=-1",)))
+            with pytest.raises(CoordinatorRefused, match="--to 19: the run has only reached step"):
+                await client.send("/v1/rewind", RewindWish(to=19))
 
     asyncio.run(story())
 
