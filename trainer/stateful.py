@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
@@ -84,7 +84,7 @@ def to_json(value: Any, where: str) -> Json:
     """JSON from which `from_json` makes the same value again, bit by bit, types included.
 
     Plain values, lists, tuples, dictionaries, bytes, NumPy arrays and scalars, torch tensors (which come back on the CPU). What JSON has no
-    word for becomes {"$kind": ...}. Raises TypeError, which names the place below `where`, for anything else, also for subclasses (their
+    word for (a tuple, a Counter) becomes {"$kind": ...}. Raises TypeError, which names the place below `where`, for anything else, also for subclasses (their
     type would be lost; an OrderedDict alone comes back as a dict, in its order), and for what is large.
     """
     match value:
@@ -98,6 +98,8 @@ def to_json(value: Any, where: str) -> Json:
             return [to_json(each, f"{where}[{i}]") for i, each in enumerate(value)]
         case tuple() if type(value) is tuple:
             return {"$tuple": to_json(list(value), where)}
+        case Counter() if type(value) is Counter:  # milestones of torch's MultiStepLR
+            return {"$counter": to_json(dict(value), where)}
         case dict() if type(value) in (dict, OrderedDict):
             return _dict_to_json(value, where)
         case bytes() if type(value) is bytes:
@@ -160,6 +162,7 @@ def _array(inner: Sequence[Any]) -> np.ndarray[Any, Any]:
 _MAKERS: Final[Mapping[str, Callable[[Any], Any]]] = {
     "$float": float,
     "$tuple": lambda inner: tuple(from_json(inner)),
+    "$counter": lambda inner: Counter(from_json(inner)),
     "$dict": lambda inner: {from_json(key): from_json(each) for key, each in inner},
     "$bytes": base64.b64decode,
     "$tensor": _tensor,

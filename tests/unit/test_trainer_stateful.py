@@ -78,6 +78,14 @@ def test_tensors_come_back(tensor: torch.Tensor) -> None:
     back.fill_(0)  # it is the receiver's own
 
 
+def test_a_schedule_with_milestones_comes_back() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    schedule = torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([parameter], lr=1.0), [3, 3, 7])
+    back = through_a_checkpoint(schedule.state_dict())
+    assert back == schedule.state_dict()
+    assert type(back["milestones"]) is collections.Counter
+
+
 def test_arrays_and_their_scalars_come_back() -> None:
     array = np.arange(4, dtype=">f4").reshape(2, 2)
     back = through_a_checkpoint({"a": array, "s": np.uint64(2**64 - 1)})
@@ -93,7 +101,6 @@ def test_arrays_and_their_scalars_come_back() -> None:
         ({"queue": [1, {3}]}, r"it\['queue'\]\[1\] is a set"),
         ({"gen": torch.Generator()}, r"it\['gen'\] is a Generator"),
         ({"a": np.array(["x"], dtype=object)}, r"it\['a'\] is a ndarray"),
-        ({"seen": collections.Counter("aab")}, r"it\['seen'\] is a Counter"),
         ({"seen": collections.defaultdict(int)}, r"it\['seen'\] is a defaultdict"),
         ({"weight": torch.nn.Parameter(torch.zeros(1))}, r"it\['weight'\] is a Parameter"),
         ({"a": np.ma.masked_array([1], [True])}, r"it\['a'\] is a MaskedArray"),
