@@ -107,7 +107,7 @@ def test_arrays_and_their_scalars_come_back() -> None:
         ({"name": np.str_("x")}, r"it\['name'\] is a str_"),
         ({"a": {"b": torch.zeros(MAX_BYTES + 1, dtype=torch.uint8)}}, r"it\['a'\]\['b'\] has 1048577 bytes.*belongs among the tensors"),
     ],
-    ids=["set", "generator", "objects", "counter", "defaultdict", "parameter", "masked", "str_", "large"],
+    ids=["set", "generator", "objects", "defaultdict", "parameter", "masked", "str_", "large"],
 )
 def test_what_cannot_be_kept_is_named_by_its_place(value: Any, where: str) -> None:
     with pytest.raises(TypeError, match=where):
