@@ -83,9 +83,9 @@ def _readable(saved: Json) -> Iterable[str]:
 def to_json(value: Any, where: str) -> Json:
     """JSON from which `from_json` makes the same value again, bit by bit, types included.
 
-    Plain values, lists, tuples, dictionaries, Counters, bytes, NumPy arrays and scalars, torch tensors (which come back on the CPU). What JSON
-    has no word for becomes {"$kind": ...}. Raises TypeError, which names the place below `where`, for anything else, also for subclasses
-    (their type would be lost; an OrderedDict alone comes back as a dict, in its order), and for what is large.
+    Plain values, lists, tuples, dictionaries, Counters, bytes, NumPy arrays and scalars, torch tensors (which come back on the CPU). What
+    JSON has no word for becomes {"$kind": ...}. Raises TypeError, which names the place below `where`, for anything else, also for
+    subclasses (their type would be lost; an OrderedDict alone comes back as a dict, in its order), and for what is large.
     """
     match value:
         case None | bool():
