@@ -43,7 +43,8 @@ def test_a_finished_run_is_shown_verified_and_loaded_by_stock_pytorch(undisturbe
 
     course = json.loads(keepstep("trace", run.root, "--json", "--ledger").stdout)
     assert course["steps"]["step"] == list(range(1, STEPS + 1))
-    assert course["ledger"].endswith("samples, each exactly once")
+    assert course["ledger"]["proved"]
+    assert course["ledger"]["sentence"].endswith("samples, each exactly once")
     assert course["evaluations"][-1]["perplexity"] == run.result()["perplexity"]
     assert [attempt["lost_steps"] for attempt in course["attempts"]] == [0]
 
