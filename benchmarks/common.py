@@ -1,0 +1,119 @@
+"""What all benchmarks share: the machine that they ran on, medians with spread, and verdicts on targets that `make bench` collects.
+
+A benchmark is a script that can be run by itself, prints its tables, and calls `publish` once. Measurements of contenders alternate within
+one run of it; nothing here measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+HERE: Final = Path(__file__).resolve().parent
+RESULTS: Final = HERE / "results"
+ENV_OUT: Final = "KEEPSTEP_BENCH_OUT"  # a folder for the results instead, set by bench.py in a quick run
+_VERSIONS: Final = ("torch", "s3fs", "obstore", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One line of the table of targets."""
+
+    what: str  # "SIGKILL of a rank -> next finished step, 2 x 2"
+    target: str  # "median <= 0.45 s + one step"
+    result: str  # "median 0.41 s + one step (0.36 to 0.52, n = 9)"
+    met: bool | None  # None: not measured in this run, `note` says why
+    note: str = ""  # where it is missed: what the time is spent on
+
+
+def machine() -> dict[str, Any]:
+    """What a figure must be read with. `load` is that of the last minute, when the benchmark began or ended."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 2),
+        **{name: found for name in _VERSIONS if (found := _version(name))},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def spread(values: Sequence[float], unit: str = "s", digits: int = 2) -> str:
+    """ "0.41 s (0.36 to 0.52, n = 9)": the median, then the smallest and the largest."""
+    if not values:
+        return "nothing measured"
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f}, n = {len(values)})"
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of all values does not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """With `--quick`: fewer rounds, a figure to look at and not to quote. Every benchmark ends in a few minutes with it."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="fewer rounds: a figure to look at, not to quote")
+    return made
+
+
+def publish(name: str, verdicts: Sequence[Verdict], measured: Any, *, began_on: dict[str, Any] | None = None) -> Path:
+    """Prints the verdicts and writes `results/NAME.json`: machine, date, verdicts, and every single measurement.
+
+    Args:
+        began_on: `machine()` from before the first measurement, for its load.
+    """
+    folder = Path(os.environ.get(ENV_OUT) or RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    document = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": began_on or machine(),
+        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "measured": measured,
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    if verdicts:
+        Console(width=180).print(table_of(verdicts))
+    return path
+
+
+def table_of(verdicts: Sequence[Verdict]) -> Table:
+    """Target and result side by side."""
+    table = Table("what", "target", "result", "", "note")
+    marks = {True: "met", False: "MISSED", None: "-"}
+    for each in verdicts:
+        table.add_row(each.what, each.target, each.result, marks[each.met], each.note)
+    return table
+
+
+def wait_until_quiet(below: float = 1.0, patience_s: float = 120.0) -> float:
+    """Gives a machine time to calm down before it is measured; the load that it begins with, calm or not."""
+    until = time.monotonic() + patience_s
+    while (load := os.getloadavg()[0]) > below and time.monotonic() < until:
+        time.sleep(2)
+    return load
