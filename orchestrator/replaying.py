@@ -22,8 +22,7 @@ from keepstep.trainer.replay import replay as compute
 from . import config as configs
 from .comparing import Comparison, compare, likely_causes
 from .errors import InputError
-from .roots import open_root, stored_config
-from .sections import RunConfig
+from .roots import open_as_stored
 
 # Relative, by train.precision. On one process the gradients of more than two ranks are added in another order, so updates differ in their
 # last float32 bits. Four ranks, 200 steps from scratch: 1.3e-7 at the most; a parameter that rounds to another bfloat16 counts for more.
@@ -37,7 +36,7 @@ class Archive:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.config = _config_of(root)
+        self.config = open_as_stored(root)
         self.store = Store.open(root)
         try:
             self.past: Past = read_past(LogReader.read_all(self.store).entries)
@@ -113,16 +112,6 @@ class Archive:
 
 def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(str(number) for number in sorted(numbers)) or "none"
-
-
-def _config_of(root: str) -> RunConfig:
-    """Opens the root as its own [storage] section says, for whatever opens it again below."""
-    try:
-        config = stored_config(Store.open(root))
-    except ValueError as error:
-        raise InputError(f"{root}: {error}") from error
-    open_root(config.model_copy(update={"run": config.run.model_copy(update={"root": root})}))
-    return config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,6 +94,16 @@ def stored_config(store: Store) -> RunConfig:
     return config
 
 
+def open_as_stored(root: str) -> RunConfig:
+    """The run that a root holds; opens it as its own [storage] section says, for whatever opens it again below. Raises InputError."""
+    try:
+        config = stored_config(Store.open(root))
+    except ValueError as error:
+        raise InputError(f"{root}: {error}") from error
+    open_root(config.model_copy(update={"run": config.run.model_copy(update={"root": root})}))
+    return config
+
+
 def _stored_config(store: Store) -> RunConfig | None:
     try:
         return configs.parse(store.get(RUN_CONFIG_KEY).decode(), f"{store.name}/{RUN_CONFIG_KEY}")

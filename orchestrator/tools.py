@@ -13,7 +13,7 @@ from rich.progress import Progress
 from keepstep.storage.store import Store
 
 from .errors import InputError
-from .roots import claim, open_root, stored_config
+from .roots import claim, open_as_stored, open_root
 from .sections import RunConfig
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def prepare_data(config: RunConfig) -> None:
 def evaluate_checkpoint(root: str, *, step: int, partial: Sequence[str], as_json: bool) -> None:
     from keepstep.trainer.evaluate import evaluate_root
 
-    _open_as_stored(root)
+    open_as_stored(root)
     try:
         result = evaluate_root(root, step=None if step < 0 else step, partial=partial)
     except ValueError as error:
@@ -61,7 +61,7 @@ def generate_text(root: str, *, prompt: str, step: int, partial: Sequence[str], 
     """`settings`: those of the sampling, see `generate`."""
     from keepstep.trainer.generate import generate
 
-    _open_as_stored(root)
+    open_as_stored(root)
     try:
         print(generate(root, prompt, step=None if step < 0 else step, partial=partial, **settings))
     except ValueError as error:
@@ -71,7 +71,7 @@ def generate_text(root: str, *, prompt: str, step: int, partial: Sequence[str], 
 def export_checkpoint(root: str, out: Path, *, step: int, form: str, parts: str, partial: Sequence[str]) -> None:
     from keepstep.trainer.export import export
 
-    _open_as_stored(root)
+    open_as_stored(root)
     wanted = [part.strip() for part in parts.split(",") if part.strip()]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying and copying", total=None)
@@ -89,12 +89,3 @@ def sample(root: str, prompt: str) -> str:
     from keepstep.trainer.generate import generate
 
     return generate(root, prompt, max_tokens=80)
-
-
-def _open_as_stored(root: str) -> None:
-    """Reads the root's own [storage] section, for what opens the root again below."""
-    try:
-        config = stored_config(Store.open(root))
-    except ValueError as error:
-        raise InputError(f"{root}: {error}") from error
-    open_root(config.model_copy(update={"run": config.run.model_copy(update={"root": root})}))

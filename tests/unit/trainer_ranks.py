@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from keepstep.storage.arena import Buffer, StagedFile
+from keepstep.storage.arena import Buffer
 from keepstep.storage.canonical import canonical_json
 from keepstep.storage.layout import steps_key
-from keepstep.storage.manifest import FileEntry, Manifest, RankIndex, TensorEntry, hash_blocks, merge
+from keepstep.storage.manifest import Manifest, RankIndex, merge
 from keepstep.storage.records import Attempt, Commit
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
+from keepstep.trainer import handover
 from keepstep.trainer.attach import Attached
 from keepstep.trainer.contract import ENV_SPEC, PROGRESS_BYTES, RankSpec, Resume
 
@@ -31,63 +32,25 @@ TINY = {
 }
 
 
-class FolderStaging:
-    """What storage.arena.Staging does, without a persister: a checkpoint is on the disk when `submit` returns."""
+class FolderStaging(handover.FolderStaging):
+    """Like a persister's, its buffer keeps its bytes for the next save; and it keeps step records."""
 
     def __init__(self, root: Path, *, attempt: int, rank: int, world_size: int) -> None:
-        self.root, self.attempt, self.rank, self.world_size = root, attempt, rank, world_size
-        self.memory = bytearray()
+        super().__init__(root, attempt, rank, world_size)
         self.template = ""
-        self.last_error = ""
-        self.busy = False
         self.records: list[dict[str, Any]] = []
 
-    def reserve(self, num_bytes: int) -> None:
-        self.memory = bytearray(num_bytes)
-
-    def buffer(self, num_bytes: int, template: str = "") -> Buffer | None:
-        fresh = len(self.memory) != num_bytes or self.template != template
+    def buffer(self, num_bytes: int, template: str = "") -> Buffer:
+        fresh = len(self._memory) != num_bytes or self.template != template
         if fresh:
-            self.memory, self.template = bytearray(num_bytes), template
-        return Buffer(view=memoryview(self.memory), fresh=fresh)
-
-    def submit(
-        self,
-        *,
-        directory: str,
-        step: int,
-        files: Sequence[StagedFile],
-        tensors: Sequence[TensorEntry],
-        state: Mapping[str, Any],
-        patience_s: float,
-    ) -> None:
-        folder = self.root / directory
-        folder.mkdir(parents=True, exist_ok=True)
-        entries = []
-        for file in files:
-            body = memoryview(self.memory)[file.offset : file.offset + file.num_bytes]
-            (folder / file.name).write_bytes(body)
-            entries.append(FileEntry(name=file.name, num_bytes=file.num_bytes, hashes=hash_blocks(body)))
-        index = RankIndex(
-            attempt=self.attempt,
-            step=step,
-            rank=self.rank,
-            world_size=self.world_size,
-            directory=directory,
-            files=tuple(entries),
-            tensors=tuple(tensors),
-            state=state,
-        )
-        (folder / f"rank-{self.rank:05d}.json").write_bytes(index.body())
-
-    def wait_idle(self, deadline_s: float) -> bool:
-        return True
+            self._memory, self.template = bytearray(num_bytes), template
+        return Buffer(view=memoryview(self._memory), fresh=fresh)
 
     def record_step(self, record: Mapping[str, Any]) -> None:
         self.records.append(dict(record))
-        with (self.root / "records.jsonl").open("a") as file:
+        with (self.folder / "records.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
-        Store.open(self.root).append(steps_key(self.attempt), canonical_json(dict(record)))
+        Store.open(self.folder).append(steps_key(self.attempt), canonical_json(dict(record)))
 
     def resident(self, directory: str, file_name: str) -> memoryview | None:
         return None
