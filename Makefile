@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 SEEDS ?= 1000
+# A test waits most of its time: three processes of them for two cores.
+WORKERS ?= -n 3 --dist worksteal
 # Debian packages that the tests need, installed as root or through sudo: a wall clock that is a year off; hosts in network namespaces;
 # a Slurm cluster.
 SYSTEM_PACKAGES := faketime iproute2 iptables iputils-ping nftables slurmctld slurmd slurm-client munge
@@ -13,7 +15,7 @@ LINT = ruff format --check . && ruff check . && mypy && lint-imports
 .PHONY: install train test check sim bench clean
 install: .venv/.installed .build/s3venv/.installed .build/.system-installed
 train: install; keepstep run examples/quickstart.toml --demo
-test: install; $(LINT) && pytest
+test: install; $(LINT) && pytest $(WORKERS)
 check: install; $(LINT) && pytest -q -m "not slow and not e2e and not s3"
 sim: install; pytest -q tests/simulation --seeds=$(SEEDS)
 bench: install; for name in recovery faults false_alarms preemption coordinator_kills; do python benchmarks/$$name.py || exit 1; done
