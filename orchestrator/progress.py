@@ -8,7 +8,7 @@ import struct
 import time
 from pathlib import Path
 
-from keepstep.trainer.contract import PROGRESS_BYTES, REQUEST_OFFSET, Phase, Progress, Request
+from keepstep.trainer.contract import PROGRESS_BYTES, REQUEST_OFFSET, Phase, Progress, Request, read_marks
 
 _REQUEST = struct.Struct("<I")
 
@@ -29,6 +29,9 @@ class ProgressPage:
 
     def read(self) -> Progress:
         return Progress.read(self._page)
+
+    def marks(self) -> tuple[float, ...]:
+        return read_marks(self._page)
 
     def ask(self, request: Request) -> None:
         _REQUEST.pack_into(self._page, REQUEST_OFFSET, request)

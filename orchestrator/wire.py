@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+AGENT_PATH: Final = "/v1/agent"  # of the WebSocket between an agent and the coordinator
+REFUSED: Final = 4009  # its close code where the coordinator does not want the agent, with the reason
 
 
 class Message(BaseModel):
@@ -48,6 +50,12 @@ class RankReport(Message):
     bad_ranks: tuple[int, ...] = ()  # where it was found, if the ranks know,
     skips: tuple[str, ...] = ()  # and the positions to leave out ("FIRST:LAST")
     tail: tuple[str, ...] = ()  # after a failure: the last lines that it printed, its traceback among them
+    # Instants, in seconds since the agent got the order to launch, by the node's monotonic clock; before the order: negative.
+    marks_s: tuple[float | None, ...] = ()  # of contract.MARKS; None: not reached
+    stepped_s: float | None = None  # of its newest finished step
+    ended_s: float | None = None  # of its exit
+    stalled_s: float = 0.0  # how long saves have held it up so far
+    stands_by: bool = False  # what it runs can wait as a hot standby: it passed `Attached.standby()`
 
 
 class Persisted(Message):
@@ -69,6 +77,17 @@ class StoreAddress(Message):
     port: int
 
 
+class StandbyReport(Message):
+    """The node's part of a hot standby."""
+
+    term: int  # whose order it is
+    number: int
+    state: Literal["forming", "ready", "failed"]
+    why: str = ""  # it failed, as a sentence
+    pids: tuple[int, ...] = ()
+    store: StoreAddress | None = None  # where its ranks meet; told by the first node of its gang
+
+
 class AgentReport(Message):
     """The whole state of one node."""
 
@@ -83,8 +102,10 @@ class AgentReport(Message):
     ready: bool  # can launch at once (forkserver warm, persister up)
     buried: tuple[str, ...] = ()  # earlier incarnations on this host whose processes are confirmed dead
     attempt: int = 0  # attempt of `ranks`; 0: none yet
+    ordered_s: float = 0.0  # since the agent got the order to launch it
     ranks: tuple[RankReport, ...] = ()
     store: StoreAddress | None = None
+    standby: StandbyReport | None = None
     persisted: tuple[Persisted, ...] = ()  # of every attempt, until the coordinator's directive says that they are settled
     leaving: str = ""  # the node is about to go: the reason (SIGTERM, spot notice)
     leaves_in_s: float | None = None  # how long it will still be there, as far as the notice says
@@ -116,6 +137,21 @@ class Launch(Message):
     overrides: tuple[str, ...] = ()  # "section.key=value" on top of the run's config
     request: int = 0  # contract.Request
     request_why: str = ""
+    standby: int = 0  # the standby of this term that becomes its ranks, instead of new ones
+
+
+class Standby(Message):
+    """Form these ranks beside those that run, and wait with them."""
+
+    number: int  # unique within the term
+    first_rank: int
+    num_ranks: int
+    group_rank: int
+    num_nodes: int
+    world_size: int
+    store_node: str
+    store: StoreAddress | None  # None: not known yet
+    overrides: tuple[str, ...] = ()
 
 
 class Directive(Message):
@@ -124,6 +160,7 @@ class Directive(Message):
     term: int
     revision: int = 0  # grows with every decision of the term; an agent never goes back to an older one
     launch: Launch | None  # None: run no ranks, stop what runs
+    standby: Standby | None = None  # None: have no standby; one that `launch` names is none any more
     autopsy: int = 0  # the ranks of this attempt hang: dump their stacks before you stop them
     committed_step: int = -1  # newest committed; persisted reports up to here are settled
     settled_attempt: int = 0  # persisted reports of older attempts are settled too
@@ -133,6 +170,10 @@ class Directive(Message):
     why: str = ""
 
 
-def digest(directive: Directive | None) -> str:
-    """What the long poll compares: the node says which directive it knows, the coordinator answers when its own differs."""
-    return hashlib.sha256(directive.model_dump_json().encode()).hexdigest()[:16] if directive else ""
+class Answer(Message):
+    """What the coordinator says: after each report, and whenever it changes its mind."""
+
+    heard: int = -1  # sequence of the newest report that it has taken in: what it proves, it proves of the moment when that was told
+    directive: Directive | None = None  # where it differs from the newest that it sent over this connection
+    report_s: float = 1.0  # report at least so often
+    unable: str = ""  # it may not answer now, and why: read the log yourself

@@ -72,7 +72,20 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from .contract import ENV_SPEC, PROGRESS_BYTES, REQUEST_OFFSET, Phase, RankSpec, Request, Resume
+from .contract import (
+    ENV_SPEC,
+    MARKS,
+    MARKS_OFFSET,
+    PROGRESS_BYTES,
+    REQUEST_OFFSET,
+    STALLED_OFFSET,
+    STEPPED_OFFSET,
+    Phase,
+    RankSpec,
+    Request,
+    Resume,
+    read_marks,
+)
 from .pulse import Pulse
 
 if TYPE_CHECKING:
@@ -83,6 +96,7 @@ _PHASE: Final = struct.Struct("<I")
 _REQUEST: Final = struct.Struct("<I")
 _STEP_BEATS_AT_LIMIT: Final = struct.Struct("<qQdd")
 _STEP_OFFSET: Final = 8
+_SECONDS: Final = struct.Struct("<d")
 
 
 def attach() -> Attached:
@@ -92,6 +106,7 @@ def attach() -> Attached:
     """
     text = os.environ.get(ENV_SPEC)
     me = Attached(RankSpec.from_json(text) if text else None)
+    me.mark("forked")
     me.start_pulse()
     return me
 
@@ -107,6 +122,8 @@ class Attached:
         self.local_world_size = _env_int("LOCAL_WORLD_SIZE", 1)
         self._page = _map_page(spec.progress_path) if spec else None
         self._beats = 0
+        self._stalled_s = 0.0
+        self._step = spec.resume.step if spec and spec.resume else 0
 
     @property
     def resume(self) -> Resume | None:
@@ -139,7 +156,30 @@ class Attached:
             return
         self._beats += 1
         _PHASE.pack_into(self._page, 0, phase)
-        _STEP_BEATS_AT_LIMIT.pack_into(self._page, _STEP_OFFSET, step, self._beats, time.monotonic(), within_s)
+        now = time.monotonic()
+        _STEP_BEATS_AT_LIMIT.pack_into(self._page, _STEP_OFFSET, step, self._beats, now, within_s)
+        if step > self._step:
+            self._step = step
+            _SECONDS.pack_into(self._page, STEPPED_OFFSET, now)
+            self._mark("stepped", now)
+
+    def mark(self, name: str) -> None:
+        """Notes that this rank has just reached this milestone of its start (one of contract.MARKS), for `keepstep status`. Optional.
+
+        The first time counts; "forked" and "stepped" are noted by `attach` and `report`.
+        """
+        self._mark(name, time.monotonic())
+
+    def _mark(self, name: str, at: float) -> None:
+        index = MARKS.index(name)
+        if self._page is not None and not read_marks(self._page)[index]:
+            _SECONDS.pack_into(self._page, MARKS_OFFSET + index * _SECONDS.size, at)
+
+    def stalled(self, seconds: float) -> None:
+        """Notes that a save has just held up training for so long. `Checkpointer` does so by itself."""
+        self._stalled_s += seconds
+        if self._page is not None:
+            _SECONDS.pack_into(self._page, STALLED_OFFSET, self._stalled_s)
 
     def request(self) -> Request:
         """What this rank's agent asks for at this moment; ranks must agree on it before they act (see `Request`)."""

@@ -88,10 +88,20 @@ class Checkpointer:
     Args:
         staging: the node's persister; None when detached: nothing is saved.
         attempt, nonce: from the rank's spec; they name the directories.
+        tell: hears how long training was held up, each time.
     """
 
-    def __init__(self, staging: StagingArea | None, *, rank: int, attempt: int, nonce: str) -> None:
+    def __init__(
+        self,
+        staging: StagingArea | None,
+        *,
+        rank: int,
+        attempt: int,
+        nonce: str,
+        tell: Callable[[float], None] = lambda stall_s: None,
+    ) -> None:
         self._staging = staging
+        self._tell = tell
         self._rank, self._attempt, self._nonce = rank, attempt, nonce
         self._layout: _Layout | None = None
         self.stall_s = 0.0  # how long the last save held up training
@@ -100,7 +110,7 @@ class Checkpointer:
     def of(me: Attached) -> Checkpointer:
         """For this rank; detached, it saves nothing."""
         attempt, nonce = (me.spec.attempt, me.spec.nonce) if me.spec else (0, "")
-        return Checkpointer(me.staging, rank=me.rank, attempt=attempt, nonce=nonce)
+        return Checkpointer(me.staging, rank=me.rank, attempt=attempt, nonce=nonce, tell=me.stalled)
 
     @property
     def can_save(self) -> bool:
@@ -118,8 +128,11 @@ class Checkpointer:
 
     def get_ready(self, tensors: NestedTensors) -> None:
         """Collective at the first call; later ones return at once. Plans and takes the memory, so that the first save need not."""
-        if self._staging is not None and self._layout is None:
-            self._staging.reserve(self._laid_out(tensors).num_bytes)
+        if self._staging is None or self._layout is not None:
+            return
+        started = time.monotonic()
+        self._staging.reserve(self._laid_out(tensors).num_bytes)
+        self._tell(time.monotonic() - started)
 
     def save(self, step: int, tensors: NestedTensors, state: Mapping[str, Any], *, patience_s: float = 0.0) -> bool:
         """Copies everything into shared memory. Collective when nothing is planned yet or shapes have changed.
@@ -143,6 +156,7 @@ class Checkpointer:
             )
         fault_point("rank.stage.after", rank=self._rank, step=step)
         self.stall_s = time.monotonic() - started
+        self._tell(self.stall_s)
         return buffer is not None
 
     def save_and_wait(self, step: int, tensors: NestedTensors, state: Mapping[str, Any], alive: Callable[[], None]) -> None:

@@ -93,10 +93,23 @@ class RankSpec:
 
 
 # The progress page: one small memory-mapped file per rank, written by the rank, read by its agent; `request` goes the other way.
-# phase, request: uint32; step, beats: 64 bit; at, limit_s, pulse_at: float64; collective: int64. See `Progress`.
-PROGRESS: Final = struct.Struct("<IIqQdddq")
+# phase, request: uint32; step, beats: 64 bit; at, limit_s, pulse_at: float64; collective: int64; stalled_s, stepped_at: float64.
+PROGRESS: Final = struct.Struct("<IIqQdddqdd")
 PROGRESS_BYTES: Final = 4096
 REQUEST_OFFSET: Final = 4
+STALLED_OFFSET: Final = 56
+STEPPED_OFFSET: Final = 64
+
+# Milestones of a rank's start, in this order: its process runs, its process group is formed, its model is wrapped, its state is restored
+# (or fresh), its first step is finished. Each lies in the page as the float64 time.monotonic() of the rank's host; 0: not yet.
+MARKS: Final = ("forked", "joined", "built", "loaded", "stepped")
+MARKS_OFFSET: Final = 1024
+_MARKS: Final = struct.Struct(f"<{len(MARKS)}d")
+
+
+def read_marks(page: bytes | bytearray | mmap) -> tuple[float, ...]:
+    """The instants of MARKS; 0 for what has not come yet, or will not: a script need not mark anything."""
+    return _MARKS.unpack_from(page, MARKS_OFFSET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +124,8 @@ class Progress:
     limit_s: float = 0.0  # the rank may be silent for so long now, as it announced; 0: it announced nothing
     pulse_at: float = 0.0  # when its interpreter last ran the pulse's thread; 0: it has none
     collective: int = -1  # sequence number of the newest collective of the default group that it has begun; -1: unknown
+    stalled_s: float = 0.0  # how long saves have held up training so far, in this attempt
+    stepped_at: float = 0.0  # when it finished `step`; 0: no step of this attempt is finished
 
     @staticmethod
     def read(page: bytes | bytearray | mmap) -> Progress:

@@ -62,7 +62,9 @@ def join(me: Attached, meeting: Store | None = None) -> World:
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if use_cuda else None,
     )
-    return World(rank=me.rank, size=me.world_size, device=device, mesh=init_device_mesh(device.type, (me.world_size,)))
+    world = World(rank=me.rank, size=me.world_size, device=device, mesh=init_device_mesh(device.type, (me.world_size,)))
+    me.mark("joined")
+    return world
 
 
 def shard(model: Gpt, world: World, *, precision: str, reshard: bool) -> FSDPModule:

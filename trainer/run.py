@@ -127,8 +127,10 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
     )
     poison(engine.model, samples, feed)
     run.registry = registry_of(run)
+    me.mark("built")
     _begin(run)
     engine.settle()
+    me.mark("loaded")
     log.info("rank %d of %d: %d parameters, from step %d", world.rank, world.size, num_parameters(engine.sharded), run.step)
     return run
 

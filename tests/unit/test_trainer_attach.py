@@ -12,7 +12,7 @@ from trainer_ranks import FolderStaging, commit, run_ranks, spec_of
 
 from keepstep.trainer import attach as attach_module
 from keepstep.trainer.attach import Attached, attach
-from keepstep.trainer.contract import ENV_SPEC, REQUEST_OFFSET, Phase, Progress, RankSpec, Request, Resume
+from keepstep.trainer.contract import ENV_SPEC, MARKS, REQUEST_OFFSET, Phase, Progress, RankSpec, Request, Resume, read_marks
 
 RESUME = Resume(step=7, directory="data/a000001/s000000007-01234567", manifest_sha256="ab")
 
@@ -61,6 +61,35 @@ def test_an_announced_silence_is_on_the_page_until_the_next_report(spec: RankSpe
     assert Progress.read(Path(spec.progress_path).read_bytes()).limit_s == 0
 
 
+def test_a_milestone_is_marked_once_and_those_that_come_by_themselves_are(spec: RankSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENV_SPEC, spec.to_json())
+    page = Path(spec.progress_path)
+    me = attach()
+    me.mark("joined")
+    marked = read_marks(page.read_bytes())
+    assert [bool(at) for at in marked] == [True, True, False, False, False]
+    me.mark("joined")
+    me.report(Phase.STEP, RESUME.step)
+    assert read_marks(page.read_bytes()) == marked
+    me.report(Phase.STEP, RESUME.step + 1)
+    stepped = read_marks(page.read_bytes())[MARKS.index("stepped")]
+    me.report(Phase.SAVE, RESUME.step + 1)
+    seen = Progress.read(page.read_bytes())
+    assert 0 < stepped == seen.stepped_at < seen.at
+    me.report(Phase.STEP, RESUME.step + 2)
+    assert read_marks(page.read_bytes())[-1] == stepped < Progress.read(page.read_bytes()).stepped_at
+    with pytest.raises(ValueError, match="not in tuple"):
+        me.mark("lunch")
+
+
+def test_the_stall_of_saves_adds_up(spec: RankSpec) -> None:
+    me = Attached(spec)
+    me.stalled(0.25)
+    me.stalled(0.5)
+    me.report(Phase.STEP, 8)
+    assert Progress.read(Path(spec.progress_path).read_bytes()).stalled_s == 0.75
+
+
 EXAMPLE = textwrap.dedent(attach_module.__doc__.partition("nothing is saved:\n\n")[2])  # type: ignore[union-attr]
 
 
@@ -96,4 +125,6 @@ def test_without_keepstep_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> No
     assert (me.spec, me.resume, me.staging, me.request()) == (None, None, None, Request.NONE)
     assert (me.rank, me.world_size, me.local_rank) == (0, 1, 0)
     me.report(Phase.DONE, 1)
+    me.mark("loaded")
+    me.stalled(0.1)
     me.record_step({"step": 1})
