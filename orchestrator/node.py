@@ -1,6 +1,6 @@
 """The ranks on this node as the agent sees them: launch an attempt once, watch it, stop it for certain, describe it.
 
-Everything runs on the agent's event loop; what blocks (torch's import, forks) goes through a thread. An attempt's number is launched at
+Everything runs on the agent's event loop; what blocks goes through a thread. An attempt's number is launched at
 most once by an incarnation: a late directive can never bring a dead attempt back.
 """
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keepstep.storage.layout import rank_log_key, rank_stacks_key
 from keepstep.storage.store import Store
@@ -24,20 +24,22 @@ from . import stacks
 from .config import overridden
 from .contact import interface_of
 from .exits import Exit
+from .forked import Program
+from .forkserver import HostedStore
 from .oom import KernelLog, OomWitness
 from .patience import Patience, Watch
 from .progress import ProgressPage
 from .ranklogs import RankLogs, tail
+from .ranks import GroupSpec, RankGroup
+from .reserve import Reserve
 from .sections import RunConfig
 from .stacks import Stacks, Subject
+from .tether import Tether
 from .wire import Launch, RankReport, StoreAddress
-
-if TYPE_CHECKING:
-    from .ranks import HostedStore, RankGroup
-
 
 KEEP_STACKS_S = 0.5  # how long the root may take to store stacks before the ranks are killed all the same
 TAIL_S = 0.1  # how long the end of a rank's log may take to be read
+SETTLED_S = 10.0  # ranks that say nothing of their steps count as settled after so long
 REMARKABLE = "TtD"  # states of a process: stopped, traced, in uninterruptible sleep
 
 
@@ -47,8 +49,7 @@ class NodeSettings:
 
     run: str
     root: str
-    script: str
-    script_args: tuple[str, ...]
+    program: Program
     scratch: Path
     address: str
     config_path: Path
@@ -78,6 +79,7 @@ class _Rank:
     process: str = ""  # its state when its stacks were taken: what comes afterwards is our doing
     tail: tuple[str, ...] = ()
     exit: Exit | None = None
+    ended_at: float = 0.0
     order: int | None = None
     stopped: bool = False
     blame: tuple[str, str] | None = None  # kind and reason, when the agent knows better than the exit code
@@ -87,10 +89,18 @@ class _Rank:
 class _Attempt:
     launch: Launch
     group: RankGroup
+    ordered_at: float  # when the order to launch came
     ranks: list[_Rank] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     is_lost: bool = False  # a rank failed: the others must go
     in_autopsy: bool = False
+    is_fresh: bool = True  # not settled yet: nothing is forked ahead for its successor
+
+    def is_settled(self, now: float) -> bool:
+        """Every rank here has finished a step, so all ranks everywhere have; or nothing is known of that, for long."""
+        first, pages = _first_step(self.launch), [rank.page.read() for rank in self.ranks]
+        stepped = all(page.phase > Phase.STEP or (page.phase == Phase.STEP and page.step > first) for page in pages)
+        return stepped or (now - self.ordered_at > SETTLED_S and not any(page.beats for page in pages))
 
 
 class NodeRanks:
@@ -103,12 +113,16 @@ class NodeRanks:
         self.logs = RankLogs(store, settings.scratch)
         self._on_change = on_change
         self._attempt: _Attempt | None = None
+        self.reserve = Reserve(settings.program, settings.scratch, settings.address)
         self._hosted: dict[int, HostedStore] = {}
         self.store_address: StoreAddress | None = None
+        self.tether: Tether | None = None  # what the next ranks will hold
         self._newest = 0  # newest attempt launched or refused by this incarnation
+        self._order = (0, 0.0)  # the newest attempt that it was told to launch, and when
         self.autopsied = 0  # newest attempt whose ranks' stacks were taken
         self._witness = OomWitness(KernelLog.open())
         self._readings = set[asyncio.Task[None]]()
+        self._burial: asyncio.Task[None] | None = None  # of what the last attempt's ranks have left behind
 
     @property
     def attempt(self) -> int:
@@ -117,6 +131,11 @@ class NodeRanks:
     @property
     def running(self) -> bool:
         return self._attempt is not None and not self._attempt.ended.is_set()
+
+    def note_order(self, attempt: int) -> None:
+        """A directive says that this attempt is to run; from the first one on its start is measured."""
+        if attempt > self._order[0]:
+            self._order = (attempt, time.monotonic())
 
     async def pursue(self, launch: Launch) -> None:
         """Makes this node run exactly this attempt; does nothing where it does so already, or did and lost it."""
@@ -128,7 +147,7 @@ class NodeRanks:
             self._newest = launch.attempt
             await self._start(launch, launch.store)
         if self._attempt and self._attempt.launch.attempt == launch.attempt:
-            self._ask(Request(launch.request))
+            self._ask(launch)
 
     async def stop(self) -> None:
         """Kills what runs and returns when the kernel has confirmed every death."""
@@ -149,12 +168,21 @@ class NodeRanks:
     def reports(self) -> tuple[RankReport, ...]:
         if self._attempt is None:
             return ()
-        return tuple(_report(rank, i, self._patience.step_s) for i, rank in enumerate(self._attempt.ranks))
+        ordered_at = self._attempt.ordered_at
+        return tuple(_report(rank, i, self._patience.step_s, ordered_at) for i, rank in enumerate(self._attempt.ranks))
+
+    @property
+    def ordered_s(self) -> float:
+        """Since the order to launch `attempt` came."""
+        return round(time.monotonic() - self._attempt.ordered_at, 4) if self._attempt else 0.0
 
     def look(self) -> tuple[Pace, ...]:
         """Looks at every rank: what the agent does every PERIOD_S, to see whether a report would say something new."""
         now = time.monotonic()
         self._witness.refresh(now)
+        if self._attempt and self._attempt.is_fresh and self._attempt.is_settled(now):
+            self._attempt.is_fresh = False
+            self.reserve.prepare(self._attempt.launch.num_ranks)
         return tuple(_look(rank, now) for rank in self._attempt.ranks) if self._attempt else ()
 
     async def autopsy(self, attempt: int) -> None:
@@ -186,9 +214,7 @@ class NodeRanks:
     async def _host_store(self, launch: Launch) -> None:
         if launch.store_node != self.node or launch.attempt in self._hosted or launch.attempt <= self._newest:
             return
-        from .ranks import HostedStore
-
-        store = await asyncio.to_thread(HostedStore, self._settings.address)
+        store = await self.reserve.store()
         for older in self._hosted.values():
             older.close()  # its ranks are dead
         self._hosted = {launch.attempt: store}
@@ -196,8 +222,6 @@ class NodeRanks:
         self._on_change()
 
     async def _start(self, launch: Launch, address: StoreAddress) -> None:
-        from .ranks import GroupSpec, RankGroup
-
         self._write_config(launch.overrides)
         pages = [ProgressPage(self._page_path(launch, i), step=_first_step(launch)) for i in range(launch.num_ranks)]
         logs = [self.logs.path(rank_log_key(launch.attempt, launch.first_rank + i)) for i in range(launch.num_ranks)]
@@ -205,8 +229,7 @@ class NodeRanks:
         spec = GroupSpec(
             specs=tuple(self._rank_spec(launch, page.path, i) for i, page in enumerate(pages)),
             log_paths=tuple(map(str, logs)),
-            script=self._settings.script,
-            script_args=self._settings.script_args,
+            program=self._settings.program,
             node=self.node,
             first_rank=launch.first_rank,
             group_rank=launch.group_rank,
@@ -216,8 +239,11 @@ class NodeRanks:
             master_port=address.port,
             interface=interface_of(self._settings.address),
         )
-        group = await asyncio.to_thread(RankGroup, spec)
-        old, self._attempt = self._attempt, _Attempt(launch, group)
+        if self._burial:
+            await self._burial
+        launcher = await self.reserve.launcher(launch.num_ranks)
+        group = RankGroup(spec, launcher, self.tether.socket if self.tether else None)
+        old, self._attempt = self._attempt, _Attempt(launch, group, self._order[1])
         if old is not None:
             _close_pages(old)
         self._patience.begin(launch.world_size)
@@ -243,6 +269,7 @@ class NodeRanks:
         rank = attempt.ranks[local_rank]
         found = attempt.group.ended(local_rank)
         assert found is not None
+        rank.ended_at = time.monotonic()
         rank.stopped = attempt.group.was_stopped(local_rank) and found.kind == "signal"  # else it failed before we could stop it
         rank.order = sum(other.order is not None for other in attempt.ranks)
         if found.exit_code == -signal.SIGKILL and not rank.stopped and (why := self._witness.verdict(rank.pid)):
@@ -268,12 +295,14 @@ class NodeRanks:
         rank.exit = found
         if all(other.exit is not None for other in attempt.ranks):
             attempt.ended.set()
+            self._burial = asyncio.create_task(self.reserve.bury())
         self._on_change()
 
-    def _ask(self, request: Request) -> None:
+    def _ask(self, launch: Launch) -> None:
         assert self._attempt
         for rank in self._attempt.ranks:
-            rank.page.ask(request)
+            rank.page.ask(Request(launch.request))
+            rank.page.pace(launch.pacing)
 
     def _rank_spec(self, launch: Launch, page: Path, local_rank: int) -> RankSpec:
         settings, resume = self._settings, launch.resume
@@ -324,7 +353,12 @@ def _look(rank: _Rank, now: float) -> Pace:
     return Pace(seen.phase, seen.step, is_overdue)
 
 
-def _report(rank: _Rank, local_rank: int, step_s: float) -> RankReport:
+def _since(ordered_at: float, at: float) -> float | None:
+    """None for what has not happened."""
+    return round(at - ordered_at, 4) if at else None
+
+
+def _report(rank: _Rank, local_rank: int, step_s: float, ordered_at: float) -> RankReport:
     seen, silence = rank.page.read(), rank.watch.silence
     common = {"rank": rank.number, "local_rank": local_rank, "pid": rank.pid}
     pace = {
@@ -336,6 +370,11 @@ def _report(rank: _Rank, local_rank: int, step_s: float) -> RankReport:
         "step_s": round(step_s, 4),
         "collective": seen.collective,
         "pulse_s": round(max(0.0, time.monotonic() - seen.pulse_at), 3) if seen.pulse_at else -1.0,
+        "marks_s": tuple(_since(ordered_at, at) for at in rank.page.marks()),
+        "stepped_s": _since(ordered_at, seen.stepped_at),
+        "stalled_s": round(seen.stalled_s, 4),
+        "costs": rank.page.costs(),
+        "ended_s": _since(ordered_at, rank.ended_at),
     }
     process = rank.process or (stacks.state(rank.pid) if rank.exit is None else "")
     stood: dict[str, Any] = {"process": process if process in REMARKABLE else ""}

@@ -15,7 +15,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +173,12 @@ def kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def strays_of_ranks(scratch: str | os.PathLike[str]) -> list[int]:
-    """What descends from ranks: it carries our mark, and every rank began a session of its own."""
-    ours, found = os.getsid(0), []
+def strays_of_ranks(scratch: str | os.PathLike[str], spared: Set[int] = frozenset()) -> list[int]:
+    """What descends from ranks: it carries our mark, and every rank began a session of its own. Those sessions are `spared`."""
+    ours, found = {os.getsid(0), *spared}, []
     for pid in strays(scratch):
         with contextlib.suppress(ProcessLookupError):
-            if os.getsid(pid) != ours:
+            if os.getsid(pid) not in ours:
                 found.append(pid)
     return found
 

@@ -1,55 +1,37 @@
-"""The ranks of one attempt on one node, launched by torchrun's own library. The only torch in this folder.
+"""The ranks of one attempt on one node, launched by torchrun's own library.
 
-A warm forkserver has torch imported already. From it comes, for each attempt, one *launcher*, in which torch.distributed.elastic starts the
-ranks and gives them torchrun's environment; its restart logic is not used: one `RankGroup` is one attempt, and a group that lost a rank is
-killed whole. The agent itself does without torch: it stays small, starts at once, and nothing of torch can hang or crash it.
-`start_forkserver()` must be called from the agent's main thread (see lifeline.py).
+From the forkserver comes, for each attempt, one *launcher*, in which torch.distributed.elastic starts the ranks; its restart logic is not
+used: one `RankGroup` is one attempt, and a group that lost a rank is killed whole. A launcher may be forked long before its attempt is
+known (reserve.py): its ranks wait for their orders, which bring torchrun's environment. What runs in these processes is in forked.py.
 """
 
 from __future__ import annotations
 
-import atexit
-import faulthandler
-import multiprocessing
-import multiprocessing.forkserver
+import contextlib
 import os
-import runpy
-import signal
 import socket
-import sys
-import threading
-import traceback
-from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import send_handle
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 from keepstep.storage.store import ENV_OPTIONS
 from keepstep.trainer.contract import ENV_NODE, ENV_SPEC, RankSpec
 
 from . import stacks
-from .exits import Exit, exit_code, explain, write_error
-from .processes import (
-    ENV_PARENT,
-    die_with_parent,
-    kill,
-    kill_group,
-    kill_session,
-    print_or_lose,
-    strays_of_ranks,
-)
+from .exits import Exit, explain
+from .forked import ROLE, Begin, Program, launch
+from .forkserver import CONTEXT, forkserver_pid
+from .processes import kill_group, kill_session
 
-FIRST_PRELOAD: Final = ("keepstep.orchestrator.lifeline", "keepstep.orchestrator.ranks", "torch.distributed.elastic.multiprocessing")
-TRAINER_PRELOAD: Final = "keepstep.trainer.preload"
-PLATFORM_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-REMOTE_PRELOAD: Final = "keepstep.storage.s3"  # s3fs and botocore: 0.5 s that a restart from an object store would pay in every rank
-ROLE: Final = "default"  # torchrun's default role name
 ENV_INTERFACE: Final = "GLOO_SOCKET_IFNAME"
-ENV_ERROR_FILE: Final = "TORCHELASTIC_ERROR_FILE"  # which torch's launcher adds, for `@record`
-LAUNCHER_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # that torch's launcher takes
 UNKNOWN_CODE: Final = 255  # the launcher died, and nobody can say how its child ended
+FORK_S: Final = 120.0  # for forking ranks and, before, importing what a script's owner wants to be imported ahead
+
+
+class LauncherDied(RuntimeError):
+    """Or it was not ready in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +40,7 @@ class GroupSpec:
 
     specs: tuple[RankSpec, ...]  # by local rank
     log_paths: tuple[str, ...]
-    script: str  # "" : the LM trainer
-    script_args: tuple[str, ...]
+    program: Program
     node: str
     first_rank: int
     group_rank: int
@@ -70,106 +51,68 @@ class GroupSpec:
     interface: str = ""  # where the other nodes reach this one; "": gloo looks the host name up, as under torchrun
 
 
-def forget_main_module() -> None:
-    """Forked ranks would import our main module again (a third of a second each): multiprocessing finds none to import."""
-    main = sys.modules["__main__"]
-    main.__spec__ = None
-    if hasattr(main, "__file__"):
-        del main.__file__
+class Launcher:
+    """A launcher and its ranks, forked and waiting for their orders: nothing in them belongs to an attempt yet.
 
-
-_CONTEXT: Final = multiprocessing.get_context("forkserver")
-
-
-def start_forkserver(root: str) -> None:
-    """Main thread only: the forkserver dies with the thread that started it. Returns at once; the imports go on in the forkserver.
-
-    Args:
-        root: of the run; "" where nobody knows it yet.
+    They die with the agent, like everything that it starts; a rank whose pipe closes before its last order leaves by itself.
+    Blocks until they are forked. Raises LauncherDied.
     """
-    assert threading.current_thread() is threading.main_thread()
-    is_local = root and "://" not in root
-    _CONTEXT.set_forkserver_preload([*FIRST_PRELOAD, TRAINER_PRELOAD, *(() if is_local else (REMOTE_PRELOAD,))])
-    os.environ[ENV_PARENT] = str(os.getpid())  # stays: multiprocessing starts a lost forkserver again by itself
-    multiprocessing.forkserver.ensure_running()
 
+    def __init__(self, num_ranks: int, program: Program, scratch: str) -> None:
+        answer, telling = CONTEXT.Pipe(duplex=False)
+        codes = [CONTEXT.Pipe(duplex=False) for _ in range(num_ranks)]
+        orders = [CONTEXT.Pipe() for _ in range(num_ranks)]
+        self.codes = [reading for reading, _ in codes]  # exit code of each rank, once it has ended
+        self.orders = [ours for ours, _ in orders]
+        theirs = (telling, tuple(writing for _, writing in codes), tuple(ends for _, ends in orders))
+        self._process = CONTEXT.Process(target=launch, args=(program, scratch, forkserver_pid(), *theirs))
+        self._process.start()
+        for end in (telling, *theirs[1], *theirs[2]):
+            end.close()
+        self.pids: tuple[int, ...] = self._wait_forked(answer)
 
-def wait_until_warm() -> None:
-    """Blocks until the forkserver has finished its imports and forked once."""
-    process = _CONTEXT.Process(target=os.getpid)
-    process.start()
-    process.join()
+    def _wait_forked(self, answer: Connection) -> tuple[int, ...]:
+        try:
+            if answer.poll(FORK_S):
+                pids: tuple[int, ...] = answer.recv()
+                return pids
+        except EOFError:
+            pass
+        finally:
+            answer.close()
+        self._process.kill()
+        raise LauncherDied(f"the launcher of {len(self.codes)} ranks died before it had forked them, or took over {FORK_S:g} s")
 
-
-def count_gpus() -> int:
-    """CUDA devices of this node, counted by a child: the agent does without torch."""
-    answer, telling = _CONTEXT.Pipe(duplex=False)
-    _CONTEXT.Process(target=_tell_gpus, args=(telling,)).start()
-    telling.close()
-    return int(answer.recv())
-
-
-def _tell_gpus(telling: Connection) -> None:
-    import torch
-
-    telling.send(torch.cuda.device_count())
-
-
-def forkserver_pid() -> int:
-    """Of the living one."""
-    multiprocessing.forkserver.ensure_running()
-    return int(multiprocessing.forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
-
-
-class HostedStore:
-    """A TCPStore of one attempt, in a process and on a port of its own; it listens on `address` only."""
-
-    def __init__(self, address: str) -> None:
-        answer, telling = _CONTEXT.Pipe(duplex=False)
-        self.process = _CONTEXT.Process(target=host_store, args=(address, forkserver_pid(), telling), daemon=True)
-        self.process.start()
-        telling.close()
-        self.host, self.port = address, int(answer.recv())
-        answer.close()
+    @property
+    def is_whole(self) -> bool:
+        """All of its ranks live and wait."""
+        return not wait(self.codes, timeout=0)
 
     def close(self) -> None:
-        self.process.kill()
-
-
-def host_store(address: str, parent: int, telling: Connection) -> None:
-    """The store's process: tells its port, serves until it is killed."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    die_with_parent(parent)
-    listener = socket.create_server((address, 0))
-    port = listener.getsockname()[1]
-    # The store owns the descriptor from here on.
-    store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-    telling.send(store.port)
-    while True:
-        signal.pause()
+        """Kills what was never launched."""
+        self._process.kill()
+        for pid in self.pids:
+            kill_session(pid)
+        for end in (*self.codes, *self.orders):
+            end.close()
 
 
 class RankGroup:
-    """The processes of one attempt on this node, and their launcher: start, watch the sentinels, kill."""
+    """The processes of one attempt on this node: launch, watch the sentinels, kill."""
 
-    def __init__(self, group: GroupSpec) -> None:
+    def __init__(self, group: GroupSpec, launcher: Launcher, tether: socket.socket | None) -> None:
         self.group = group
-        kill(strays_of_ranks(group.specs[0].scratch))  # older ranks are dead; what they started may hold a port or a GPU
-        for spec in group.specs:
-            Path(spec.error_path).unlink(missing_ok=True)
-        answer, telling = _CONTEXT.Pipe(duplex=False)
-        pipes = [_CONTEXT.Pipe(duplex=False) for _ in group.specs]
-        self._codes = [reading for reading, _ in pipes]
-        ends = tuple(writing for _, writing in pipes)
-        self._launcher = _CONTEXT.Process(target=launch, args=(group, forkserver_pid(), telling, ends))
-        self._launcher.start()
-        for end in (telling, *ends):
-            end.close()
-        self.pids: tuple[int, ...] = answer.recv()
-        answer.close()
+        self.pids = launcher.pids
+        self._launcher = launcher
+        self._codes = launcher.codes
         self._exits: dict[int, Exit] = {}
         self._stopped: set[int] = set()
+        for spec in group.specs:
+            Path(spec.error_path).unlink(missing_ok=True)
+        for local_rank, pipe in enumerate(launcher.orders):
+            _tell(pipe, begin_order(group, local_rank, is_tethered=tether is not None))
+            if tether:
+                _hand_over(pipe, tether, self.pids[local_rank])
 
     @property
     def sentinels(self) -> dict[int, int]:
@@ -204,35 +147,27 @@ class RankGroup:
         return local_rank in self._stopped
 
 
-def launch(group: GroupSpec, parent: int, telling: Connection, exits: tuple[Connection, ...]) -> None:
-    """The launcher's process: torchrun's own library starts the ranks; tells their pids, and each one's exit code at once.
+def _tell(pipe: Connection, order: Begin) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it died while it waited: its sentinel says so
+        pipe.send(order)
 
-    Torch's `poll` and `wait` are not used: they would end the other ranks in their own way, which takes up to 30 s for each.
-    """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
-    die_with_parent(parent)
-    handlers = {number: signal.getsignal(number) for number in LAUNCHER_SIGNALS}
-    context: Any = start_processes(
-        name=ROLE,
-        entrypoint=rank_main,
-        args={i: (group, i, os.getpid(), exits) for i in range(len(group.specs))},
-        envs={i: torchrun_environment(group, i) for i in range(len(group.specs))},
-        logs_specs=DefaultLogsSpecs(log_dir=str(Path(group.specs[0].scratch) / "elastic")),
-        start_method="fork",
+def _hand_over(pipe: Connection, tether: socket.socket, pid: int) -> None:
+    """Until the rank has taken it, the kernel holds it in the pipe."""
+    with contextlib.suppress(BrokenPipeError):  # it is dead: its sentinel says so
+        send_handle(pipe, tether.fileno(), pid)
+
+
+def begin_order(group: GroupSpec, local_rank: int, *, is_tethered: bool) -> Begin:
+    spec = group.specs[local_rank]
+    return Begin(
+        environment=torchrun_environment(group, local_rank),
+        program=group.program,
+        log_path=group.log_paths[local_rank],
+        error_path=spec.error_path,
+        answers=str(stacks.answer_path(spec.scratch, spec.attempt, local_rank)),
+        is_tethered=is_tethered,
     )
-    for number, handler in handlers.items():
-        signal.signal(number, handler)  # torch's would end us, and the ranks, where a platform only asks the agent to leave
-    processes = context._pc.processes
-    waiting = {os.pidfd_open(process.pid): local_rank for local_rank, process in enumerate(processes)}
-    telling.send(tuple(process.pid for process in processes))
-    while waiting:
-        for ready in wait(list(waiting)):
-            assert isinstance(ready, int)
-            local_rank = waiting.pop(ready)
-            processes[local_rank].join()
-            exits[local_rank].send(processes[local_rank].exitcode)
-            exits[local_rank].close()
 
 
 def torchrun_environment(group: GroupSpec, local_rank: int) -> dict[str, str]:
@@ -263,129 +198,3 @@ def torchrun_environment(group: GroupSpec, local_rank: int) -> dict[str, str]:
         ENV_NODE: group.node,
         ENV_SPEC: group.specs[local_rank].to_json(),
     }
-
-
-def rank_main(group: GroupSpec, local_rank: int, parent: int, exits: tuple[Connection, ...]) -> None:
-    """The rank's process, forked from its launcher: own session, own log, then the trainer or the user's script. Never returns."""
-    os.setsid()
-    die_with_parent(parent)
-    for end in exits:
-        end.close()  # else the launcher's death would go unnoticed
-    _take_forks_along()
-    _redirect_output(group.log_paths[local_rank])
-    _leave_signals_to_the_agent()
-    _forget_variables_of_preloaded_modules({*torchrun_environment(group, local_rank), ENV_ERROR_FILE})
-    spec = group.specs[local_rank]
-    faulthandler.enable()
-    stacks.answer_to(stacks.answer_path(spec.scratch, spec.attempt, local_rank))
-    code = _run_guarded(group, Path(spec.error_path))
-    _leave(code)
-
-
-def _take_forks_along() -> None:
-    """What this rank forks (loader workers) dies with it, whoever kills it and whether or not the agent lives to see it.
-
-    The kernel means the thread that forks: a child of another thread than the main one is left to the agent.
-    """
-    forker = 0
-
-    def note() -> None:
-        nonlocal forker
-        forker = os.getpid() if threading.get_native_id() == os.getpid() else 0
-
-    def obey() -> None:
-        if forker:
-            die_with_parent(forker)
-
-    os.register_at_fork(before=note, after_in_child=obey)
-
-
-def _leave_signals_to_the_agent() -> None:
-    """A platform sends these to every process of a job; what they mean for the run is decided by the agent, which gets them, too.
-
-    A script may install handlers of its own. Nothing is "ignored": that would be inherited by programs that a script executes.
-    """
-    for number in PLATFORM_SIGNALS:
-        signal.signal(number, _do_nothing)
-        signal.siginterrupt(number, False)  # native code need not expect EINTR
-    os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals_go, after_in_child=_give_signals_back)
-
-
-def _do_nothing(number: int, frame: FrameType | None) -> None:
-    pass
-
-
-_held = threading.local()
-
-
-def _hold_signals() -> None:
-    """A signal that reaches a child before it has its own handlers would be lost, and with it the order to end."""
-    _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, PLATFORM_SIGNALS)
-
-
-def _let_signals_go() -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, _held.mask)
-
-
-def _give_signals_back() -> None:
-    """In a child that a rank forks: `multiprocessing.Process.terminate` must end it, as it does everywhere else."""
-    for number in PLATFORM_SIGNALS:
-        if signal.getsignal(number) is _do_nothing:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    _let_signals_go()
-
-
-def _forget_variables_of_preloaded_modules(given: Set[str]) -> None:
-    """Imports in the forkserver set variables of their own (torch's compiler its cache folder); a fresh process would not have them."""
-    started_with = {entry.partition(b"=")[0].decode() for entry in Path("/proc/self/environ").read_bytes().split(b"\0")}
-    for name in set(os.environ) - started_with - given:
-        del os.environ[name]
-
-
-def _redirect_output(path: str) -> None:
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    print_or_lose()
-
-
-def _run_guarded(group: GroupSpec, error_path: Path) -> int:
-    try:
-        _run(group.script, group.script_args)
-    except SystemExit as error:
-        return exit_code(error)
-    except BaseException as error:  # noqa: BLE001  (the process entry: whatever it was becomes the verdict)
-        traceback.print_exc()
-        write_error(error_path, error)
-        return 1
-    return 0
-
-
-def _run(script: str, arguments: Sequence[str]) -> None:
-    _obey_thread_limit()
-    if not script:
-        from keepstep.trainer.__main__ import main
-
-        main()
-        return
-    sys.argv = [script, *arguments]
-    sys.path[0] = str(Path(script).resolve().parent)  # as `python script` has it
-    runpy.run_path(script, run_name="__main__")
-
-
-def _obey_thread_limit() -> None:
-    """OpenMP read OMP_NUM_THREADS when the forkserver imported torch, before torchrun's environment was known."""
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        import torch
-
-        torch.set_num_threads(int(threads))
-
-
-def _leave(code: int) -> None:
-    """What interpreter shutdown does for a script; multiprocessing's children leave by os._exit without it."""
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)

@@ -205,4 +205,8 @@ RULES = (
         lambda c: not _trains_lm(c) or not c.train.script_args,
         "<train.script_args> are given, but <train.script> is empty: name the script, or remove its arguments",
     ),
+    Rule(
+        lambda c: not _trains_lm(c) or not c.train.preload,
+        "<train.preload> is given, but <train.script> is empty: the LM trainer is imported ahead anyway",
+    ),
 )

@@ -123,6 +123,9 @@ class TrainSection(Section):
     """Run this Python script instead of the LM trainer, as torchrun would. Empty: the LM trainer."""
     script_args: tuple[str, ...] = ()
     """Arguments of the script."""
+    preload: tuple[str, ...] = ()
+    """Modules that the script imports, slow ones, to be imported once per node before ranks are forked: a restart does not wait for them.
+    Only what, while it is imported, starts no thread, touches no GPU and reads no RANK."""
     batch_tokens: int = Field(4096, ge=2)
     """Tokens per optimizer update over all ranks, constant whatever the world size; a multiple of model.context."""
     micro_batch_samples: int = Field(0, ge=0)
@@ -139,9 +142,11 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    interval: int | str = 20
-    """Optimizer updates between checkpoints; or seconds as text ("30s"); or "auto" (from the measured cost of a save and the observed
-    failures)."""
+    interval: int | str = "auto"
+    """Optimizer updates between checkpoints; or seconds as text ("30s"); or "auto": from what a save costs and how often this run fails,
+    as measured, so that the least time is lost to both."""
+    max_overhead: float = Field(0.05, gt=0, lt=1)
+    """With interval = "auto", saves cost at most this share of the time, however often the run fails."""
     keep: int = Field(3, ge=1)
     """Newest checkpoints that are kept, counting those that were read back and found right; older ones are deleted. See also
     `keepstep checkpoints pin`."""

@@ -22,7 +22,7 @@ def torch_free_modules() -> list[str]:
         path
         for name in ("orchestrator", "storage")
         for path in sorted((ROOT / name).glob("*.py"))
-        if path.stem not in {"__init__", "ranks"}
+        if path.stem not in {"__init__"}
     ]
     return [f"keepstep.{path.parent.name}.{path.stem}" for path in own] + [f"keepstep.trainer.{name}" for name in TORCH_FREE_TRAINER]
 

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
-from keepstep.orchestrator import ranks
+from keepstep.orchestrator import node as nodes
+from keepstep.orchestrator import reserve
+from keepstep.orchestrator.exits import Exit
+from keepstep.orchestrator.forked import Program
 from keepstep.orchestrator.node import NodeRanks, NodeSettings
 from keepstep.orchestrator.patience import Patience
-from keepstep.orchestrator.ranks import Exit, GroupSpec
+from keepstep.orchestrator.ranks import GroupSpec
 from keepstep.orchestrator.sections import RunConfig
 from keepstep.orchestrator.stacks import answer_path, state
 from keepstep.orchestrator.wire import Launch, RankReport, StoreAddress
@@ -42,10 +45,16 @@ wait_for_orders()
 """
 
 
+class Forked:
+    """A `Launcher` without processes."""
+
+    def __init__(self, num_ranks: int, program: Program, scratch: str) -> None: ...
+
+
 class Group:
     """What `RankGroup` does, with processes that end when they are told a code."""
 
-    def __init__(self, group: GroupSpec) -> None:
+    def __init__(self, group: GroupSpec, launcher: Forked, tether: None) -> None:
         self.specs = group.specs
         self.processes = [self._start(spec.scratch, spec.attempt, i, group.log_paths[i]) for i, spec in enumerate(group.specs)]
         self.pids = tuple(process.pid for process in self.processes)
@@ -110,14 +119,14 @@ def launch_of(attempt: int, **fields: Any) -> Launch:
 @pytest.fixture
 async def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[NodeRanks]:
     """Two ranks that run."""
-    monkeypatch.setattr(ranks, "RankGroup", Group)
+    monkeypatch.setattr(nodes, "RankGroup", Group)
+    monkeypatch.setattr(reserve, "Launcher", Forked)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     settings = NodeSettings(
         run="test",
         root=str(tmp_path / "root"),
-        script="",
-        script_args=(),
+        program=Program(),
         scratch=scratch,
         address="127.0.0.1",
         config_path=scratch / "config.json",

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import multiprocessing, os, signal, subprocess, sys
-from keepstep.orchestrator.ranks import PLATFORM_SIGNALS, _leave_signals_to_the_agent
+from keepstep.orchestrator.forked import PLATFORM_SIGNALS, _leave_signals_to_the_agent
 
 _leave_signals_to_the_agent()
 for number in PLATFORM_SIGNALS:
