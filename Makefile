@@ -12,13 +12,14 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 LINT = ruff format --check . && ruff check . && mypy && lint-imports
 
-.PHONY: install train test check sim bench clean
+.PHONY: install train test check sim bench bench-quick clean
 install: .venv/.installed .build/s3venv/.installed .build/.system-installed
 train: install; keepstep run examples/quickstart.toml --demo
 test: install; $(LINT) && pytest $(WORKERS)
 check: install; $(LINT) && pytest -q -m "not slow and not e2e and not s3"
 sim: install; pytest -q tests/simulation --seeds=$(SEEDS)
-bench: install; for name in recovery faults false_alarms preemption coordinator_kills; do python benchmarks/$$name.py || exit 1; done
+bench: install; python benchmarks/bench.py
+bench-quick: install; python benchmarks/bench.py --quick
 clean: ; rm -rf .venv .build build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 .venv/.installed: pyproject.toml constraints.txt

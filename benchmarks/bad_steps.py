@@ -10,19 +10,14 @@ forward pass), and about the gradient (forward and backward, and once more sampl
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
+from common import Verdict, machine, parser, publish
 
 from keepstep.trainer import guard
 from keepstep.trainer.agreement import Agreed, agree
@@ -34,31 +29,25 @@ from keepstep.trainer.parallel import join
 from keepstep.trainer.run import Run, open_run
 from keepstep.trainer.spikes import NonFinite
 
-HERE = Path(__file__).resolve().parent
 CALLS = 20_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=80, help="training steps; more than half a window")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "bad_steps.json")
-    arguments = parser.parse_args()
+    made = parser(__doc__)
+    made.add_argument("--steps", type=int, default=80, help="training steps; more than half a window")
+    options = made.parse_args()
+    steps, began_on = 36 if options.quick else options.steps, machine()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="ks-bench-") as root:
-        config = TrainerConfig.model_validate({"run": {"root": root, "steps": arguments.steps + 1}, "data": {"max_bytes": 4_000_000}})
+        config = TrainerConfig.model_validate({"run": {"root": root, "steps": steps + 1}, "data": {"max_bytes": 4_000_000}})
         me = Attached(None)
         run = open_run(config, me, join(me))
-        figures = measure(run, arguments.steps)
-    result = {
-        "figures": figures,
-        "steps": arguments.steps,
-        "torch": torch.__version__,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        figures = measure(run, steps)
     for name, value in figures.items():
         print(f"{name:32} {value:.6g}")
+    result = f"{figures['looking_out_us']:.0f} us of a step of {1e3 * figures['step_s']:.0f} ms"
+    verdict = Verdict(what="looking out for bad steps, a healthy step", target="(a figure)", result=result, met=None)
+    publish("bad_steps", [verdict], {"figures": figures, "steps": steps}, began_on=began_on)
 
 
 def measure(run: Run, steps: int) -> dict[str, float]:

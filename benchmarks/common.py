@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
+import signal
 import statistics
 import time
 from collections.abc import Sequence
@@ -68,14 +70,23 @@ def spread(values: Sequence[float], unit: str = "s", digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} {unit} ({low:.{digits}f} to {high:.{digits}f}, n = {len(values)})"
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of all values does not exceed (nearest rank)."""
+def percentile(values: Sequence[float], share: float) -> float | None:
+    """The smallest value that at least this share of all values does not exceed (nearest rank); None of nothing."""
     ordered = sorted(values)
-    return ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)]
+    return ordered[max(0, math.ceil(round(share * len(ordered), 6)) - 1)] if ordered else None
+
+
+def median(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return statistics.median(values) if values else None
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """With `--quick`: fewer rounds, a figure to look at and not to quote. Every benchmark ends in a few minutes with it."""
+    """With `--quick`: fewer rounds, a figure to look at and not to quote. Every benchmark ends within half a minute with it.
+
+    SIGTERM from here on ends the script like Ctrl-C does: it ends what it started.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="fewer rounds: a figure to look at, not to quote")
     return made

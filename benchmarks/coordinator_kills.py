@@ -9,7 +9,6 @@ successor of one that was just killed starts. All ranks write (step, time.monoto
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -21,12 +20,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from live import HERE, percentile
-from recovery import machine, pages
+from common import HERE, Verdict, machine, parser, percentile, publish
+from recovery import pages
 
 from keepstep.orchestrator.archive import read_result
 from keepstep.orchestrator.processes import ENV_SCRATCH, command_line, is_alive
@@ -224,43 +222,39 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="ks-bench-"))
 
 
-def verdict(calm: Mapping[str, Any], result: Mapping[str, Any], rows: Sequence[Kill]) -> dict[str, Any]:
-    """What the issue asks for, as true or false."""
+def verdicts(calm: Mapping[str, Any], result: Mapping[str, Any], rows: Sequence[Kill]) -> list[Verdict]:
     decisions = sum(row.moment == "restart decision" for row in rows)
-    return {
-        "final hash equal": calm["state_sha256"] == result["state_sha256"],
-        "ranks unchanged": all(row.same_ranks for row in rows if row.same_ranks is not None),
-        "attempts only for killed ranks": result["attempts"] == 1 + decisions,
-    }
+    attempts = int(result["attempts"]) - 1
+    alone = [row.same_ranks for row in rows if row.same_ranks is not None]
+    same, equal = sum(alone), calm["state_sha256"] == result["state_sha256"]
+    words = f"{attempts} for {decisions} killed ranks"
+    return [
+        Verdict(what="coordinators killed: final state", target="same hash", result="equal" if equal else "DIFFERS", met=equal),
+        Verdict(what="... ranks that live on", target="all", result=f"in {same} of {len(alone)}", met=same == len(alone)),
+        Verdict(what="... attempts added", target="one per killed rank", result=words, met=attempts == decisions),
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, help="a successor that is killed in its start is not counted")
-    parser.add_argument("--steps", type=int, default=6000, help="of both runs; the kills must fit into them")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "coordinator_kills.json")
-    arguments = parser.parse_args()
-    load = os.getloadavg()[0]
-    result, rows = disturbed(arguments.steps, arguments.kills, arguments.seed)
-    calm, calm_gaps = undisturbed(arguments.steps)
+    made = parser(__doc__)
+    made.add_argument("--kills", type=int, default=30, help="a successor that is killed in its start is not counted")
+    made.add_argument("--steps", type=int, default=6000, help="of both runs; the kills must fit into them")
+    made.add_argument("--seed", type=int, default=1)
+    options = made.parse_args()
+    kills, steps = (2, 250) if options.quick else (options.kills, options.steps)
+    began_on = machine()
+    result, rows = disturbed(steps, kills, options.seed)
+    calm, calm_gaps = undisturbed(steps)
     gaps = [row.longest_gap_s for row in rows if row.longest_gap_s is not None]
-    document = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine() | {"load": load},
-        "summary": {
-            "deaths": len(rows) + sum(row.moment == "while starting" for row in rows),  # two each where the successor died in its start
-            "verdict": verdict(calm, result, rows),
-            "undisturbed gap p50, p99 s": [round(percentile(calm_gaps, share) or 0.0, 4) for share in (0.5, 0.99)],
-            "longest gap while a coordinator was dead, median and longest s": [percentile(gaps, 0.5), percentile(gaps, 1.0)],
-            "successor's term after, median and longest s": [percentile([row.succeeded_s for row in rows], share) for share in (0.5, 1.0)],
-        },
-        "rows": [asdict(row) for row in rows],
+    summary = {
+        "deaths": len(rows) + sum(row.moment == "while starting" for row in rows),  # two each where the successor died in its start
+        "undisturbed gap p50, p99 s": [percentile(calm_gaps, share) for share in (0.5, 0.99)],
+        "longest gap while a coordinator was dead, median and longest s": [percentile(gaps, share) for share in (0.5, 1.0)],
+        "successor's term after, median and longest s": [percentile([row.succeeded_s for row in rows], share) for share in (0.5, 1.0)],
     }
-    print(json.dumps(document["summary"], indent=1))
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-    sys.exit(0 if all(verdict(calm, result, rows).values()) else 1)
+    print(json.dumps(summary, indent=1))
+    measured = {"summary": summary, "rows": [asdict(row) for row in rows]}
+    publish("coordinator_kills", verdicts(calm, result, rows), measured, began_on=began_on)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,15 @@ the seconds are those of a local disk, the blocks those of any store), in steps 
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from common import Verdict, machine, parser, publish
 from rich.console import Console
 from rich.table import Table
 
@@ -103,20 +99,21 @@ def streamed(rounds: int, megabytes: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--megabytes", type=int, default=256, help="of the streamed file")
-    parser.add_argument("--out", type=Path, default=HERE / "results/data.json")
-    options = parser.parse_args()
-    found = computed(options.rounds) | streamed(options.rounds, options.megabytes)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    made = {"at": datetime.now(UTC).isoformat(), "machine": machine, "python": platform.python_version(), "numpy": np.__version__}
-    options.out.write_text(json.dumps(made | {"results": found}, indent=1) + "\n")
+    made = parser(__doc__)
+    made.add_argument("--rounds", type=int, default=20)
+    made.add_argument("--megabytes", type=int, default=256, help="of the streamed file")
+    options = made.parse_args()
+    rounds, megabytes = (3, 32) if options.quick else (options.rounds, options.megabytes)
+    began_on = machine()
+    found = computed(rounds) | streamed(rounds, megabytes)
     table = Table("what", "median ms", "least", "most", "blocks of 1 MiB")
     for name, row in found.items():
         numbers = (f"{row[key]:.2f}" for key in ("median_ms", "min_ms", "max_ms"))
         table.add_row(name, *numbers, f"{row['blocks_per_step']:.1f}" if "blocks_per_step" in row else "")
     Console(width=140).print(table)
+    slowest = max((row["median_ms"], name) for name, row in found.items() if name.startswith("order"))
+    order = Verdict(what="a step's order, the slowest kind", target="(a figure)", result=f"{slowest[0]:.2f} ms, {slowest[1][7:]}", met=None)
+    publish("data", [order], found, began_on=began_on)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -22,11 +21,11 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from common import HERE, Verdict, machine, parser, publish
+
 LOGICAL_RANKS = 4
 WARM_UP = 10  # steps that are not timed
 BATCH_TOKENS = 4096
@@ -134,45 +133,31 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
-    import torch
-
-    cpu = next((line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+def verdict(line: Mapping[str, Any]) -> Verdict:
+    result = f"{line['time_ratio']:.2f} x the time, {line['exact_peak_mb'] / line['normal_peak_mb']:.2f} x the memory"
+    return Verdict(what=f"exact reduction beside FSDP2, {line['world_size']} rank(s)", target="(a figure)", result=result, met=None)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="trials of each engine at each world size, in alternation")
-    parser.add_argument("--steps", type=int, default=100, help="timed steps of a trial")
-    parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "exact_reduction.json")
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.work:
-        work(arguments.work)
+    made = parser(__doc__)
+    made.add_argument("--rounds", type=int, default=5, help="trials of each engine at each world size, in alternation")
+    made.add_argument("--steps", type=int, default=100, help="timed steps of a trial")
+    made.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks")
+    made.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = made.parse_args()
+    if options.work:
+        work(options.work)
         return
-    rows: list[Row] = []
-    for row in trials(arguments.rounds, arguments.worlds, arguments.steps):
+    rounds, steps, worlds = (1, 10, [2]) if options.quick else (options.rounds, options.steps, options.worlds)
+    began_on, rows = machine(), list[Row]()
+    for row in trials(rounds, worlds, steps):
         print(f"{row.engine} at {row.world_size}, round {row.round}: {row.steps_per_s:.2f} steps/s (load {row.load:.1f})", flush=True)
         rows.append(row)
     table = summary(rows)
     print(markdown(table))
     assert len({loss for line in table for loss in line["exact_losses"]}) == 1, "exact reduction must not show the number of ranks"
-    document = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "summary": table,
-        "rows": [asdict(row) for row in rows],
-    }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    measured = {"summary": table, "rows": [asdict(row) for row in rows]}
+    publish("exact_reduction", [verdict(line) for line in table], measured, began_on=began_on)
 
 
 if __name__ == "__main__":

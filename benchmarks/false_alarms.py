@@ -1,7 +1,7 @@
 """Minutes of training in which nothing fails: each failure that is reported is a false alarm. There must be none.
 
     python benchmarks/false_alarms.py                                  10 minutes of each, results/false_alarms.json
-    python benchmarks/false_alarms.py --minutes 0.5 --only quiet       a look
+    python benchmarks/false_alarms.py --minutes 0.5 --only quiet       a look; --quick: a few seconds of each
 
 quiet            nothing else happens
 slow-save        every part of a checkpoint takes 5 s longer on its way to the store, and rank 1 stands still for 1.5 s while it is copied
@@ -10,22 +10,17 @@ busy-neighbour   as many processes as there are cores burn all the processor tim
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
-from live import HERE, Live, RunBroke, make_folder
-from recovery import machine
+from common import Verdict, machine, parser, publish
+from live import Live, RunBroke, make_folder
 
 from keepstep.orchestrator.faultkinds import FAILURE
 
@@ -85,31 +80,22 @@ def burning(number: int) -> Iterator[None]:
             burner.wait()
 
 
-def markdown(rows: list[Row]) -> str:
-    lines = ["| scene | minutes | steps | commits | load | false alarms |", "|---|---|---|---|---|---|"]
-    lines += [f"| {row.scene} | {row.minutes:g} | {row.steps} | {row.commits} | {row.load:.1f} | {len(row.failures)} |" for row in rows]
-    return "\n".join(lines)
+def verdict(row: Row) -> Verdict:
+    alarms = len(row.failures)
+    result = f"{alarms} in {row.minutes:g} minutes, {row.steps} steps, {row.commits} commits"
+    return Verdict(what=f"false alarms, {row.scene}", target="0", result=result, met=alarms == 0, note="; ".join(row.failures))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="of each")
-    parser.add_argument("--only", nargs="+", choices=list(SCENES), default=list(SCENES))
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "false_alarms.json")
-    arguments = parser.parse_args()
-    began, rows = time.monotonic(), list[Row]()
-    for scene in arguments.only:
-        rows.append(row := watch(scene, arguments.minutes))
+    made = parser(__doc__)
+    made.add_argument("--minutes", type=float, default=10.0, help="of each")
+    made.add_argument("--only", nargs="+", choices=list(SCENES), default=list(SCENES))
+    options = made.parse_args()
+    began_on, rows = machine(), list[Row]()
+    for scene in options.only:
+        rows.append(row := watch(scene, 0.15 if options.quick else options.minutes))
         print(f"{scene}: {row.steps} steps, {row.commits} commits, {len(row.failures)} false alarms {' | '.join(row.failures)}", flush=True)
-        document = {
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "minutes": round((time.monotonic() - began) / 60, 1),
-            "rows": [asdict(row) for row in rows],
-        }
-        arguments.output.parent.mkdir(exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(markdown(rows))
+    publish("false_alarms", [verdict(row) for row in rows], [asdict(row) for row in rows], began_on=began_on)
 
 
 if __name__ == "__main__":

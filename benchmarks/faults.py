@@ -10,21 +10,19 @@ machine's monotonic one: that of whoever inflicts the fault, of the coordinator 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
+import math
 import os
 import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from live import HERE, Live, RunBroke, make_folder, median, percentile
-from recovery import Generation, machine
+from common import Verdict, machine, median, parser, percentile, publish
+from live import Live, RunBroke, make_folder
+from recovery import Generation
 
 from keepstep.orchestrator import cgroups, faultverdict
 from keepstep.orchestrator.breaking import fault_points
@@ -49,6 +47,7 @@ HANGS = ("stop-rank", "hang-rank", "spin-rank")
 NODES = ("kill-agent", "kill-node")
 LOST_HOSTS = ("cut", "kill-host")
 PROCESS_FAULTS = (*CRASHES, *HANGS, *NODES)
+QUICK = ("kill-rank", "raise-rank", "stop-rank", "kill-node")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,9 +220,8 @@ def step_seconds(run: Live) -> list[float]:
 class Results:
     """Written after every trial: an interrupted benchmark has shown what it saw."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._began = time.monotonic()
+    def __init__(self) -> None:
+        self._began, self._began_on = time.monotonic(), machine()
         self.rows: list[Row] = []
         self.alarms: list[str] = []  # failures that nobody inflicted
         self.broken: list[str] = []  # runs that did not go on
@@ -238,10 +236,8 @@ class Results:
         self.rows.append(row)
         self.write()
 
-    def write(self) -> None:
-        document = {
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
+    def write(self, *, final: bool = False) -> None:
+        measured = {
             "minutes": round((time.monotonic() - self._began) / 60, 1),
             "step_p99_s": percentile(self.steps, 0.99),
             "false_alarms": self.alarms,
@@ -249,28 +245,40 @@ class Results:
             "summary": self.table,
             "rows": [asdict(row) for row in self.rows],
         }
-        self._path.parent.mkdir(exist_ok=True)
-        self._path.write_text(json.dumps(document, indent=1) + "\n")
+        publish("faults", self.verdicts() if final else (), measured, began_on=self._began_on)
+
+    def verdicts(self) -> list[Verdict]:
+        """All kinds together; the table beside it has each."""
+        late = [kind for kind, line in self.table.items() if (line["noticed_p95_s"] or math.inf) > line["target_s"]]
+        right, trials = sum(row.right for row in self.rows), len(self.rows)
+        recovered = sum(row.recovered_s is not None for row in self.rows)
+        kinds = f"{len(self.table) - len(late)} of {len(self.table)} kinds within their target"
+        return [
+            Verdict(what="faults noticed in time", target="p95 of each kind", result=kinds, met=not late, note=", ".join(late)),
+            Verdict(what="faults recovered from", target="all", result=f"{recovered} of {trials}", met=recovered == trials),
+            Verdict(what="culprit named right", target="all", result=f"{right} of {trials}", met=right == trials),
+            Verdict(what="failures that nobody inflicted", target="0", result=str(len(self.alarms)), met=not self.alarms),
+        ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=20, help="of each kind: 4 ranks x so many seeds; the last seed may be cut short")
-    parser.add_argument("--host-trials", type=int, default=8, help="of each way to lose a host (needs root)")
-    parser.add_argument("--only", nargs="+", choices=[*PROCESS_FAULTS, *LOST_HOSTS], default=[*PROCESS_FAULTS, *LOST_HOSTS])
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "faults.json")
-    arguments = parser.parse_args()
-    results = Results(arguments.output)
-    for way, kinds, trials in ((on_processes, PROCESS_FAULTS, arguments.trials), (on_hosts, LOST_HOSTS, arguments.host_trials)):
-        wanted = possible([kind for kind in kinds if kind in arguments.only])
-        for seed in range(-(-trials // RANKS) if wanted else 0):
-            ranks = range(min(RANKS, trials - seed * RANKS))
+    made = parser(__doc__)
+    made.add_argument("--trials", type=int, default=20, help="of each kind: 4 ranks x so many seeds; the last seed may be cut short")
+    made.add_argument("--host-trials", type=int, default=8, help="of each way to lose a host (needs root)")
+    made.add_argument("--only", nargs="+", choices=[*PROCESS_FAULTS, *LOST_HOSTS], default=[*PROCESS_FAULTS, *LOST_HOSTS])
+    options = made.parse_args()
+    trials, host_trials, only = (1, 0, QUICK) if options.quick else (options.trials, options.host_trials, options.only)
+    results = Results()
+    for way, kinds, number in ((on_processes, PROCESS_FAULTS, trials), (on_hosts, LOST_HOSTS, host_trials)):
+        wanted = possible([kind for kind in kinds if kind in only])
+        for seed in range(-(-number // RANKS) if wanted else 0):
+            ranks = range(min(RANKS, number - seed * RANKS))
             faults = order(wanted, ranks, seed)
             while faults and len(results.broken) < MAX_BROKEN:
                 one_run(way, faults, seed, results)
-    results.write()
     print(markdown(results.table))
     print(f"{len(results.alarms)} false alarms, {len(results.broken)} runs that did not go on")
+    results.write(final=True)
 
 
 def one_run(way: Callable[[list[Fault], int, Results], Live], faults: list[Fault], seed: int, results: Results) -> None:

@@ -11,10 +11,8 @@ record, written as a line of JSON; all ranks meet in it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import sys
@@ -22,18 +20,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from common import HERE, Verdict, machine, parser, publish
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests" / "unit"))
 
-import trainer_ranks  # noqa: E402 - the tests' ranks
-from trainer_ranks import FolderStaging, run_ranks, spec_of  # noqa: E402
+import trainer_ranks  # the tests' ranks
+from trainer_ranks import FolderStaging, run_ranks, spec_of
 
 trainer_ranks.DEADLINE_S = 3600.0
 
@@ -127,13 +124,6 @@ def result(shape: str, world_size: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    import torch
-
-    cpu = next((line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {"cpu": cpu, "cores": os.cpu_count(), "kernel": platform.release(), "torch": torch.__version__}
-
-
 def table_of(results: Sequence[dict[str, Any]]) -> Table:
     table = Table("shape", "ranks", "step ms", "norms, each step, ms", "layers, a sampled step, ms", "at the default interval")
     for each in results:
@@ -142,22 +132,26 @@ def table_of(results: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def verdict(result: dict[str, Any]) -> Verdict:
+    """No target of its own: it is a part of what everything together may cost (throughput.py)."""
+    numbers = f"{result['share']:.2%} of a step of {result['step_ms']:.0f} ms"
+    return Verdict(what=f"looking into layers, {result['shape']}, {result['ranks']} rank(s)", target="(a figure)", result=numbers, met=None)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "layers.json")
-    arguments = parser.parse_args()
-    results = []
-    for shape in arguments.shapes:
-        for world_size in arguments.ranks:
-            results.append(result(shape, world_size, arguments.rounds))
+    made = parser(__doc__)
+    made.add_argument("--rounds", type=int, default=60)
+    made.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    made.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    options = made.parse_args()
+    rounds, ranks, shapes = (15, [1], ["small"]) if options.quick else (options.rounds, options.ranks, options.shapes)
+    began_on, results = machine(), []
+    for shape in shapes:
+        for world_size in ranks:
+            results.append(result(shape, world_size, rounds))
             print({key: value for key, value in results[-1].items() if key != "seconds"}, flush=True)
     Console(width=110).print(table_of(results))
-    document = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "results": results}
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    publish("layers", [verdict(each) for each in results], results, began_on=began_on)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import statistics
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +81,3 @@ def make_folder() -> Path:
     os.environ["KEEPSTEP_SCRATCH_BASE"] = str(folder / "s")
     os.environ["OMP_NUM_THREADS"] = "1"
     return folder
-
-
-def percentile(values: Sequence[float], share: float) -> float | None:
-    """The nearest rank; None of nothing."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))] if ordered else None
-
-
-def median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None

@@ -10,7 +10,6 @@ again. The end is compared with that of an undisturbed run, bit by bit: the stat
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -24,12 +23,11 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from live import median, percentile
-from recovery import HERE, RANKS, Generation, keepstep, machine
+from common import HERE, Verdict, machine, median, parser, percentile, publish
+from recovery import RANKS, Generation, keepstep
 
 from keepstep.orchestrator.archive import read_events, read_result
 from keepstep.storage.errors import StorageError
@@ -267,34 +265,39 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    late = sum(row.commit_s is None for row in rows)
+    lost, deadlocks = sum(row.lost_steps for row in rows), sum(row.is_deadlock for row in rows)
+    intact = sum(row.is_intact for row in rows)
+    note = f"{late} of {len(rows)} without a commit within the grace" if late else ""
+    told = f"{lost} in {len(rows)} runs"
+    return [
+        Verdict(what="nodes taken away with notice: steps lost", target="0", result=told, met=lost == 0, note=note),
+        Verdict(what="... last commit intact, same bits", target="all", result=f"{intact} of {len(rows)}", met=intact == len(rows)),
+        Verdict(what="... deadlocks", target="0", result=str(deadlocks), met=deadlocks == 0),
+    ]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=60, help="in all; the cases take turns")
-    parser.add_argument("--graces", nargs="+", type=float, default=list(GRACES_S), help="seconds")
-    parser.add_argument("--nodes", nargs="+", choices=list(NOTICED), default=list(NOTICED))
-    parser.add_argument("--workers", nargs="+", type=int, default=list(WORKERS), help="loader workers of each rank")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "preemption.json")
-    arguments = parser.parse_args()
-    chance, expected, rows = random.Random(arguments.seed), undisturbed(), []
-    cases = itertools.cycle(Case(*case) for case in itertools.product(arguments.graces, arguments.nodes, arguments.workers))
-    for i, case in enumerate(itertools.islice(cases, arguments.runs)):
+    made = parser(__doc__)
+    made.add_argument("--runs", type=int, default=60, help="in all; the cases take turns")
+    made.add_argument("--graces", nargs="+", type=float, default=list(GRACES_S), help="seconds")
+    made.add_argument("--nodes", nargs="+", choices=list(NOTICED), default=list(NOTICED))
+    made.add_argument("--workers", nargs="+", type=int, default=list(WORKERS), help="loader workers of each rank")
+    made.add_argument("--seed", type=int, default=0)
+    options = made.parse_args()
+    runs, graces = (2, [5.0]) if options.quick else (options.runs, options.graces)
+    began_on = machine()
+    chance, expected, rows = random.Random(options.seed), undisturbed(), list[Row]()
+    cases = itertools.cycle(Case(*case) for case in itertools.product(graces, options.nodes, options.workers))
+    for i, case in enumerate(itertools.islice(cases, runs)):
         row = run_one(case, chance.choice((signal.SIGTERM, signal.SIGUSR1)), chance, expected)
-        print(f"{i + 1}/{arguments.runs} {row}", flush=True)
+        print(f"{i + 1}/{runs} {row}", flush=True)
         rows.append(row)
-        _write(arguments.output, rows)  # after each: whoever interrupts the script keeps what it has
+        measured = {"summary": summary(rows), "rows": [asdict(row) for row in rows]}
+        publish("preemption", (), measured, began_on=began_on)  # after each: whoever interrupts the script keeps what it has
     print(markdown(summary(rows)))
-
-
-def _write(path: Path, rows: list[Row]) -> None:
-    document = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "summary": summary(rows),
-        "rows": [asdict(row) for row in rows],
-    }
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    publish("preemption", verdicts(rows), measured, began_on=began_on)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,8 @@
+"""For launchers that give torchrun's environment: torchrun itself, a shell loop of it, DLRover."""
+
+from __future__ import annotations
+
+import toy
+
+toy.join()
+toy.train()
