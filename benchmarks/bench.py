@@ -51,6 +51,8 @@ SUITE: Final = (
     Script(name="recovery", minutes=4, quick_s=30),
     Script(name="storage", minutes=4, quick_s=30),
     Script(name="runlog", minutes=1, quick_s=10),
+    Script(name="throughput", minutes=4, quick_s=30),
+    Script(name="peers", minutes=10, quick_s=30),
     Script(name="s3_clients", minutes=0.7, options=SHORT),
     Script(name="exact_reduction", minutes=0.7, options=SHORT),
     Script(name="layers", minutes=0.5, options=SHORT),
