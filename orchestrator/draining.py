@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from keepstep.trainer.contract import BAD_STEP_KIND, DAMAGED_KIND
 
-from . import asking, hangs, membership, phases, saves, verdict
+from . import asking, hangs, membership, pacing, phases, saves, verdict
 from .events import Commit, Event, LogQuarantine, Reported
 from .policy import restart_pause_s
 from .rewinds import is_wanted, rewind_past
@@ -82,7 +82,7 @@ def _may_come(run: Run, phase: phases.Draining, rank: int, step: int) -> bool:
     """The rank had finished the step that is being saved, and the node whose persister holds its part is there."""
     node = _node_of(phase, rank)
     report = run.members.report_of(node)
-    if report is None or node in phase.unseen:
+    if report is None or node in phase.unseen | run.members.buried:
         return False
     return any(found.rank == rank and found.step >= step for found in report.ranks)
 
@@ -95,7 +95,7 @@ def _conclude(run: Run, phase: phases.Draining) -> Run:
     others = verdict.alike(culprit, _all_evidence(run, phase))
     culprit = verdict.with_others(culprit, others)
     kind = "moved" if culprit.kind == "move" else "failure"
-    run = say_verdict(run, kind, culprit)
+    run = pacing.ended(say_verdict(run, kind, culprit), phase.record, culprit)
     if culprit.kind == DAMAGED_KIND:
         run = _quarantine(run, phase)
     if culprit.kind != "move":

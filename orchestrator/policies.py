@@ -14,6 +14,7 @@ def policy_of(config: RunConfig) -> Policy:
         min_nodes=cluster.min_nodes or cluster.nodes,
         spares=cluster.spares,
         ranks_per_node=cluster.ranks_per_node or 1,
+        hot_standby=cluster.hot_standby,
         needs_final_commit=not config.train.script,
         lease_s=cluster.lease_s,
         outage_s=config.storage.outage_s,
@@ -27,6 +28,7 @@ def policy_of(config: RunConfig) -> Policy:
         max_failures=cluster.max_failures,
         rewinds=config.train.spike.budget,
         strikes=cluster.strikes,
+        save_share=config.checkpoint.max_overhead if config.checkpoint.interval == "auto" and not config.train.script else 0.0,
         backoff_base_s=cluster.backoff_s,
         backoff_max_s=cluster.max_backoff_s,
     )

@@ -19,6 +19,8 @@ class Policy:
     """Nodes wanted beyond the gang; only reported when they are missing."""
     ranks_per_node: int = 1
     """Ranks of a node that does not say how many slots it has."""
+    hot_standby: bool = False
+    """A second group of ranks, formed beside those that train, waits for the next attempt."""
     needs_final_commit: bool = True
     """The trainer keeps its promise to keepstep: success needs the commit of the last step. False for a user's own script."""
 
@@ -57,6 +59,9 @@ class Policy:
     """Failures that a host may cause before it is quarantined: no ranks on it while `min_nodes` others are fit."""
     strike_memory_s: float = 24 * 3600.0
     """A failure is held against its host for so long."""
+
+    save_share: float = 0.0
+    """Share of the time that saves may cost at most, where the run decides how often to save; 0: run.toml says how often."""
 
     retry_s: float = 0.5
     """Pause after the first refusal by the storage."""

@@ -8,7 +8,17 @@ import struct
 import time
 from pathlib import Path
 
-from keepstep.trainer.contract import PROGRESS_BYTES, REQUEST_OFFSET, Phase, Progress, Request, read_marks
+from keepstep.trainer.contract import (
+    PROGRESS_BYTES,
+    REQUEST_OFFSET,
+    STANDS_BY_OFFSET,
+    Pacing,
+    Phase,
+    Progress,
+    Request,
+    SaveCosts,
+    read_marks,
+)
 
 _REQUEST = struct.Struct("<I")
 
@@ -33,8 +43,18 @@ class ProgressPage:
     def marks(self) -> tuple[float, ...]:
         return read_marks(self._page)
 
+    @property
+    def stands_by(self) -> bool:
+        return bool(self._page[STANDS_BY_OFFSET])
+
+    def costs(self) -> SaveCosts | None:
+        return SaveCosts.read(self._page)
+
     def ask(self, request: Request) -> None:
         _REQUEST.pack_into(self._page, REQUEST_OFFSET, request)
+
+    def pace(self, pacing: Pacing) -> None:
+        pacing.write(self._page)
 
     def close(self) -> None:
         self._page.close()

@@ -78,7 +78,7 @@ def _samples(config: RunConfig) -> int:
 
 def _is_interval(value: int | str) -> bool:
     try:
-        parse_interval(value, attempt=1)
+        parse_interval(value)
     except ValueError:
         return False
     return True

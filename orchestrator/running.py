@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from keepstep.trainer.contract import Phase as RankPhase
 
-from . import asking, hangs, membership, phases, saves, verdict
+from . import asking, hangs, membership, pacing, phases, saves, verdict
 from .events import AttemptRecord, Commit, Event, Reported
 from .forming import seats
 from .leaving import depart, moved
@@ -49,7 +49,7 @@ def _adopt(run: Run, attempt: phases.Attempt) -> Run:
         return enter(run, phases.Fencing(since=run.now, why=why, attempt=attempt))
     run = replace(run, members=membership.clear(run.members, run.members.suspects))
     adopted = f"adopted {launch_sentence(attempt.record)}; running on {len(launched)} of {len(attempt.seats)} nodes"
-    run = say(start(run, attempt), "adopted", adopted)
+    run = pacing.begun(say(start(run, attempt), "adopted", adopted), attempt.record)
     for node in attempt.record.gang:
         run = _follow(run, run.members.nodes[node].report)
     return run
@@ -87,6 +87,7 @@ def _follow(run: Run, report: AgentReport) -> Run:
         return run
     if not _runs(report, phase.attempt.number):
         return run
+    run = pacing.followed(run, phase.attempt.record, report)
     reached = max(rank.step for rank in report.ranks)
     if reached > run.reached:
         run = replace(run, reached=reached)

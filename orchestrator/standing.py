@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from . import events as ev
 from . import membership
+from .interval import Pace
 from .run import Run
 
 
@@ -23,6 +24,7 @@ def standing(run: Run) -> str:
         "strikes": {host: count for host, count in counts.items() if count},
         "drained": members.drained,
         "resized": run.resized,
+        "pace": run.pace.kept(),
     }
     return json.dumps({name: value for name, value in kept.items() if value}, sort_keys=True, separators=(",", ":"))
 
@@ -34,7 +36,8 @@ def restored(run: Run, event: ev.Opened) -> Run:
         return run
     kept = json.loads(event.last_standing)
     strikes = {host: (run.now,) * count for host, count in kept.get("strikes", {}).items()}
-    run = replace(run, members=replace(run.members, strikes=strikes, drained=kept.get("drained", {})))
+    members = replace(run.members, strikes=strikes, drained=kept.get("drained", {}))
+    run = replace(run, members=members, pace=Pace.restored(kept.get("pace", {})))
     run = _resized(run, kept.get("resized"))
     if event.ended or event.forgiven:
         return run

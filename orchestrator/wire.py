@@ -6,6 +6,8 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from keepstep.trainer.contract import Pacing, SaveCosts
+
 AGENT_PATH: Final = "/v1/agent"  # of the WebSocket between an agent and the coordinator
 REFUSED: Final = 4009  # its close code where the coordinator does not want the agent, with the reason
 
@@ -55,6 +57,7 @@ class RankReport(Message):
     stepped_s: float | None = None  # of its newest finished step
     ended_s: float | None = None  # of its exit
     stalled_s: float = 0.0  # how long saves have held it up so far
+    costs: SaveCosts | None = None  # of a save, as rank 0 has measured them in this attempt
     stands_by: bool = False  # what it runs can wait as a hot standby: it passed `Attached.standby()`
 
 
@@ -137,6 +140,7 @@ class Launch(Message):
     overrides: tuple[str, ...] = ()  # "section.key=value" on top of the run's config
     request: int = 0  # contract.Request
     request_why: str = ""
+    pacing: Pacing = Pacing()
     standby: int = 0  # the standby of this term that becomes its ranks, instead of new ones
 
 

@@ -24,6 +24,7 @@ class Agreed:
     grad_norm: float  # of the gradient of `loss`, before clipping; NaN where it is not finite
     save: bool
     stop: bool
+    writing: bool  # some rank's part of the last checkpoint is not durable yet
     losses: tuple[float, ...]  # sums, by rank
     gradient_squares: tuple[float, ...]  # by rank
     ledger: tuple[Entry, ...]  # by rank: which samples it consumed
@@ -38,7 +39,7 @@ def gradient_scale_of(run: Run, tokens: float) -> float:
 
 def agree(run: Run, step: int, sums: Sums, parts: Sequence[MicroBatch]) -> Agreed:
     """Collective. Sums are rounded once, so they are the same everywhere, in every repetition, and in whatever order."""
-    due = run.world.rank == 0 and run.cadence.is_due(step, time.monotonic())
+    due = run.world.rank == 0 and run.cadence.is_due(step, time.monotonic(), run.me.pacing())
     traced = run.trace.parameter_square(), run.trace.ratio_square()
     told = [run.me.request(), due, run.checkpointer.busy, *entry_of(parts)]
     rows = run.world.gather([*sums[:3], *sums.nll_rests, *sums.gradient_square_rests, *traced, *told])
@@ -55,6 +56,7 @@ def agree(run: Run, step: int, sums: Sums, parts: Sequence[MicroBatch]) -> Agree
         grad_norm=math.sqrt(square) * gradient_scale if math.isfinite(square) else math.nan,
         save=run.checkpointer.can_save and not any(busy) and (any(dues) or asked),
         stop=request is Request.STOP,
+        writing=any(busy),
         losses=tuple(losses),
         gradient_squares=tuple(squares),
         ledger=tuple((int(first), int(last), int(crc)) for first, last, crc in zip(*entries, strict=True)),

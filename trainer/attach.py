@@ -68,7 +68,7 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -79,11 +79,14 @@ from .contract import (
     PROGRESS_BYTES,
     REQUEST_OFFSET,
     STALLED_OFFSET,
+    STANDS_BY_OFFSET,
     STEPPED_OFFSET,
+    Pacing,
     Phase,
     RankSpec,
     Request,
     Resume,
+    SaveCosts,
     read_marks,
 )
 from .pulse import Pulse
@@ -97,6 +100,19 @@ _REQUEST: Final = struct.Struct("<I")
 _STEP_BEATS_AT_LIMIT: Final = struct.Struct("<qQdd")
 _STEP_OFFSET: Final = 8
 _SECONDS: Final = struct.Struct("<d")
+
+
+_wait_for_order: Callable[[], str] | None = None  # in a rank of a hot standby
+
+
+def be_standby(wait_for_order: Callable[[], str]) -> None:
+    """For keepstep's rank processes: this one is of a hot standby.
+
+    Args:
+        wait_for_order: says that the rank is ready, and returns its RankSpec as JSON when an attempt is launched into the standby.
+    """
+    global _wait_for_order
+    _wait_for_order = wait_for_order
 
 
 def attach() -> Attached:
@@ -122,7 +138,7 @@ class Attached:
         self.local_world_size = _env_int("LOCAL_WORLD_SIZE", 1)
         self._page = _map_page(spec.progress_path) if spec else None
         self._beats = 0
-        self._stalled_s = 0.0
+        self.stalled_s = 0.0  # how long saves have held up training so far
         self._step = spec.resume.step if spec and spec.resume else 0
 
     @property
@@ -139,8 +155,36 @@ class Attached:
 
         return Staging.connect(self.spec.staging_socket, attempt=self.spec.attempt, rank=self.rank, world_size=self.world_size)
 
+    @property
+    def waits(self) -> bool:
+        """Whether this is a rank of a hot standby that has no attempt yet: `standby` will wait. There is time for a throw-away step."""
+        return _wait_for_order is not None
+
+    def standby(self) -> None:
+        """Once: all that needs no attempt is built. In a rank of a hot standby it waits until an attempt is launched into that standby;
+        elsewhere it returns at once. A script that never calls it has no hot standby (`cluster.hot_standby`).
+
+        Before it there is no `resume` and nothing may be saved, and whatever a throw-away step changes must be put back.
+        """
+        global _wait_for_order
+        if self._page is not None:
+            self._page[STANDS_BY_OFFSET] = 1
+        if _wait_for_order is None:
+            return
+        assert self._page is not None
+        marks = read_marks(self._page)
+        self.spec = RankSpec.from_json(_wait_for_order())
+        _wait_for_order = None
+        self._page = _map_page(self.spec.progress_path)
+        self._page[STANDS_BY_OFFSET] = 1
+        self._beats, self._step = 0, self.resume.step if self.resume else 0
+        for name, at in zip(MARKS[: MARKS.index("built") + 1], marks, strict=False):
+            self._mark(name, at)
+        self.report(Phase.LOAD if self.resume else Phase.INIT, self._step)
+        self.start_pulse()
+
     def start_pulse(self) -> None:
-        """Once: shows the agent that this interpreter runs, even while the rank itself is silent."""
+        """Once per page: shows the agent that this interpreter runs, even while the rank itself is silent."""
         if self._page is not None:
             Pulse(self._page).start()
 
@@ -177,15 +221,24 @@ class Attached:
 
     def stalled(self, seconds: float) -> None:
         """Notes that a save has just held up training for so long. `Checkpointer` does so by itself."""
-        self._stalled_s += seconds
+        self.stalled_s += seconds
         if self._page is not None:
-            _SECONDS.pack_into(self._page, STALLED_OFFSET, self._stalled_s)
+            _SECONDS.pack_into(self._page, STALLED_OFFSET, self.stalled_s)
 
     def request(self) -> Request:
         """What this rank's agent asks for at this moment; ranks must agree on it before they act (see `Request`)."""
         if self._page is None:
             return Request.NONE
         return Request(_REQUEST.unpack_from(self._page, REQUEST_OFFSET)[0])
+
+    def pacing(self) -> Pacing:
+        """How often to save, at this moment, where run.toml leaves that to keepstep. For rank 0 to read and for all to agree on."""
+        return Pacing() if self._page is None else Pacing.read(self._page)
+
+    def cost(self, costs: SaveCosts | None) -> None:
+        """Tells what saves have turned out to cost, where there is news. Rank 0's word counts."""
+        if self._page is not None and costs is not None:
+            costs.write(self._page)
 
     def record_step(self, record: Mapping[str, Any]) -> None:
         """Appends one JSON line to the run's step records. Rank 0 only, once per step; detached it does nothing."""

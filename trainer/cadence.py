@@ -1,21 +1,17 @@
 """When a checkpoint is due. Pure: rank 0 asks with its own monotonic clock, all ranks follow its answer.
 
-"auto" saves every sqrt(2 s m) seconds (Young 1974), s = what the last save cost training, m = mean time between failures: one hour taken
-for granted, divided by the attempts that the run has needed so far. Persisting never overlaps: a save that falls due while the last one
-is still being written waits for it.
+With "auto" the coordinator decides from what rank 0 measures (costs.py), and tells how many steps lie between two saves. Persisting
+never overlaps: a save that falls due while the last one is still being written waits for it.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
-PRIOR_MTBF_S: Final = 3600.0
-_MIN_AUTO_S: Final = 1.0
-_MAX_AUTO_S: Final = 600.0
-_FIRST_STALL_S: Final = 0.02  # until one was measured
+from .contract import Pacing
+
 _SECONDS: Final = re.compile(r"(\d+(?:\.\d+)?)s")
 
 
@@ -31,11 +27,7 @@ class EverySeconds:
 
 @dataclass(frozen=True, slots=True)
 class Auto:
-    attempt: int  # of the run, from 1: every one but the first was a failure
-
-    def seconds(self, stall_s: float) -> float:
-        mtbf_s = PRIOR_MTBF_S / max(1, self.attempt)
-        return min(_MAX_AUTO_S, max(_MIN_AUTO_S, math.sqrt(2 * stall_s * mtbf_s)))
+    """As the coordinator says at the time."""
 
 
 Interval = EverySteps | EverySeconds | Auto
@@ -43,33 +35,44 @@ Interval = EverySteps | EverySeconds | Auto
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cadence:
-    """The interval and the last save (or the start)."""
+    """The interval, where this attempt began, and its last save (or its beginning)."""
 
     interval: Interval
+    began_step: int = 0
     saved_step: int
     saved_at: float
-    stall_s: float = _FIRST_STALL_S
 
-    def is_due(self, step: int, now: float) -> bool:
-        """Whether a checkpoint after `step` is due; stays true until `saved`."""
+    def is_due(self, step: int, now: float, told: Pacing) -> bool:
+        """Whether a checkpoint after `step` is due; stays true until `saved`. `told`: the newest word on "auto"."""
         match self.interval:
             case EverySteps(steps):
                 return step // steps > self.saved_step // steps
             case EverySeconds(seconds):
                 return now - self.saved_at >= seconds
-            case Auto() as auto:
-                return now - self.saved_at >= auto.seconds(self.stall_s)
+            case Auto():
+                return step - self.saved_step >= self._gap(told)
             case _:
                 assert_never(self.interval)
 
-    def saved(self, step: int, now: float, stall_s: float) -> Cadence:
-        return replace(self, saved_step=step, saved_at=now, stall_s=stall_s)
+    def _gap(self, told: Pacing) -> int:
+        """At 1, 2, 4, 8, ... steps of the attempt until that is rarer than the interval; as long as there is none, always."""
+        doubled = max(1, self.saved_step - self.began_step)
+        if told.every == 0:
+            return doubled
+        return min(doubled, told.every) if told.soon else told.every
+
+    def began(self, step: int, now: float) -> Cadence:
+        """The attempt goes on from there."""
+        return replace(self, began_step=step, saved_step=step, saved_at=now)
+
+    def saved(self, step: int, now: float) -> Cadence:
+        return replace(self, saved_step=step, saved_at=now)
 
 
-def parse_interval(value: int | str, attempt: int) -> Interval:
+def parse_interval(value: int | str) -> Interval:
     """From checkpoint.interval. Raises ValueError."""
     if value == "auto":
-        return Auto(attempt)
+        return Auto()
     if isinstance(value, int) and value >= 1:
         return EverySteps(value)
     if isinstance(value, str) and (match := _SECONDS.fullmatch(value)) and float(match[1]) > 0:

@@ -112,6 +112,55 @@ def read_marks(page: bytes | bytearray | mmap) -> tuple[float, ...]:
     return _MARKS.unpack_from(page, MARKS_OFFSET)
 
 
+STANDS_BY_OFFSET: Final = 1536  # one byte, 1: what runs here can be a hot standby, see `Attached.standby`
+
+# Where `[checkpoint] interval = "auto"`: the interval in force, written by the agent, and what saves cost, written by rank 0.
+PACING_OFFSET: Final = 2048
+_PACING: Final = struct.Struct("<qq")
+COSTS_OFFSET: Final = 2560
+_COSTS: Final = struct.Struct("<4d")
+
+
+@dataclass(frozen=True, slots=True)
+class Pacing:
+    """How often to save, as the coordinator decided."""
+
+    every: int = 0  # steps between saves; 0: not decided yet
+    soon: bool = True  # the first save comes at once, the next ones whenever the attempt has gone twice as far, until that is `every`
+
+    @staticmethod
+    def read(page: bytes | bytearray | mmap) -> Pacing:
+        every, late = _PACING.unpack_from(page, PACING_OFFSET)
+        return Pacing(every, not late)
+
+    def write(self, page: bytearray | mmap) -> None:
+        _PACING.pack_into(page, PACING_OFFSET, self.every, not self.soon)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveCosts:
+    """What one save costs, and a step: medians of the recent ones, in seconds. Rank 0 measures them: its steps wait for all others."""
+
+    step_s: float  # while nothing is being written; above 0
+    stall_s: float  # of training, while tensors are copied
+    drag_s: float  # by which the steps beside the writing were longer, all together: slow-down x time
+    persist_s: float  # from the copy until all ranks' parts were durable, rounded up to whole steps
+
+    @property
+    def cost_s(self) -> float:
+        """How much later training ends for one save."""
+        return self.stall_s + self.drag_s
+
+    @staticmethod
+    def read(page: bytes | bytearray | mmap) -> SaveCosts | None:
+        """None: not measured yet."""
+        step_s, stall_s, drag_s, persist_s = _COSTS.unpack_from(page, COSTS_OFFSET)
+        return SaveCosts(step_s=step_s, stall_s=stall_s, drag_s=drag_s, persist_s=persist_s) if step_s > 0 else None
+
+    def write(self, page: bytearray | mmap) -> None:
+        _COSTS.pack_into(page, COSTS_OFFSET, self.step_s, self.stall_s, self.drag_s, self.persist_s)
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What a progress page says. Instants are time.monotonic() of the rank's host."""

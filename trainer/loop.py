@@ -27,6 +27,7 @@ def train(run: Run) -> None:
     """Collective. From the step that `run` stands at to the last one, or to the step at which all ranks agree to stop."""
     config, steps = run.config, run.config.run.steps
     run.me.report(Phase.STEP, run.step)
+    run.began_at = time.monotonic()
     record_surroundings(run)
     fault_point("rank.begin", rank=run.world.rank, step=run.step)
     slow = lambda: run.me.report(Phase.STEP, run.step, within_s=_STREAM_S)  # noqa: E731
@@ -58,6 +59,7 @@ def advance(run: Run, parts: Sequence[MicroBatch]) -> Agreed:
     if not overflowed:
         guard.check(run, step, agreed, parts)
 
+    run.checkpointer.end_save()  # what the last save still copies from a GPU must not change yet
     lr = learning_rate(config.optimizer, step, config.run.steps)
     with run.trace.update(step, agreed.param_norm):
         if overflowed:
@@ -68,6 +70,8 @@ def advance(run: Run, parts: Sequence[MicroBatch]) -> Agreed:
     run.step, run.loss_hex = step, agreed.loss.hex()
     run.me.report(Phase.STEP, step)
     record_step(run, agreed, lr=lr, started_at=started_at)
+    now = time.monotonic()
+    run.me.cost(run.costs.stepped(now - started_at, now, writing=agreed.writing))
     run.scaler.stepped(overflowed=overflowed)
     return agreed
 
@@ -75,8 +79,12 @@ def advance(run: Run, parts: Sequence[MicroBatch]) -> Agreed:
 def save(run: Run) -> None:
     """Stages this rank's part of a checkpoint of the current step; training goes on while it is written."""
     run.me.report(Phase.SAVE, run.step)
-    if not run.checkpointer.save(run.step, run.tensors, run.rank_state().to_json()):
+    is_staged = run.checkpointer.begin_save(run.step, run.tensors, run.rank_state().to_json())
+    now = time.monotonic()
+    run.cadence = run.cadence.saved(run.step, now)
+    if is_staged:
+        run.costs.saved(now, run.checkpointer.stall_s)
+    else:
         log.warning("step %d: nothing was staged: %s", run.step, run.checkpointer.last_error)
-    run.cadence = run.cadence.saved(run.step, time.monotonic(), run.checkpointer.stall_s)
     run.save_requests.served()
     run.me.report(Phase.STEP, run.step)
