@@ -8,6 +8,7 @@
     staging.busy                                        # until its bytes and its rank index are durable
 
 The buffers belong to the persister: what a rank submitted is made durable and stays readable (`resident`) even if the rank is killed.
+What it was still filling is read by nobody, and its buffer is given to nobody again (sequence.py guards the rest).
 Whatever goes wrong over there shows in `last_error`, and never as an exception: a sick store must not stop the training.
 """
 
@@ -22,9 +23,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from .errors import StoreError
+from .errors import StoreError, TornStage
 from .frames import Disconnected, FrameSocket, Message
 from .manifest import TensorEntry, tensor_fields
+from .sequence import HEADER_BYTES, SequenceLock
+from .vectored import read_at
 
 REPLY_DEADLINE_S: Final = 120.0  # an allocation touches every page: seconds for many gigabytes
 
@@ -46,10 +49,37 @@ class Buffer:
     fresh: bool
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Mapped:
+    view: memoryview
+    lock: SequenceLock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Filling:
     buffer: int
     template: str
+    lock: SequenceLock
+    odd: int
+
+
+class ResidentFile:
+    """A file of a checkpoint in this node's memory, read like a file: mapping it would cost as much as reading it."""
+
+    def __init__(self, descriptor: int, offset: int, num_bytes: int) -> None:
+        self._descriptor, self._offset, self.num_bytes = descriptor, offset, num_bytes
+
+    def read_into(self, start: int, *destinations: memoryview) -> int:
+        """Fills memory, one destination after the other, from byte `start` on; the number of bytes read. Thread-safe."""
+        return read_at(self._descriptor, self._offset + start, destinations)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Staging:
@@ -62,7 +92,7 @@ class Staging:
     def __init__(self, frames: FrameSocket, *, is_busy: bool) -> None:
         self._frames: FrameSocket | None = frames
         self._is_busy = is_busy
-        self._mapped: dict[int, memoryview] = {}
+        self._mapped: dict[int, _Mapped] = {}
         self._filling: _Filling | None = None
         self._sent_tensors: tuple[TensorEntry, ...] | None = None
         self.last_error = ""
@@ -110,9 +140,9 @@ class Staging:
         answer = self._request({"kind": "buffer", "bytes": num_bytes, "template": template, "known": sorted(self._mapped)})
         if answer is None or answer["kind"] != "mapped":
             return None
-        view = self._map(answer)
-        self._filling = _Filling(buffer=answer["buffer"], template=template)
-        return Buffer(view=view[:num_bytes], fresh=answer["fresh"])
+        mapped = self._map(answer)
+        self._filling = _Filling(buffer=answer["buffer"], template=template, lock=mapped.lock, odd=mapped.lock.begin())
+        return Buffer(view=mapped.view[:num_bytes], fresh=answer["fresh"])
 
     def submit(
         self,
@@ -133,10 +163,16 @@ class Staging:
         """
         assert self._filling is not None, "submit without a buffer"
         filling, self._filling = self._filling, None
+        try:
+            sequence = filling.lock.end(filling.odd)
+        except TornStage as error:
+            self.last_error = str(error)
+            return
         tensors = tuple(tensors)
         message: Message = {
             "kind": "submit",
             "buffer": filling.buffer,
+            "sequence": sequence,
             "template": filling.template,
             "directory": directory,
             "step": step,
@@ -164,8 +200,8 @@ class Staging:
             self._pump(left)
         return not self._is_busy and not self.last_error
 
-    def resident(self, directory: str, file_name: str) -> memoryview | None:
-        """A file of a checkpoint that is still in this node's memory, read-only, whichever local rank staged it; else None.
+    def resident(self, directory: str, file_name: str) -> ResidentFile | None:
+        """A file of a checkpoint that is still in this node's memory, whichever local rank staged it; else None.
 
         Its bytes are not verified. They stay until that rank asks for its next buffer but one: use it before training begins.
         """
@@ -173,8 +209,7 @@ class Staging:
         if answer is None or answer["kind"] != "resident":
             return None
         assert self._frames is not None
-        view = _map_descriptor(self._frames.take_descriptor(), answer["buffer_bytes"], mmap.PROT_READ)
-        return view[answer["offset"] : answer["offset"] + answer["bytes"]]
+        return ResidentFile(self._frames.take_descriptor(), answer["offset"], answer["bytes"])
 
     def close(self) -> None:
         """Leaves; what was submitted is still made durable. Views stay valid as long as somebody holds them."""
@@ -183,11 +218,11 @@ class Staging:
         self._frames = None
         self._mapped.clear()
 
-    def _map(self, answer: Message) -> memoryview:
+    def _map(self, answer: Message) -> _Mapped:
         number: int = answer["buffer"]
         if answer["descriptor"]:
             assert self._frames is not None
-            self._mapped[number] = _map_descriptor(self._frames.take_descriptor(), answer["bytes"], mmap.PROT_READ | mmap.PROT_WRITE)
+            self._mapped[number] = _map_descriptor(self._frames.take_descriptor(), answer["bytes"])
         if (replaced := answer["replaced"]) is not None:
             self._mapped.pop(replaced, None)
         return self._mapped[number]
@@ -246,9 +281,10 @@ class Staging:
         self.close()
 
 
-def _map_descriptor(descriptor: int, num_bytes: int, protection: int) -> memoryview:
+def _map_descriptor(descriptor: int, num_bytes: int) -> _Mapped:
     """Pages are allocated already; MAP_POPULATE enters them into this process' page table, so that the first copy does not fault."""
     try:
-        return memoryview(mmap.mmap(descriptor, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=protection))
+        view = memoryview(mmap.mmap(descriptor, num_bytes + HEADER_BYTES, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
     finally:
         os.close(descriptor)
+    return _Mapped(view=view[:num_bytes], lock=SequenceLock(view[num_bytes:]))

@@ -16,6 +16,7 @@ from typing import Final
 
 from .arena import StagedFile
 from .memory import available_bytes
+from .sequence import HEADER_BYTES, SequenceLock
 
 BUFFERS_PER_RANK: Final = 2
 _numbers: Iterator[int] = itertools.count(1)
@@ -30,12 +31,13 @@ class Use(Enum):
 
 @dataclass(slots=True, eq=False)
 class SharedBuffer:
-    """One memfd. `files`: where the files of `directory` lie in it, while it is submitted or resident."""
+    """One memfd: `num_bytes` for files, then a header. `files`: where those of `directory` lie, while it is submitted or resident."""
 
     num_bytes: int
     number: int
     descriptor: int
     view: memoryview
+    lock: SequenceLock
     use: Use = Use.FREE
     template: str = ""
     directory: str = ""
@@ -54,17 +56,19 @@ class SharedBuffer:
             raise OSError(errno.ENOMEM, f"only {available} bytes are available")
         descriptor = os.memfd_create("keepstep-arena", os.MFD_CLOEXEC)
         try:
-            os.posix_fallocate(descriptor, 0, size)
-            view = memoryview(mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))
+            os.posix_fallocate(descriptor, 0, size + HEADER_BYTES)
+            view = memoryview(mmap.mmap(descriptor, size + HEADER_BYTES, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ))
         except OSError:
             os.close(descriptor)
             raise
-        return SharedBuffer(num_bytes=size, number=next(_numbers), descriptor=descriptor, view=view)
+        lock = SequenceLock(view[size:])
+        return SharedBuffer(num_bytes=size, number=next(_numbers), descriptor=descriptor, view=view[:size], lock=lock)
 
     def free(self) -> None:
         """Our part of the memory; a rank that still maps it keeps its own."""
         os.close(self.descriptor)
         self.view = memoryview(b"")  # the mapping goes with its last reader
+        self.lock = SequenceLock(memoryview(bytes(HEADER_BYTES)))
 
 
 class Slot:
@@ -98,10 +102,13 @@ class Slot:
         return buffer, is_fresh, replaced
 
     def reclaim(self) -> None:
-        """The rank is gone: what it had not submitted is free again. Its headers stand, only tensor bytes were being written."""
-        for buffer in self.buffers:
-            if buffer.use is Use.FILLING:
-                buffer.use = Use.FREE
+        """The rank's connection is gone: what it was filling is given to nobody again.
+
+        It may live on for a moment, in the middle of a copy that needs no system call; it then writes into memory that nobody reads.
+        """
+        for buffer in [buffer for buffer in self.buffers if buffer.use is Use.FILLING]:
+            self.buffers.remove(buffer)
+            buffer.free()
 
     def submitted(self, number: int, *, template: str, directory: str, files: list[StagedFile]) -> SharedBuffer:
         buffer = next(buffer for buffer in self.buffers if buffer.number == number)

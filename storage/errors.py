@@ -11,6 +11,7 @@
       +-- CorruptRecord            the bytes of a run-log record are not what was written
       +-- IncompleteCheckpoint     rank indexes do not make a whole checkpoint (yet)
       +-- DamagedCheckpoint        a committed checkpoint is not what was committed
+      +-- TornStage                a staging buffer was written while it was filled or read
 
 A damaged checkpoint is never a `StoreError` and the other way round: a store that cannot be reached says nothing about the bytes in it.
 """
@@ -63,6 +64,10 @@ class Fenced(StorageError):
 
 class CorruptRecord(StorageError):
     """The bytes of a run-log record are not what was written."""
+
+
+class TornStage(StorageError):
+    """Somebody else wrote into a staging buffer while it was filled or read: its bytes are nobody's checkpoint."""
 
 
 class IncompleteCheckpoint(StorageError):

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -220,7 +221,7 @@ class Persister:
                 session.frames.send({"kind": "absent"})
                 return
             file = buffer.files[message["file"]]
-            answer = {"kind": "resident", "buffer_bytes": buffer.num_bytes, "offset": file.offset, "bytes": file.num_bytes}
+            answer = {"kind": "resident", "offset": file.offset, "bytes": file.num_bytes}
             session.frames.send(answer, [buffer.descriptor])
 
     def _begin(self, session: Session, message: Message) -> None:
@@ -240,6 +241,7 @@ class Persister:
             tensors=session.tensors,
             state=message["state"],
             data=buffer.view,
+            check=partial(buffer.lock.check, message["sequence"]),
         )
         with self._settled:
             self._in_flight += 1

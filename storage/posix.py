@@ -8,13 +8,15 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
+from .directio import DirectFile
 from .errors import StoreError, from_os_error
 from .put_new import TEMPORARY, make_directories, put_new_posix, sync_directory, temporary_name, write_all, write_durably
-from .store import Modified, Store, check_key, whole_lines
+from .store import Modified, OpenFile, Store, check_key, whole_lines
+from .vectored import read_at
 
-MAX_VIEWS: Final = 1024  # IOV_MAX of Linux
+_BACKWARDS_BYTES: Final = 1 << 18
 
 
 class PosixStore(Store):
@@ -58,11 +60,11 @@ class PosixStore(Store):
 
     def read_into(self, key: str, start: int, *destinations: memoryview) -> int:
         with _translated(f"read {self.name}/{key}"), _opened(self._path(key), os.O_RDONLY) as descriptor:
-            left, done = [view for view in destinations if view.nbytes], 0
-            while left and (count := os.preadv(descriptor, left[:MAX_VIEWS], start + done)):
-                done += count
-                left = _not_filled(left, count)
-            return done
+            return read_at(descriptor, start, destinations)
+
+    def open_file(self, key: str) -> OpenFile:
+        with _translated(f"read {self.name}/{key}"):
+            return _PosixFile(f"{self.name}/{key}", os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC))
 
     def size(self, key: str) -> int:
         with _translated(f"look up {self.name}/{key}"):
@@ -156,6 +158,45 @@ class PosixStore(Store):
                 return []
         return body.split(b"\n")[:-1]  # what follows the last line end is not a line yet
 
+    def lines_backwards(self, key: str) -> Iterator[bytes]:
+        with _translated(f"read {self.name}/{key}"):
+            try:
+                file = self._path(key).open("rb")
+            except FileNotFoundError:
+                return
+            with file:
+                yield from _lines_backwards(file)
+
+
+def _lines_backwards(file: BinaryIO) -> Iterator[bytes]:
+    """The complete lines, newest first, read block by block from the end."""
+    start, rest = file.seek(0, os.SEEK_END), b""
+    is_end = True
+    while start > 0:
+        length = min(_BACKWARDS_BYTES, start)
+        start -= length
+        file.seek(start)
+        first, *lines = (file.read(length) + rest).split(b"\n")
+        if lines and is_end:
+            del lines[-1]  # what follows the last line end is not a line yet
+            is_end = False
+        yield from reversed(lines)
+        rest = first
+    if not is_end:
+        yield rest
+
+
+class _PosixFile:
+    def __init__(self, name: str, descriptor: int) -> None:
+        self._name, self._descriptor = name, descriptor
+
+    def read_into(self, start: int, *destinations: memoryview) -> int:
+        with _translated(f"read {self._name}"):
+            return read_at(self._descriptor, start, destinations)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
 
 def _modified_at(path: Path) -> float | None:
     """None when somebody removed it meanwhile."""
@@ -168,15 +209,6 @@ def _modified_at(path: Path) -> float | None:
 def _is_older(path: Path, instant: float) -> bool:
     at = _modified_at(path)
     return at is not None and at < instant
-
-
-def _not_filled(views: list[memoryview], count: int) -> list[memoryview]:
-    """What is left to fill after `count` bytes."""
-    for index, view in enumerate(views):
-        if count < view.nbytes:
-            return [view[count:], *views[index + 1 :]]
-        count -= view.nbytes
-    return []
 
 
 @contextlib.contextmanager
@@ -208,10 +240,8 @@ def _write_blocks(path: Path, blocks: Iterable[bytes | memoryview], num_bytes: i
     with _opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
         if num_bytes:
             os.posix_fallocate(descriptor, 0, num_bytes)  # a full disk says so now, before any byte is written
-        written = 0
-        for block in blocks:
-            write_all(descriptor, block)
-            written += memoryview(block).nbytes
+        with DirectFile(path, descriptor, num_bytes) as file:
+            written = file.write_all(blocks)
         if written != num_bytes:
             raise StoreError(f"cannot write {path}: {written} bytes came, {num_bytes} were announced")
         if sync:

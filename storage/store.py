@@ -13,11 +13,11 @@ import dataclasses
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from .errors import NotFound, StoreError
 from .layout import PROBE
@@ -76,6 +76,15 @@ class Modified:
     def older_than(self, age_s: float) -> Sequence[str]:
         """The keys of objects that nobody wrote for so long."""
         return [key for key, at in self.at.items() if self.now - at > age_s]
+
+
+class OpenFile(Protocol):
+    """An object to read from at several places."""
+
+    def read_into(self, start: int, *destinations: memoryview) -> int:
+        """As `Store.read_into`. Thread-safe."""
+
+    def close(self) -> None: ...
 
 
 class Store(ABC):
@@ -177,6 +186,10 @@ class Store(ABC):
     def read_lines(self, key: str) -> Sequence[bytes]:
         """The complete lines of a growing file, without line ends; none if there is no such file."""
 
+    def lines_backwards(self, key: str) -> Iterator[bytes]:
+        """The same lines, newest first; of a long file only what is asked for is read."""
+        return reversed(self.read_lines(key))
+
     @abstractmethod
     def local_path(self, key: str) -> Path | None:
         """Where the object (or, for "", the root) lies on a mounted file system, None on an object store."""
@@ -190,6 +203,10 @@ class Store(ABC):
         body = self.get_range(key, start, sum(view.nbytes for view in destinations))
         scatter(body, destinations)
         return len(body)
+
+    def open_file(self, key: str) -> OpenFile:
+        """To read from, many times; whoever opens it closes it. Raises NotFound, here or when it is read."""
+        return _ByKey(self, key)
 
     def exists(self, key: str) -> bool:
         try:
@@ -232,6 +249,20 @@ class Store(ABC):
         return f"{type(self).__name__}({self.name!r})"
 
 
+@dataclass(frozen=True, slots=True)
+class _ByKey:
+    """An object of a store without descriptors: each reading names it anew."""
+
+    store: Store
+    key: str
+
+    def read_into(self, start: int, *destinations: memoryview) -> int:
+        return self.store.read_into(self.key, start, *destinations)
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+
 def check_key(key: str) -> str:
     """Raises ValueError for a key that could leave the root or that some store spells differently."""
     parts = key.split("/")
@@ -240,7 +271,7 @@ def check_key(key: str) -> str:
     return key
 
 
-def scatter(body: bytes, destinations: Sequence[memoryview]) -> None:
+def scatter(body: bytes | memoryview, destinations: Sequence[memoryview]) -> None:
     """Fills memory, one destination after the other, as far as the bytes go."""
     rest = memoryview(body)
     for view in destinations:

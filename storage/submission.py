@@ -17,7 +17,10 @@ from .store import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """One rank's part of one checkpoint, in shared memory."""
+    """One rank's part of one checkpoint, in shared memory.
+
+    check: raises TornStage unless `data` is still what the rank submitted.
+    """
 
     attempt: int
     rank: int
@@ -28,6 +31,7 @@ class Submission:
     tensors: tuple[TensorEntry, ...]
     state: Mapping[str, Any]
     data: memoryview
+    check: Callable[[], None]
 
 
 def persist(store: Store, submission: Submission, flush_steps: Callable[[], None]) -> RankIndex:
@@ -35,11 +39,13 @@ def persist(store: Store, submission: Submission, flush_steps: Callable[[], None
 
     Raises:
         StoreError: it is not durable; a later try may be.
-        StorageError: another save of this step took the names; no try will help.
+        StorageError: another save of this step took the names, or the stage is torn; no try will help.
     """
     facts = {"rank": submission.rank, "step": submission.step, "attempt": submission.attempt}
     fault_point("persister.shards.before", **facts)
+    submission.check()
     files = _write_files(store, submission)
+    submission.check()  # nobody has written into the bytes while they were hashed and written out
     fault_point("persister.shards.after", **facts)
     flush_steps()
     index = _index(submission, files)

@@ -3,7 +3,8 @@
 The chain of trust: run log -> SHA-256 of the manifest -> block hashes in it -> bytes, from whichever tier they come.
 
 A block is read once, whatever number of destinations it is cut into, and straight into them: only the gaps between them (headers of
-torch.save's archives, tensors that nobody asked for) go to scratch memory, because the hash needs them too.
+torch.save's archives, tensors that nobody asked for) go to scratch memory, because the hash needs them too. From this machine it is read in
+steps that a core's cache holds, each hashed while it is there.
 """
 
 from __future__ import annotations
@@ -14,19 +15,30 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
+
+import xxhash
 
 from .canonical import sha256_hex
 from .errors import DamagedCheckpoint, IncompleteCheckpoint, NotFound, StoreError
 from .layout import MANIFEST_NAME, rank_index_name
-from .manifest import FileEntry, Manifest, hash_block
-from .store import Store
+from .manifest import FileEntry, Manifest
+from .store import OpenFile, Store
 
-Resident = Callable[[str, str], memoryview | None]  # (directory, file name) -> its bytes in this node's memory
+
+class HeldFile(OpenFile, Protocol):
+    """What reading needs of `arena.ResidentFile`."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+Resident = Callable[[str, str], HeldFile | None]  # (directory, file name) -> the file, where it is in this node's memory
 Progress = Callable[[int, int], None]  # (bytes verified, bytes of the checkpoint), in the thread that asked
 T = TypeVar("T")
 R = TypeVar("R")
 
+STEP_BYTES: Final = 1 << 19  # of a block that lies on this machine
 MAX_CUTS: Final = 512  # of a block that is read straight into them; smaller crumbs are cheaper to copy than to address
 
 
@@ -176,7 +188,8 @@ class CheckpointReader:
         self._store = store
         self._resident = resident
         self._files = manifest.files
-        self._views: dict[str, memoryview | None] = {}  # files in this node's memory
+        self._held: dict[str, HeldFile | None] = {}  # files in this node's memory
+        self._is_local = store.local_path("") is not None
 
     def read_file(self, name: str) -> bytes:
         """A whole file, for small ones. Raises as `read_pieces` does."""
@@ -201,15 +214,17 @@ class CheckpointReader:
         blocks = self._blocks_of(pieces)
         for name in dict.fromkeys(block.file.name for block in blocks):
             self._find_resident(name)
-        for read in self._read(blocks):
-            self._take_note(read)
-            self._alive()
+        with contextlib.closing(self._read(blocks)) as reads:
+            for read in reads:
+                self._take_note(read)
+                self._alive()
 
     def verify_blocks(self) -> Generator[int]:
         """Reads every block from the store and gives it to nobody; yields the bytes of each. Raises as `read_pieces` does."""
-        self._views.clear()
+        self._held.clear()
         blocks = [_Block(file, index) for file in self._files.values() for index in range(len(file.hashes))]
-        yield from (read.block.num_bytes for read in self._read(blocks))
+        with contextlib.closing(self._read(blocks)) as reads:
+            yield from (read.block.num_bytes for read in reads)
 
     def _blocks_of(self, pieces: Iterable[Piece]) -> list[_Block]:
         """What is wanted of which block, in the order of the bytes in the files."""
@@ -230,50 +245,57 @@ class CheckpointReader:
 
     def _find_resident(self, name: str) -> None:
         """Asked in the caller's thread: the connection to the persister is for one."""
-        if name not in self._views:
-            view = self._resident(self.directory, name) if self._resident else None
-            self._views[name] = view if view is not None and view.nbytes == self._files[name].num_bytes else None
+        if name not in self._held:
+            held = self._resident(self.directory, name) if self._resident else None
+            self._held[name] = held if held is not None and held.num_bytes == self._files[name].num_bytes else None
 
-    def _read(self, blocks: Sequence[_Block]) -> Iterator[_Read]:
+    def _read(self, blocks: Sequence[_Block]) -> Generator[_Read]:
         scratch = _Scratch()
-        return _in_parallel(lambda block: self._read_block(block, scratch), blocks, self._store.parallel_reads)
+        with _OpenFiles(self._store, self.directory) as files:
+            yield from _in_parallel(lambda block: self._read_block(block, files, scratch), blocks, self._store.parallel_reads)
 
-    def _read_block(self, block: _Block, scratch: _Scratch) -> _Read:
+    def _read_block(self, block: _Block, files: _OpenFiles, scratch: _Scratch) -> _Read:
         """In any thread. Memory first, then the store, and the store once more."""
-        alarm = ""
-        if (file := self._views.get(block.file.name)) is not None:
-            body = file[block.start : block.start + block.num_bytes]
-            if hash_block(body) == block.expected:
-                _copy(body, block.cuts)
-                return _Read(block, from_memory=True)
-            alarm = self._alarm(block, "in this node's memory is damaged, read from the store instead")
         views = _views(block, memory := scratch.of(block.num_bytes))
-        if self._fetch(block, views):
+        held = self._held.get(block.file.name)
+        alarm = ""
+        if held is not None and self._fill(held, block, views, STEP_BYTES):
+            alarm = self._alarm(block, "in this node's memory is damaged, read from the store instead")
+            held = None
+        if held is None and self._fetch(block, views, files):
             alarm = alarm or self._alarm(block, "came damaged from the store, and was right when it was read again")
         if views[0] is memory:
             _copy(memory, block.cuts)
-        return _Read(block, from_memory=False, alarm=alarm)
+        return _Read(block, from_memory=held is not None, alarm=alarm)
 
     def _alarm(self, block: _Block, what: str) -> str:
         return f"{self.directory}/{block.file.name}: block {block.index} {what}"
 
-    def _fetch(self, block: _Block, views: Sequence[memoryview]) -> bool:
+    def _fetch(self, block: _Block, views: Sequence[memoryview], files: _OpenFiles) -> bool:
         """Reads a block from the store; whether that took a second try. Raises DamagedCheckpoint."""
-        if not self._fetch_once(block, views):
-            return False
-        if why := self._fetch_once(block, views):
+        step = STEP_BYTES if self._is_local else block.num_bytes
+        try:
+            if not self._fill(files.get(block.file.name), block, views, step):
+                return False
+            with contextlib.closing(self._store.open_file(f"{self.directory}/{block.file.name}")) as again:
+                why = self._fill(again, block, views, step)
+        except NotFound:
+            why = "is missing"
+        if why:
             raise DamagedCheckpoint(self.directory, block.file.name, why)
         return True
 
-    def _fetch_once(self, block: _Block, views: Sequence[memoryview]) -> str:
-        """What is wrong with it, as a sentence; "" when it is right."""
-        try:
-            count = self._store.read_into(f"{self.directory}/{block.file.name}", block.start, *views)
-        except NotFound:
-            return "is missing"
-        if count != block.num_bytes:
-            return f"ends at byte {block.start + count}, {block.file.num_bytes} were written"
-        if hash_block(*views) != block.expected:
+    def _fill(self, file: OpenFile, block: _Block, views: Sequence[memoryview], step: int) -> str:
+        """Reads a block; what is wrong with it, as a sentence, "" when it is right."""
+        hashed, at = xxhash.xxh3_64(), block.start
+        for group in _steps(views, step):
+            count, wanted = file.read_into(at, *group), sum(view.nbytes for view in group)
+            at += count
+            if count != wanted:
+                return f"ends at byte {at}, {block.file.num_bytes} were written"
+            for view in group:
+                hashed.update(view)
+        if hashed.hexdigest() != block.expected:
             return f"block {block.index} (from byte {block.start}) does not have the hash that was written"
         return ""
 
@@ -284,6 +306,29 @@ class CheckpointReader:
             self.bytes_from_memory += read.block.wanted_bytes
         else:
             self.bytes_from_store += read.block.wanted_bytes
+
+
+class _OpenFiles:
+    """The files of a directory, each opened once. Thread-safe; closed together."""
+
+    def __init__(self, store: Store, directory: str) -> None:
+        self._store, self._directory = store, directory
+        self._lock = threading.Lock()
+        self._files: dict[str, OpenFile] = {}
+
+    def __enter__(self) -> _OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def get(self, name: str) -> OpenFile:
+        """Raises NotFound, StoreError."""
+        with self._lock:
+            if name not in self._files:
+                self._files[name] = self._store.open_file(f"{self._directory}/{name}")
+            return self._files[name]
 
 
 class _Scratch(threading.local):
@@ -306,6 +351,21 @@ def _views(block: _Block, scratch: memoryview) -> list[memoryview]:
         views += [scratch[at : cut.skip], cut.destination]
         at = cut.end
     return [view for view in (*views, scratch[at:]) if view.nbytes]
+
+
+def _steps(views: Sequence[memoryview], step: int) -> Iterator[Sequence[memoryview]]:
+    """The same memory in groups of about `step` bytes; only views that are larger are cut."""
+    group, room = list[memoryview](), step
+    for view in views:
+        rest = view
+        while rest.nbytes > room:
+            group.append(rest[:room])
+            yield group
+            rest, group, room = rest[room:], [], step
+        group.append(rest)
+        room -= rest.nbytes
+    if group:
+        yield group
 
 
 def _copy(body: memoryview, cuts: Iterable[_Cut]) -> None:

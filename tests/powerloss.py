@@ -194,7 +194,7 @@ class Recorder:
         """In place of the calls in `os`. The root must be an empty folder."""
         self._numbers[self._identity(self.root)] = ROOT
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("open", "write", "posix_fallocate", "ftruncate", "fsync", "link", "unlink", "mkdir", "rmdir", "rename"):
+            for name in ("open", "write", "pwrite", "posix_fallocate", "ftruncate", "fsync", "link", "unlink", "mkdir", "rmdir", "rename"):
                 patch.setattr(os, name, self._locked(getattr(self, f"_{name}"), getattr(os, name)))
             patch.setattr(os, "remove", os.unlink)
             patch.setattr(os, "replace", os.rename)
@@ -225,6 +225,12 @@ class Recorder:
             return int(real(descriptor, data))
         count = int(real(descriptor, data))
         self.events.append(Write(node, os.lseek(descriptor, 0, os.SEEK_CUR) - count, bytes(memoryview(data).cast("B")[:count])))
+        return count
+
+    def _pwrite(self, real: Any, descriptor: int, data: Any, offset: int) -> int:
+        count = int(real(descriptor, data, offset))
+        if (node := self._numbers.get(self._identity(descriptor))) is not None:
+            self.events.append(Write(node, offset, bytes(memoryview(data).cast("B")[:count])))
         return count
 
     def _posix_fallocate(self, real: Any, descriptor: int, offset: int, num_bytes: int) -> None:

@@ -60,6 +60,17 @@ def stage(
     return buffer.fresh
 
 
+def held(staging: Staging, directory: str, name: str) -> bytes | None:
+    """A file in the node's memory."""
+    file = staging.resident(directory, name)
+    if file is None:
+        return None
+    body = bytearray(file.num_bytes)
+    assert file.read_into(0, memoryview(body)) == len(body)
+    file.close()
+    return bytes(body)
+
+
 def eventually(is_so: Callable[[], bool]) -> bool:
     until = time.monotonic() + DEADLINE_S
     while not is_so() and time.monotonic() < until:

@@ -10,6 +10,7 @@ import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, Protocol
 
 import torch
@@ -29,12 +30,14 @@ from keepstep.storage.layout import METADATA_NAME, checkpoint_directory, shard_n
 from keepstep.storage.manifest import TensorEntry
 
 from .attach import Attached
-from .optim import local
+from .copying import Copier, Copy, Wait
+from .listed import Outline, outline_of
 from .state import NestedTensors, byte_view, flatten
 from .template import Template, lay_out
 
 _PERSIST_DEADLINE_S: Final = 600.0
 _FINAL_PATIENCE_S: Final = 600.0
+_BUFFERS: Final = 2  # of a rank, which take turns
 _COMPARED: Final = 1 << 18  # elements of a tensor, at most, that tell whether ranks have the same
 
 
@@ -70,8 +73,9 @@ class NotPersisted(RuntimeError):
 class _Layout:
     """This rank's part of every checkpoint of an attempt."""
 
-    shapes: tuple[Any, ...]  # of the tensors that it was made for
+    outline: Outline  # of the state that it was made for
     template: Template
+    sources: tuple[int, ...]  # of each tensor of the template: which one of the state
     metadata: bytes  # rank 0: the file .metadata; others: nothing
     files: tuple[StagedFile, ...]
     tensors: tuple[TensorEntry, ...]  # one object for all saves: Staging sends it once
@@ -82,6 +86,15 @@ class _Layout:
         return self.template.num_bytes + len(self.metadata)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Copying:
+    """A save whose tensors are on their way into the buffer."""
+
+    step: int
+    wait: Wait | None  # None: they are there
+    submit: Callable[[], None]
+
+
 class Checkpointer:
     """Stages this rank's part of checkpoints.
 
@@ -89,6 +102,7 @@ class Checkpointer:
         staging: the node's persister; None when detached: nothing is saved.
         attempt, nonce: from the rank's spec; they name the directories.
         tell: hears how long training was held up, each time.
+        copy: how tensors get into the buffer; None: by a `Copier`.
     """
 
     def __init__(
@@ -99,11 +113,15 @@ class Checkpointer:
         attempt: int,
         nonce: str,
         tell: Callable[[float], None] = lambda stall_s: None,
+        copy: Copy | None = None,
     ) -> None:
         self._staging = staging
         self._tell = tell
+        self._copy = copy or Copier()
         self._rank, self._attempt, self._nonce = rank, attempt, nonce
         self._layout: _Layout | None = None
+        self._views: list[tuple[Any, list[Tensor]]] = []  # of each buffer that was filled with this layout: its memory, tensors over it
+        self._copying: _Copying | None = None
         self.stall_s = 0.0  # how long the last save held up training
 
     @staticmethod
@@ -124,40 +142,66 @@ class Checkpointer:
     @property
     def busy(self) -> bool:
         """Whether the last checkpoint is still being written. Ranks must agree before they save: one busy rank postpones all."""
-        return self._staging is not None and self._staging.busy
+        return self._staging is not None and (self._copying is not None or self._staging.busy)
 
     def get_ready(self, tensors: NestedTensors) -> None:
         """Collective at the first call; later ones return at once. Plans and takes the memory, so that the first save need not."""
         if self._staging is None or self._layout is not None:
             return
         started = time.monotonic()
-        self._staging.reserve(self._laid_out(tensors).num_bytes)
+        self._staging.reserve(self._laid_out(tensors)[0].num_bytes)
         self._tell(time.monotonic() - started)
 
     def save(self, step: int, tensors: NestedTensors, state: Mapping[str, Any], *, patience_s: float = 0.0) -> bool:
         """Copies everything into shared memory. Collective when nothing is planned yet or shapes have changed.
 
-        `patience_s`: how long the persister tries again where storage is in the way.
+        Args:
+            patience_s: how long the persister tries again where storage is in the way.
 
         Returns whether this rank's part was staged; if not, there is no memory for it or no persister (detached: never one), and no
         checkpoint comes about.
         """
+        is_staged = self.begin_save(step, tensors, state, patience_s=patience_s)
+        self.end_save()
+        return is_staged
+
+    def begin_save(self, step: int, tensors: NestedTensors, state: Mapping[str, Any], *, patience_s: float = 0.0) -> bool:
+        """As `save`, but on a GPU the copy goes on: no tensor may be changed before `end_save`."""
         if self._staging is None:
             return False
+        self.end_save()
         started = time.monotonic()
-        layout = self._laid_out(tensors)
+        layout, shards = self._laid_out(tensors)
         fault_point("rank.stage.before", rank=self._rank, step=step)
         buffer = self._staging.buffer(layout.num_bytes, template=layout.name)
         if buffer is not None:
-            _fill(buffer, layout, flatten(tensors))
+            wait = self._fill(buffer, layout, shards)
             directory = checkpoint_directory(self._attempt, step, self._nonce)
-            self._staging.submit(
-                directory=directory, step=step, files=layout.files, tensors=layout.tensors, state=state, patience_s=patience_s
+            submit = partial(
+                self._staging.submit, directory=directory, step=step, files=layout.files, tensors=layout.tensors, patience_s=patience_s
             )
-        fault_point("rank.stage.after", rank=self._rank, step=step)
-        self.stall_s = time.monotonic() - started
-        self._tell(self.stall_s)
+            self._copying = _Copying(step=step, wait=wait, submit=partial(submit, state=state))
+        self._stalled(started, more=False)
+        if self._copying is not None and self._copying.wait is None:
+            self.end_save()
         return buffer is not None
+
+    def end_save(self) -> None:
+        """Waits until the copy of the last `begin_save` is whole and hands it over; afterwards tensors may be changed. Else nothing."""
+        if self._copying is None:
+            return
+        copying, self._copying = self._copying, None
+        started = time.monotonic()
+        if copying.wait is not None:
+            copying.wait()
+        copying.submit()
+        fault_point("rank.stage.after", rank=self._rank, step=copying.step)
+        self._stalled(started, more=True)
+
+    def _stalled(self, since: float, *, more: bool) -> None:
+        seconds = time.monotonic() - since
+        self.stall_s = self.stall_s + seconds if more else seconds
+        self._tell(seconds)
 
     def save_and_wait(self, step: int, tensors: NestedTensors, state: Mapping[str, Any], alive: Callable[[], None]) -> None:
         """The final save: waits for the one before it, stages, and returns when this rank's part is durable.
@@ -182,22 +226,27 @@ class Checkpointer:
             self._staging.wait_idle(1.0)
             alive()
 
-    def _laid_out(self, tensors: NestedTensors) -> _Layout:
-        shapes = tuple((name, t.dtype, tuple(t.shape), tuple(local(t).shape)) for name, t in flatten(tensors).items())
-        if self._layout is None or self._layout.shapes != shapes:
-            self._layout = _agree_on_layout(self._rank, shapes, tensors)
-        return self._layout
+    def _laid_out(self, tensors: NestedTensors) -> tuple[_Layout, list[Tensor]]:
+        """And this rank's part of each tensor, in the order of the layout's outline."""
+        outline, shards = outline_of(tensors)
+        if self._layout is None or self._layout.outline != outline:
+            self._layout = _agree_on_layout(self._rank, outline, tensors)
+            self._views.clear()
+        return self._layout, shards
+
+    def _fill(self, buffer: Buffer, layout: _Layout, shards: Sequence[Tensor]) -> Wait | None:
+        """Begins to copy; what it returns waits for the end of it, unless it is over."""
+        if buffer.fresh:
+            layout.template.prefill(buffer.view)
+            buffer.view[layout.template.num_bytes :] = layout.metadata
+        views = next((views for memory, views in self._views if memory is buffer.view.obj), None)
+        if views is None:
+            views = layout.template.views(buffer.view)
+            self._views = [*self._views[1 - _BUFFERS :], (buffer.view.obj, views)]
+        return self._copy(views, [shards[index] for index in layout.sources])
 
 
-def _fill(buffer: Buffer, layout: _Layout, flat: Mapping[str, Tensor]) -> None:
-    if buffer.fresh:
-        layout.template.prefill(buffer.view)
-        buffer.view[layout.template.num_bytes :] = layout.metadata
-    sources = [local(flat[entry.index.fqn]) for entry in layout.template.placed]
-    torch._foreach_copy_(layout.template.views(buffer.view), sources)
-
-
-def _agree_on_layout(rank: int, shapes: tuple[Any, ...], tensors: NestedTensors) -> _Layout:
+def _agree_on_layout(rank: int, outline: Outline, tensors: NestedTensors) -> _Layout:
     """Collective. DCP's own planner decides who writes what (a replicated tensor is written once); the rest follows from its plan."""
     planner = DefaultSavePlanner()
     planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)
@@ -209,7 +258,7 @@ def _agree_on_layout(rank: int, shapes: tuple[Any, ...], tensors: NestedTensors)
     global_plan, metadata = planner.create_global_plan([plan for plan, _ in told])
     template = lay_out(global_plan[rank].items)
     pickled = _metadata(metadata, global_plan) if rank == 0 else b""
-    return _layout(rank, shapes, template, pickled)
+    return _layout(rank, outline, list(flatten(tensors)), template, pickled)
 
 
 def _fingerprints(tensors: NestedTensors) -> dict[str, int]:
@@ -230,7 +279,7 @@ def _refuse_shared_names(by_rank: Sequence[Mapping[str, int]]) -> None:
                 )
 
 
-def _layout(rank: int, shapes: tuple[Any, ...], template: Template, metadata: bytes) -> _Layout:
+def _layout(rank: int, outline: Outline, names: Sequence[str], template: Template, metadata: bytes) -> _Layout:
     files = [StagedFile(name=shard_name(rank), offset=0, num_bytes=template.num_bytes)]
     if metadata:
         files.append(StagedFile(name=METADATA_NAME, offset=template.num_bytes, num_bytes=len(metadata)))
@@ -249,7 +298,16 @@ def _layout(rank: int, shapes: tuple[Any, ...], template: Template, metadata: by
     )
     layout = [[entry.name, entry.dtype, list(entry.shape), entry.offset] for entry in entries]
     name = sha256_hex(canonical_json(layout) + metadata)
-    return _Layout(shapes=shapes, template=template, metadata=metadata, files=tuple(files), tensors=entries, name=name)
+    places = {full_name: index for index, full_name in enumerate(names)}
+    return _Layout(
+        outline=outline,
+        template=template,
+        sources=tuple(places[placed.index.fqn] for placed in template.placed),
+        metadata=metadata,
+        files=tuple(files),
+        tensors=entries,
+        name=name,
+    )
 
 
 def _metadata(metadata: Metadata, plans: Sequence[SavePlan]) -> bytes:

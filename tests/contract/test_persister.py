@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from s3server import S3Server
-from staged import DEADLINE_S, NUM_BYTES, content_of, directory_of, eventually, stage
+from staged import DEADLINE_S, NUM_BYTES, content_of, directory_of, eventually, held, stage
 
 from keepstep.storage.arena import Staging
 from keepstep.storage.layout import rank_index_name, steps_key
@@ -106,7 +106,7 @@ class TestProcess:
         assert store.get(f"{directory_of(20)}/__0_0.distcp") == content_of(20, num_bytes)
         assert [record["step"] for record in store.read_records(steps_key(1))] == [20]
         successor = persister.connect(attempt=2)
-        assert successor.resident(directory_of(20), "__0_0.distcp") == content_of(20, num_bytes)
+        assert held(successor, directory_of(20), "__0_0.distcp") == content_of(20, num_bytes)
         successor.close()
 
     def test_a_rank_killed_before_that_leaves_its_buffer_to_the_next(self, start: Callable[..., PersisterProcess], folder: Path) -> None:

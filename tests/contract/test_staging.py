@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from staged import DEADLINE_S, NUM_BYTES, content_of, directory_of, eventually, stage, tensors_of
+from staged import DEADLINE_S, NUM_BYTES, content_of, directory_of, eventually, held, stage, tensors_of
 
 from keepstep.storage import buffers
 from keepstep.storage.arena import StagedFile, Staging
@@ -277,10 +277,8 @@ class TestMemoryTier:
         assert staging.wait_idle(DEADLINE_S)
         assert staging.buffer(NUM_BYTES + 100)
         for reader in (staging, neighbour):
-            view = reader.resident(directory_of(20), "__0_0.distcp")
-            assert view == content_of(20)
-            assert view.readonly
-            assert reader.resident(directory_of(20), ".metadata") == b"m" * 100
+            assert held(reader, directory_of(20), "__0_0.distcp") == content_of(20)
+            assert held(reader, directory_of(20), ".metadata") == b"m" * 100
 
     def test_what_is_not_there_is_none(self, node: Node) -> None:
         staging = node.connect()
@@ -332,4 +330,4 @@ class TestAttempts:
         assert new.buffer(NUM_BYTES) is None
         node.store.gate.set()
         assert new.wait_idle(DEADLINE_S)
-        assert new.resident(directory_of(20), "__0_0.distcp") == content_of(20)
+        assert held(new, directory_of(20), "__0_0.distcp") == content_of(20)

@@ -8,7 +8,7 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from keepstep.storage.manifest import FileEntry, Manifest, RankIndex, hash_block
 from keepstep.storage.memory import available_bytes
 from keepstep.storage.posix import PosixStore
 from keepstep.storage.remote import MemoryStore
-from keepstep.storage.store import Store
+from keepstep.storage.store import OpenFile, Store, scatter
 from keepstep.storage.verify import MAX_CUTS, CheckpointReader, Piece, read_manifest, verify_checkpoint
 
 DIRECTORY = "data/a000001/s000000020-00000000"
@@ -177,13 +177,44 @@ class Counting(PosixStore):
         self.reads: Counter[tuple[str, int]] = Counter()
         self.lies: set[tuple[str, int]] = set()
 
-    def read_into(self, key: str, start: int, *destinations: memoryview) -> int:
-        place = (key.rpartition("/")[2], start // BLOCK)
-        count = super().read_into(key, start, *destinations)
-        if place in self.lies and not self.reads[place]:
+    def open_file(self, key: str) -> OpenFile:
+        return CountedFile(self, key.rpartition("/")[2], super().open_file(key))
+
+
+@dataclass(frozen=True)
+class CountedFile:
+    store: Counting
+    name: str
+    inner: OpenFile
+
+    def read_into(self, start: int, *destinations: memoryview) -> int:
+        place = (self.name, start // BLOCK)
+        count = self.inner.read_into(start, *destinations)
+        if place in self.store.lies and not self.store.reads[place]:
             destinations[-1][-1] ^= 1
-        self.reads[place] += 1
+        self.store.reads[place] += 1
         return count
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@dataclass(frozen=True)
+class Held:
+    """A file in memory."""
+
+    body: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.body)
+
+    def read_into(self, start: int, *destinations: memoryview) -> int:
+        scatter(self.body[start : start + sum(view.nbytes for view in destinations)], destinations)
+        return min(len(self.body) - start, sum(view.nbytes for view in destinations))
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class TestReader:
@@ -277,7 +308,7 @@ class TestReader:
 class TestMemoryTier:
     def reader(self, store: Store, held: dict[str, bytes]) -> CheckpointReader:
         manifest = write_checkpoint(store)
-        return CheckpointReader(store, DIRECTORY, manifest, lambda _, name: memoryview(held[name]) if name in held else None)
+        return CheckpointReader(store, DIRECTORY, manifest, lambda _, name: Held(held[name]) if name in held else None)
 
     def test_what_is_in_memory_is_not_read_from_the_store(self, tmp_path: Path) -> None:
         store = Store.open(tmp_path)

@@ -52,7 +52,7 @@ class FolderStaging(handover.FolderStaging):
             file.write(json.dumps(record) + "\n")
         Store.open(self.folder).append(steps_key(self.attempt), canonical_json(dict(record)))
 
-    def resident(self, directory: str, file_name: str) -> memoryview | None:
+    def resident(self, directory: str, file_name: str) -> None:
         return None
 
 
