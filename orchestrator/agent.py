@@ -7,7 +7,6 @@ coordinator or read the run log and saw no newer attempt. `_obeyed_at` is the mo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import secrets
 import signal
@@ -17,27 +16,34 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from keepstep.storage.layout import alone_key
 from keepstep.storage.lineage import Lineage
 from keepstep.storage.store import Store
 from keepstep.trainer.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE
 
-from .client import CALL_TIMEOUT_S, CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
+from .client import CALL_TIMEOUT_S, CoordinatorRefused, CoordinatorUnreachable
 from .contact import Contact, address_towards
+from .forked import Program
+from .forkserver import count_gpus, forget_main_module, forkserver_pid, start_forkserver, wait_until_warm
 from .going import Going, signal_grace_s
-from .lookout import Lookout
+from .link import Link
+from .lookout import Lookout, Sight
 from .node import NodeRanks, NodeSettings
 from .patience import PERIOD_S, Patience
 from .persisting import PersisterProcess
 from .processes import ENV_SCRATCH, adopt_orphans, bury, die_with_parent_if_told, kill, print_or_lose, strays, wait_ended
 from .scratch import Scratch
 from .sections import RunConfig
+from .tether import NoTether, tie
 from .waiting import is_set_within
 from .watching import watch_notices
-from .wire import AgentReport, Directive, Launch, digest
+from .wire import AgentReport, Directive, Launch
 
-REPORT_PERIOD_S = 1.0  # the floor; changes are reported at once
-STEP_REPORT_PERIOD_S = 0.25  # news that is only "a step further" waits so long for company
+REPORT_S = 1.0  # the floor, until the coordinator names another; changes are reported at once
+STEP_NEWS = 0.25  # news that is only "a step further" waits for this share of that time for company
+RETIRE_S = 3.0  # until a coordinator that was succeeded has read the log; closed before, our turning away would look like our death
 RETRY_S = 0.1
+TIE_S = 1.0  # how long the coordinator may take to accept a tether; without one its lease says when a node is dead
 LOG_PERIOD_S = 5.0  # how often the ranks' output goes to a remote root
 
 
@@ -53,8 +59,9 @@ class Agent:
         self._lookout = Lookout(config)
         self._doubt = asyncio.Event()
         self._token = contact.token
-        self._client = self._client_of(contact.url)
-        self._retiring: list[asyncio.Task[None]] = []  # clients of coordinators that were succeeded
+        self._url = contact.url.rstrip("/")
+        self._report_s = REPORT_S
+        self._retiring: list[asyncio.Task[None]] = []  # connections to coordinators that were succeeded
         self._address = address_towards(urlsplit(contact.url).hostname or "127.0.0.1")
         self._persister = PersisterProcess(scratch.staging_socket, config.run.root, config.storage.slow_s, self._changed)
         self._patience = Patience(config.cluster.hang_s)
@@ -71,6 +78,7 @@ class Agent:
         self._going = Going(self._changed)
         self._signal_grace_s = signal_grace_s(config.cluster.stop_grace_s)
         self._heard: AgentReport | None = None  # the newest report that was answered
+        self._answered = asyncio.Event()
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     # --- what the node is -------------------------------------------------------------------------------------------
@@ -82,8 +90,7 @@ class Agent:
         settings = NodeSettings(
             run=self.config.run.name,
             root=self.config.run.root,
-            script=self.config.train.script,
-            script_args=self.config.train.script_args,
+            program=Program(self.config.train.script, self.config.train.script_args, self.config.train.preload),
             scratch=self.scratch.path,
             address=self._address,
             config_path=self.scratch.path / "config.json",
@@ -106,8 +113,10 @@ class Agent:
             ready=self._warm.is_set() and self._persister.is_up and not self._going.why,
             buried=self.buried,
             attempt=self._ranks.attempt,
+            ordered_s=self._ranks.ordered_s,
             ranks=self._ranks.reports(),
             store=self._ranks.store_address,
+            standby=self._ranks.standby.report() if self._ranks.standby else None,
             persisted=self._persister.persisted,
             leaving=self._going.why,
             leaves_in_s=self._going.left_s,
@@ -125,8 +134,7 @@ class Agent:
         self._handle_signals()
         loops = (
             self._warm_up(),
-            self._tell(),
-            self._listen(),
+            self._converse(),
             self._obey(),
             self._keep_lease(),
             self._look_into_log(),
@@ -146,10 +154,10 @@ class Agent:
                 task.cancel()
             await asyncio.gather(*tasks, *self._retiring, return_exceptions=True)
             await self._ranks.stop()
+            await self._ranks.drop_standby(0, None)
             await asyncio.to_thread(self._ranks.logs.ship)
             left_s = self._going.left_s
             await self._persister.stop(self.config.cluster.stop_grace_s if left_s is None else left_s)
-            await self._client.close()
             await asyncio.to_thread(bury_own, self.scratch.path)
 
     def _on_loop_end(self, task: asyncio.Task[None]) -> None:
@@ -168,9 +176,16 @@ class Agent:
         if self._ranks.running:
             print(f"keepstep agent {self.id}: no time is left: its ranks are stopped", file=sys.stderr)  # noqa: T201
             await self._ranks.stop()
-            with contextlib.suppress(CoordinatorUnreachable, CoordinatorRefused):  # it will notice by itself, later
-                await self._client.report(self._report())
+            await self._be_heard()
         self._finish(EXIT_REQUEUE)
+
+    async def _be_heard(self) -> None:
+        """Waits until the coordinator knows what is true now, or for as long as an answer may take: it will notice by itself, later."""
+        told, until = self._sequence, time.monotonic() + self._patience_s
+        self._changed()
+        while (self._heard is None or self._heard.sequence <= told) and (left_s := until - time.monotonic()) > 0:
+            self._answered.clear()
+            await is_set_within(self._answered, left_s)
 
     def _is_needed(self) -> bool:
         """Whoever knows that we leave, and wants no ranks here now, will not want any later; what is saved must be committed first."""
@@ -185,12 +200,11 @@ class Agent:
 
     async def _warm_up(self) -> None:
         """Torch is imported in the forkserver, never in this process. A forkserver that died took its ranks along: another succeeds it."""
-        from .ranks import count_gpus, forkserver_pid, start_forkserver, wait_until_warm
-
         while True:
             start_forkserver(self.config.run.root)
             await asyncio.to_thread(wait_until_warm)
             self._slots = self.config.cluster.ranks_per_node or await asyncio.to_thread(count_gpus) or 1
+            self._ranks.reserve.prepare(self._slots)
             self._warm.set()
             self._changed()
             await wait_ended(forkserver_pid())
@@ -198,38 +212,59 @@ class Agent:
 
     # --- talking to the coordinator ---------------------------------------------------------------------------------
 
-    async def _tell(self) -> None:
+    async def _converse(self) -> None:
+        """One connection at a time. Where it breaks or falls silent, another is tried at once, and the log looked into."""
         while True:
-            self._news.clear()
-            asked_at = time.monotonic()
             try:
-                report = self._report()
-                self._take(await self._client.report(report), asked_at)
-                self._heard = report
+                link = await Link.open(self._url, self._token, patience_s=self._patience_s)
+                try:
+                    await self._talk(link, self.id)
+                finally:
+                    await self._hang_up(link)
             except CoordinatorUnreachable:
                 self._doubt.set()
                 await asyncio.sleep(RETRY_S)
-                continue
             except CoordinatorRefused as error:
                 self._refused(error)
-            await is_set_within(self._news, REPORT_PERIOD_S)
+                await asyncio.sleep(RETRY_S)
 
-    async def _listen(self) -> None:
-        """The long poll: the coordinator's changes of mind arrive within milliseconds."""
+    async def _talk(self, link: Link, node: str) -> None:
+        """Tells whatever is new, and the whole state at least every `report_s`, until somebody else is to be told, or tells."""
+        listening = asyncio.create_task(self._listen(link))
+        listening.add_done_callback(lambda _: self._changed())
+        try:
+            while (link.url, node) == (self._url, self.id):
+                if listening.done():
+                    listening.result()
+                self._news.clear()
+                await link.tell(self._report())
+                await is_set_within(self._news, min(self._report_s, self._patience_s))
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+
+    async def _listen(self, link: Link) -> None:
         while True:
-            known = digest(self._directive)
-            asked_at = time.monotonic()
-            try:
-                self._take(await self._client.directive(self.id, known), asked_at)
-            except CoordinatorUnreachable:
-                self._changed()  # a report says that it was the poll that broke, not the node
-                await asyncio.sleep(RETRY_S)
-            except CoordinatorRefused as error:
-                self._refused(error)
-                await asyncio.sleep(RETRY_S)
+            answer, heard, told_at = await link.hear()
+            if answer.unable:
+                self._doubt.set()
+                continue
+            self._report_s = answer.report_s
+            if link.directive:
+                self._take(link.directive, told_at)
+            if heard:
+                self._heard = heard
+                self._answered.set()
 
-    def _client_of(self, url: str) -> CoordinatorClient:
-        return CoordinatorClient(url, self._token, patience_s=min(CALL_TIMEOUT_S, self.config.cluster.lease_s / 4))
+    async def _hang_up(self, link: Link) -> None:
+        if link.url == self._url:
+            await link.close()
+        else:
+            self._retiring.append(asyncio.create_task(link.retire(RETIRE_S)))
+
+    @property
+    def _patience_s(self) -> float:
+        return min(CALL_TIMEOUT_S, self.config.cluster.lease_s / 4)
 
     def _refused(self, error: CoordinatorRefused) -> None:
         """Whoever answers where our coordinator was may be somebody else's by now: the log says who rules."""
@@ -271,28 +306,36 @@ class Agent:
         while True:
             await is_set_within(self._doubt, lease_s / 10)
             unproven = self._directive is not None and self._directive.unproven
-            if self._doubt.is_set() or unproven or time.monotonic() - self._obeyed_at > lease_s / 3:
+            if self._doubt.is_set() or unproven or self._is_unanswered():
                 self._doubt.clear()
                 await self._find_successor()
 
     async def _find_successor(self) -> None:
         """Reads the run log: proof that nothing newer than our attempt exists, and the address of whoever rules now."""
-        asked_at = await self._lookout.look()
-        if asked_at is not None:  # otherwise it cannot observe: the lease runs on
-            await self._obey_log(asked_at)
+        sight = await self._lookout.look(self._alone() if self._is_unanswered() else "")
+        if sight is not None:  # otherwise it cannot observe: the lease runs on
+            await self._obey_log(sight)
 
-    async def _obey_log(self, asked_at: float) -> None:
+    def _is_unanswered(self) -> bool:
+        return time.monotonic() - self._obeyed_at > self.config.cluster.lease_s / 3
+
+    def _alone(self) -> str:
+        """Whoever goes on although its coordinator does not answer says so first, under this key: the coordinator will look for it."""
+        return alone_key(self._term, self._ranks.attempt, self.id)
+
+    async def _obey_log(self, sight: Sight) -> None:
         if self._ranks.running and (why := replaced(self._lookout.log.lineage, self._ranks.attempt)):
             self._ranks.blame_all("fenced", why)
             return
-        self._obeyed_at = max(self._obeyed_at, asked_at)
+        if not self._ranks.running or sight.alone == self._alone():
+            self._obeyed_at = max(self._obeyed_at, sight.began_at)
         opened = self._lookout.log.newest_opened()
         if opened and (outcome := self._lookout.log.lineage.outcome) and outcome.term == opened.term <= self._term:
             self._finish(EXIT_OK)  # its coordinator has left, or was killed before it could tell us
             return
-        if opened and opened.term > self._term and opened.url and opened.url.rstrip("/") != self._client.url:
-            old, self._client = self._client, self._client_of(opened.url)
-            self._retiring.append(asyncio.create_task(old.retire()))
+        if opened and opened.term > self._term and opened.url and opened.url.rstrip("/") != self._url:
+            self._url = opened.url.rstrip("/")
+            self._changed()
 
     # --- doing what the directive says ------------------------------------------------------------------------------
 
@@ -308,7 +351,10 @@ class Agent:
                 await self._start_anew()
             if directive.autopsy:
                 await self._ranks.autopsy(directive.autopsy)
+            await self._ranks.drop_standby(directive.term, directive.standby, directive.launch)
             await self._reconcile(directive.launch)
+            if directive.standby:
+                await self._ranks.stand_by(directive.term, directive.standby)
             if directive.term == self._term and directive.revision > self._obeyed:
                 self._obeyed = directive.revision
                 self._changed()
@@ -317,13 +363,34 @@ class Agent:
         if launch is None:
             await self._ranks.stop()
         else:
+            self._ranks.note_order(launch.attempt)
             await self._warm.wait()
             self.scratch.check()
+            if launch.attempt != self._ranks.attempt:
+                await self._tie()
             await self._ranks.pursue(launch)
+
+    async def _tie(self) -> None:
+        """A tether to whoever rules now, which all processes that could step will hold: so the older ones go first."""
+        url, tether = self._url, self._ranks.tether
+        if tether and tether.leads_to(url):
+            return
+        await self._ranks.stop()
+        if tether:
+            tether.abandon()
+        try:
+            self._ranks.tether = await tie(url, self._token, self.id, within_s=min(TIE_S, self.config.cluster.lease_s / 4))
+        except NoTether as error:
+            self._ranks.tether = None
+            print(f"keepstep agent {self.id}: a lease decides when it dies: {error}", file=sys.stderr)  # noqa: T201
 
     async def _start_anew(self) -> None:
         """The coordinator gave this incarnation up: its ranks die, and the node comes back under a new name."""
         await self._ranks.stop()
+        await self._ranks.drop_standby(0, None)
+        if self._ranks.tether:
+            self._ranks.tether.abandon()
+        self._ranks.reserve.close()
         self._ranks = self._incarnate()
         self._sequence = 0
         self._directive = self._heard = None
@@ -338,7 +405,7 @@ class Agent:
             await asyncio.sleep(PERIOD_S)
             pace, now = self._ranks.look(), time.monotonic()
             is_urgent = [(rank.phase, rank.is_overdue) for rank in pace] != [(rank.phase, rank.is_overdue) for rank in told]
-            if is_urgent or (pace != told and now - told_at >= STEP_REPORT_PERIOD_S):
+            if is_urgent or (pace != told and now - told_at >= STEP_NEWS * self._report_s):
                 told, told_at = pace, now
                 self._changed()
 
@@ -381,8 +448,6 @@ def serve(name: str, contact: Contact, scratch_path: Path) -> int:
     scratch.lock()
     bury(scratch.path)
     scratch.gather_temporary_files()
-
-    from .ranks import forget_main_module, start_forkserver
 
     forget_main_module()
     start_forkserver(contact.root)

@@ -1,12 +1,7 @@
-"""HTTP from an agent or the CLI to the coordinator: a token on every call, a deadline on every wait.
-
-Deadlines decide how soon a node is heard again after its cable was cut for a moment: TCP sends what was lost again after 0.2, 0.4, 0.8, ...
-seconds, so that a call which met a cut of 1.5 s is answered after 3. A new call on a new connection is answered at once.
-"""
+"""HTTP from people's commands to the coordinator: a token on every call, a deadline on every wait. (Agents: link.py.)"""
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import struct
 from types import TracebackType
@@ -14,9 +9,8 @@ from typing import Any
 
 import aiohttp
 
-from .wire import AgentReport, Directive, Message
+from .wire import Message
 
-LONG_POLL_S = 1.0  # the server answers at the latest after this time; also the floor of the report period
 CALL_TIMEOUT_S = 5.0
 AT_ONCE = struct.pack("ii", 1, 0)  # of SO_LINGER
 
@@ -46,7 +40,7 @@ class CoordinatorClient:
         self._patience_s = patience_s
         self._session = aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {token}"},
-            connector=aiohttp.TCPConnector(limit=8, socket_factory=_abrupt_socket),
+            connector=abrupt_connector(),
         )
 
     async def __aenter__(self) -> CoordinatorClient:
@@ -58,23 +52,6 @@ class CoordinatorClient:
     async def close(self) -> None:
         await self._session.close()
 
-    async def retire(self) -> None:
-        """Closes when every call under way has had its time. A coordinator that was succeeded must not take our turning away for our death:
-        until it has read the log, it would drain the attempt."""
-        try:
-            await asyncio.sleep(LONG_POLL_S + self._patience_s)
-        finally:
-            await self.close()
-
-    async def report(self, report: AgentReport) -> Directive:
-        """Tells the node's whole state; the answer is what it should be doing now."""
-        return Directive.model_validate_json(await self._call("POST", "/v1/report", data=report.model_dump_json().encode()))
-
-    async def directive(self, node: str, known: str) -> Directive:
-        """Long poll: answers as soon as the directive differs from the one whose digest is `known`, else after LONG_POLL_S."""
-        params = {"node": node, "known": known}
-        return Directive.model_validate_json(await self._call("GET", "/v1/directive", params=params, waits_s=LONG_POLL_S))
-
     async def get(self, path: str, **params: str) -> bytes:
         return await self._call("GET", path, params=params)
 
@@ -84,23 +61,32 @@ class CoordinatorClient:
     async def send(self, path: str, message: Message) -> bytes:
         return await self._call("POST", path, data=message.model_dump_json().encode())
 
-    async def _call(self, method: str, path: str, *, waits_s: float = 0.0, **arguments: Any) -> bytes:
-        timeout = aiohttp.ClientTimeout(total=waits_s + self._patience_s, sock_connect=min(2.0, self._patience_s / 2))
+    async def _call(self, method: str, path: str, **arguments: Any) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=self._patience_s, sock_connect=min(2.0, self._patience_s / 2))
         try:
             async with self._session.request(method, self.url + path, timeout=timeout, **arguments) as answer:
                 body = await answer.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise CoordinatorUnreachable(f"no answer from {self.url}{path}: {type(error).__name__} {error}") from error
-        if answer.status in (401, 403, 404, 409):
-            raise CoordinatorRefused(f"{self.url}{path}: {answer.status} {body.decode(errors='replace').strip()}")
         if answer.status != 200:
-            raise CoordinatorUnable(f"{self.url}{path}: {answer.status} {body.decode(errors='replace').strip()[:200]}")
+            raise refusal(self.url + path, answer.status, body.decode(errors="replace"))
         return body
 
 
+def refusal(where: str, status: int, text: str) -> CoordinatorRefused | CoordinatorUnable:
+    """What an answer other than 200 means."""
+    if status in (401, 403, 404, 409):
+        return CoordinatorRefused(f"{where}: {status} {text.strip()}")
+    return CoordinatorUnable(f"{where}: {status} {text.strip()[:200]}")
+
+
+def abrupt_connector() -> aiohttp.TCPConnector:
+    """Closing one of its connections forgets what was not delivered. What was said while a cable was cut, and given up, must not arrive
+    when the cable is back, its end right behind it: a broken connection is how a coordinator notices the death of an agent."""
+    return aiohttp.TCPConnector(limit=8, socket_factory=_abrupt_socket)
+
+
 def _abrupt_socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """Closing it forgets what was not delivered. A long poll that was given up while the cable was cut must not arrive when it is back,
-    its end right behind it: a broken poll is how a coordinator notices the death of an agent."""
     family, kind, protocol, *_ = address
     made = socket.socket(family, kind, protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from keepstep.storage.errors import Fenced, StoreError
 from keepstep.storage.records import Quarantine
@@ -24,26 +23,29 @@ from keepstep.trainer.contract import EXIT_REQUEUE
 from . import config as configs
 from . import events as ev
 from . import phases, rewinding, rewinds
-from .archive import EventFile, write_result
-from .client import LONG_POLL_S
+from .archive import utc_now, write_result
+from .books import Books, no_books
 from .commits import InvalidCheckpoint, write_manifest
+from .directives import Orders, directive_of, orders
 from .endings import exit_code_of
 from .errors import InputError
 from .janitor import Hooks, Janitor
 from .logbook import Logbook
-from .machine import Run, begin, directive, may_answer, step
+from .machine import Run, begin, may_answer, step
 from .policies import policy_of
 from .relations import broken
 from .sections import RunConfig
-from .status import goodput_of, goodput_of_nothing, last_commit, live_age_s, live_status, slowest_step
+from .status import last_commit, live_age_s, live_status, slowest_step
+from .timing import Timekeeper
 from .waiting import is_set_within
-from .wire import AgentReport, Directive, digest
+from .wire import AgentReport, Directive
 
 T = TypeVar("T")
 
 TICK_S = 0.1
+REPORT_S = 1.0  # the floor: changes are reported at once
+MAX_REPORTS_PER_S = 2000.0
 LOG_READ_PERIOD_S = 1.0
-GOODPUT_PERIOD_S = 2.0
 GOODPUT_WAIT_S = 0.5
 REWIND_WAIT_S = 3.0  # below what the command line waits for an answer
 FAREWELL_S = 3.0  # how long the agents may take to hear that the run is over
@@ -57,6 +59,14 @@ class End:
 
 class NoAnswer(Exception):
     """There is nothing to say to this node at the moment: it goes on as it does, and asks again."""
+
+
+class Listener(Protocol):
+    """A connection to an agent."""
+
+    node: str
+
+    def wake(self) -> None: ...
 
 
 class Coordinator:
@@ -73,16 +83,18 @@ class Coordinator:
         self.run: Run = begin(policy_of(self.config))
         self._logbook = Logbook(log, self.term)
         self._janitor = Janitor(store, log, config.checkpoint, self._hooks())
-        self._events = EventFile(store, config.run.name)
+        self._books = Books(store, config.run.name, self.term)
+        self._times = Timekeeper()
         self._tell = tell
         self._told_step = -1
         self._told_alarms = 0
-        self._goodput = goodput_of_nothing()
-        self._goodput_at = -math.inf
+        self._goodput = no_books()
         self._counting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._counting.set_result(None)
         self._rewind_answer: ev.Event | None = None  # of the log, to the newest wish
         self._working: set[ev.Asking] = set()
+        self._links: dict[str, Listener] = {}  # by node: its newest connection
+        self._orders = orders(self.run)
         self._seen_off: set[str] = set()  # nodes that were told that the run is over
         self._news = asyncio.Event()
         self._doubt = asyncio.Event()
@@ -111,7 +123,7 @@ class Coordinator:
             for task in (*periodic, *self._tasks):
                 task.cancel()
             await asyncio.gather(*periodic, *self._tasks, return_exceptions=True)
-            self._event_thread.submit(self._events.flush)
+            self._event_thread.submit(self._books.flush)
             self._log_thread.shutdown()
             self._event_thread.shutdown()
 
@@ -172,8 +184,9 @@ class Coordinator:
 
     def _anybody_there(self) -> bool:
         now = time.monotonic()
-        untold = (node for name, node in self.run.members.nodes.items() if name not in self._seen_off)
-        return any(node.broken_at is None and now - node.heard_at < 2 * LONG_POLL_S for node in untold)
+        members = self.run.members
+        untold = (node for name, node in members.nodes.items() if name not in self._seen_off | members.buried)
+        return any(node.broken_at is None and now - node.heard_at < 2 * self.report_s for node in untold)
 
     # --- events in, requests out ------------------------------------------------------------------------------------
 
@@ -183,6 +196,10 @@ class Coordinator:
             self._carry_out(request)
         news, self._news = self._news, asyncio.Event()
         news.set()
+        if (current := orders(self.run)) != self._orders:
+            self._orders = current
+            for link in self._links.values():
+                link.wake()
 
     def _carry_out(self, request: ev.Request) -> None:
         if isinstance(request, ev.Say):
@@ -231,7 +248,7 @@ class Coordinator:
         return answer
 
     async def _end(self, request: ev.LogEnd) -> None:
-        await self._in_log_thread(write_result, self.store, self.log.lineage)
+        await self._in_log_thread(write_result, self.store, self.log.lineage, await self._count())
         if not self._ended.done():
             self._ended.set_result(End(exit_code_of(request), request.why))
 
@@ -244,9 +261,12 @@ class Coordinator:
     def _say(self, event: ev.Say) -> None:
         if event.kind == "fenced" and not self._ended.done():
             self._ended.set_result(End(EXIT_REQUEUE, event.why))
-        told = {"term": self.term, "at_s": round(time.monotonic(), 4), **dataclasses.asdict(event)}
+        beside = self._times.hear(event, self.run)
+        told = {"at": utc_now(), "term": self.term, "at_s": round(time.monotonic(), 4), **dataclasses.asdict(event), **beside}
         self._tell(told)
-        self._event_thread.submit(self._events.append, told)
+        self._event_thread.submit(self._books.append, told)
+        if again := self._times.recovered(event, self.run):
+            self._say(again)
 
     def _hooks(self) -> Hooks:
         """From the janitor's thread onto the loop."""
@@ -271,37 +291,49 @@ class Coordinator:
 
     # --- what the server calls --------------------------------------------------------------------------------------
 
-    def hear(self, report: AgentReport) -> Directive:
-        """Raises NoAnswer while an answer could prolong a lease that a successor counts on."""
+    def hear(self, report: AgentReport) -> None:
+        """What it means for the node is in its next directive."""
         self._apply(ev.Reported(time.monotonic(), report))
-        return self._told(report.node, self._directive(report.node))
 
-    def _told(self, node: str, answer: Directive) -> Directive:
-        if answer.over:
-            self._seen_off.add(node)
-        return answer
-
-    def _directive(self, node: str) -> Directive:
+    def orders_for(self, node: str) -> Orders:
+        """Those of the moment. Raises NoAnswer while an answer could prolong a lease that a successor counts on."""
         if not may_answer(self.run, time.monotonic()):
             raise NoAnswer("the run log could not be read for a while: read it yourself")
         members = self.run.members
         if node not in members.nodes and node not in members.buried:
             # What a node runs is not known before its first report: a new coordinator would stop ranks that it is about to adopt.
             raise NoAnswer(f"{node} has not reported to term {self.term} yet")
-        return directive(self.run, node)
+        return self._orders
 
-    async def next_directive(self, node: str, known: str, patience_s: float) -> Directive:
-        """The node's directive as soon as it differs from the one with digest `known`, or after `patience_s`. Raises NoAnswer."""
-        deadline = time.monotonic() + patience_s
-        while digest(current := self._directive(node)) == known and (left := deadline - time.monotonic()) > 0:
-            if not await is_set_within(self._news, left):
-                break
-        return self._told(node, current)
+    def directive(self, node: str) -> Directive:
+        """What the orders of the moment mean for a node."""
+        return directive_of(self._orders, self.run, node)
 
-    def connection_broke(self, node: str) -> None:
-        """Its agent died, or has found our successor: the log says which, before drop_grace_s is over."""
+    @property
+    def report_s(self) -> float:
+        """How often a node is to report although nothing has changed: thousands of them need not do so every second."""
+        return min(max(REPORT_S, len(self.run.members.nodes) / MAX_REPORTS_PER_S), self.config.cluster.lease_s / 4)
+
+    def join(self, link: Listener) -> None:
+        """A node speaks to us over this connection from now on."""
+        self._links[link.node] = link
+
+    def leave(self, link: Listener) -> None:
+        """A connection ended. Where it was the node's newest, its agent died, or has found our successor: the log says which, before
+        drop_grace_s is over."""
+        if self._links.get(link.node) is link:
+            del self._links[link.node]
+            self._doubt.set()
+            self._apply(ev.Disconnected(time.monotonic(), link.node))
+
+    def seen_off(self, node: str) -> None:
+        """It was told that the run is over."""
+        self._seen_off.add(node)
+
+    def died(self, node: str) -> None:
+        """The kernel says that its processes are gone."""
         self._doubt.set()
-        self._apply(ev.Disconnected(time.monotonic(), node))
+        self._apply(ev.Died(time.monotonic(), node))
 
     def ask_stop(self, why: str) -> None:
         self._apply(ev.StopAsked(time.monotonic(), why))
@@ -353,15 +385,16 @@ class Coordinator:
 
     async def status(self) -> dict[str, Any]:
         """The document of `keepstep status --json`. It never waits for storage: what is read from files may be a little old."""
-        if self._counting.done() and time.monotonic() - self._goodput_at > GOODPUT_PERIOD_S:
-            self._goodput_at = time.monotonic()
+        if self._counting.done():
             self._counting = asyncio.create_task(self._count_goodput())
         await asyncio.wait((self._counting,), timeout=GOODPUT_WAIT_S)
         live = live_status(self.run, self.config, url=self._url)
-        return {**live, "last_commit": last_commit(self.log.lineage, live_age_s(self.run)), "goodput": self._goodput}
+        return {**live, "last_commit": last_commit(self.log.lineage, live_age_s(self.run)), **self._goodput}
 
     async def _count_goodput(self) -> None:
-        try:
-            self._goodput = await asyncio.to_thread(goodput_of, self.store, self.log.lineage)
-        except StoreError:
-            return  # the last known one stands; `degraded` says what is wrong
+        self._goodput = await self._count()
+
+    async def _count(self) -> dict[str, Any]:
+        """In the thread that writes the events: it is as far as they are."""
+        lineage, timing, at = self.log.lineage, self._times.now(self.run), time.monotonic()
+        return await asyncio.get_running_loop().run_in_executor(self._event_thread, self._books.document, lineage, timing, at)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
-from keepstep.trainer.contract import Request
+from keepstep.trainer.contract import Pacing, Request
 
 from . import phases
 from .events import AttemptRecord
-from .run import Run
-from .wire import AgentReport, Directive, Launch, ResumeFrom, StoreAddress
+from .run import Group, Run
+from .wire import AgentReport, Directive, Launch, ResumeFrom, Standby, StoreAddress
 
 _OVER: Final = (phases.Succeeded, phases.Stopped, phases.Failed)
 
@@ -25,31 +27,106 @@ def may_answer(run: Run, now: float) -> bool:
     return run.read_at is not None and now - run.read_at <= run.policy.outage_s
 
 
-def directive(run: Run, node: str) -> Directive:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """All that directives of one moment have in common, and what tells them apart. Equal orders make equal directives.
+
+    Compared after every event, so it is made of what the run holds anyway: comparing what did not change costs a glance each.
+    """
+
+    term: int
+    revision: int
+    record: AttemptRecord | None  # of the attempt that is to run
+    seats: Mapping[str, phases.Seat] | None  # None: each node keeps the seat that it has, which its own report says
+    store: StoreAddress | None
+    into: int  # the standby that becomes the attempt's ranks
+    standby: Group | None
+    standby_store: StoreAddress | None
+    request: Request
+    request_why: str
+    pacing: Pacing
+    autopsy: int
+    committed_step: int
+    settled_attempt: int
+    unproven: bool
+    over: bool
+    buried: frozenset[str]
+    why: str
+
+    @property
+    def is_common(self) -> bool:
+        """Whether no node's own report is needed to make its directive."""
+        return self.record is None or self.seats is not None
+
+
+def orders(run: Run) -> Orders:
+    """What nodes should be doing now."""
     phase = run.phase
-    return Directive(
+    record, seats = _launched(phase)
+    request, why = _request(run) if record else (Request.NONE, "")
+    return Orders(
         term=run.term,
         revision=run.revision,
-        launch=_launch(run, node),
+        record=record,
+        seats=seats,
+        store=_store(run, record) if record else None,
+        into=phase.attempt.standby if isinstance(phase, (phases.Starting, phases.Training)) else 0,
+        standby=run.standby.group if run.standby else None,
+        standby_store=_standby_store(run, run.standby.group) if run.standby else None,
+        request=request,
+        request_why=why,
+        pacing=Pacing(run.pace.steps, run.pace.soon),
         autopsy=phase.record.attempt if isinstance(phase, phases.Draining) and phase.stood else 0,
         committed_step=run.saves.committed_step,
         settled_attempt=run.attempt,
         unproven=run.read_at is None or run.now - run.read_at > run.policy.lease_s,
         over=isinstance(phase, _OVER),
-        forget=node in run.members.buried,
+        buried=run.members.buried,
         why=phase.why,
     )
 
 
-def _launch(run: Run, node: str) -> Launch | None:
-    match run.phase:
-        case phases.Starting(attempt=attempt) | phases.Training(attempt=attempt) if node in attempt.seats:
-            return _make(run, attempt.record, attempt.seats[node])
-        case phases.Adopting(record=record) if node in record.gang:
-            seat = _seat_held(run.members.report_of(node), record)
-            return _make(run, record, seat) if seat else None
+def _launched(phase: phases.Phase) -> tuple[AttemptRecord | None, Mapping[str, phases.Seat] | None]:
+    match phase:
+        case phases.Starting(attempt=attempt) | phases.Training(attempt=attempt):
+            return attempt.record, attempt.seats
+        case phases.Adopting(record=record):
+            return record, None
         case _:
-            return None
+            return None, None
+
+
+def directive(run: Run, node: str) -> Directive:
+    """What this node should be doing now."""
+    return directive_of(orders(run), run, node)
+
+
+def directive_of(told: Orders, run: Run, node: str) -> Directive:
+    """The same, where the orders of the moment are known."""
+    return Directive(
+        term=told.term,
+        revision=told.revision,
+        launch=_launch(told, run, node),
+        standby=_standby(told, node),
+        autopsy=told.autopsy,
+        committed_step=told.committed_step,
+        settled_attempt=told.settled_attempt,
+        unproven=told.unproven,
+        over=told.over,
+        forget=node in told.buried,
+        why=told.why,
+    )
+
+
+def _launch(told: Orders, run: Run, node: str) -> Launch | None:
+    record = told.record
+    if record is None:
+        return None
+    if told.seats is not None:
+        seat = told.seats.get(node)
+    else:
+        seat = _seat_held(run.members.report_of(node), record) if node in record.gang else None
+    return _make(told, record, seat) if seat else None
 
 
 def _seat_held(report: AgentReport | None, record: AttemptRecord) -> phases.Seat | None:
@@ -60,8 +137,7 @@ def _seat_held(report: AgentReport | None, record: AttemptRecord) -> phases.Seat
     return phases.Seat(group_rank=record.gang.index(report.node), first_rank=first_rank, num_ranks=len(report.ranks))
 
 
-def _make(run: Run, record: AttemptRecord, seat: phases.Seat) -> Launch:
-    request, why = _request(run)
+def _make(told: Orders, record: AttemptRecord, seat: phases.Seat) -> Launch:
     resume = record.resume
     return Launch(
         attempt=record.attempt,
@@ -72,13 +148,39 @@ def _make(run: Run, record: AttemptRecord, seat: phases.Seat) -> Launch:
         num_nodes=len(record.gang),
         world_size=record.world_size,
         store_node=record.gang[0],
-        store=_store(run, record),
+        store=told.store,
         resume=ResumeFrom(step=resume.step, directory=resume.directory, manifest_sha256=resume.manifest_sha256) if resume else None,
         skips=record.skips,
         overrides=record.overrides,
-        request=request,
-        request_why=why,
+        request=told.request,
+        request_why=told.request_why,
+        pacing=told.pacing,
+        standby=told.into,
     )
+
+
+def _standby(told: Orders, node: str) -> Standby | None:
+    group = told.standby
+    if group is None or node not in group.seats:
+        return None
+    seat = group.seats[node]
+    return Standby(
+        number=group.number,
+        first_rank=seat.first_rank,
+        num_ranks=seat.num_ranks,
+        group_rank=seat.group_rank,
+        num_nodes=len(group.seats),
+        world_size=group.world_size,
+        store_node=next(iter(group.seats)),
+        store=told.standby_store,
+        overrides=group.overrides,
+    )
+
+
+def _standby_store(run: Run, group: Group) -> StoreAddress | None:
+    report = run.members.report_of(next(iter(group.seats)))
+    told = report.standby if report else None
+    return told.store if told is not None and (told.term, told.number) == (run.term, group.number) else None
 
 
 def _store(run: Run, record: AttemptRecord) -> StoreAddress | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
 
@@ -10,11 +9,13 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from pydantic import ValidationError
 
-from .client import LONG_POLL_S
-from .coordinator import Coordinator, NoAnswer
+from .coordinator import Coordinator
 from .errors import InputError
+from .links import OPEN, AgentLink, hang_up
 from .metrics import exposition
-from .wire import AgentReport, Directive, RewindWish
+from .tether import PATH as TETHER_PATH
+from .vigil import keep
+from .wire import AGENT_PATH, RewindWish
 
 MAX_BODY_BYTES = 64 << 20
 
@@ -22,11 +23,13 @@ MAX_BODY_BYTES = 64 << 20
 def application(coordinator: Coordinator, token: str) -> web.Application:
     """Routes of one coordinator."""
     app = web.Application(middlewares=[_token_required(token)], client_max_size=MAX_BODY_BYTES)
+    app[OPEN] = set()
+    app.on_shutdown.append(hang_up)
     views = _Views(coordinator)
     app.add_routes(
         [
-            web.post("/v1/report", views.report),
-            web.get("/v1/directive", views.directive),
+            web.get(AGENT_PATH, views.agent),
+            web.get(TETHER_PATH, views.tether),
             web.get("/v1/config", views.config),
             web.get("/v1/status", views.status),
             web.post("/v1/stop", views.stop),
@@ -58,27 +61,15 @@ class _Views:
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
 
-    async def report(self, request: web.Request) -> web.Response:
-        try:
-            report = AgentReport.model_validate_json(await request.read())
-        except ValidationError as error:
-            raise web.HTTPConflict(text=f"agent and coordinator are of different versions of keepstep: {error}\n") from error
-        try:
-            return _json(self._coordinator.hear(report))
-        except NoAnswer as error:
-            raise _unavailable(error) from error
+    async def agent(self, request: web.Request) -> web.WebSocketResponse:
+        return await AgentLink(self._coordinator).serve(request)
 
-    async def directive(self, request: web.Request) -> web.Response:
-        """Held until the directive differs from what the node knows. A broken connection is the fastest sign of a dead agent."""
+    async def tether(self, request: web.Request) -> web.StreamResponse:
+        """Held until the node's last process has ended."""
+        if not self._coordinator.config.cluster.proof_of_death:
+            raise web.HTTPConflict(text="cluster.proof_of_death = false\n")
         node = request.query["node"]
-        try:
-            directive = await self._coordinator.next_directive(node, request.query.get("known", ""), LONG_POLL_S)
-        except NoAnswer as error:
-            raise _unavailable(error) from error
-        except asyncio.CancelledError:
-            self._coordinator.connection_broke(node)
-            raise
-        return _json(directive)
+        return await keep(request, lambda: self._coordinator.died(node))
 
     async def config(self, _: web.Request) -> web.Response:
         return web.Response(text=self._coordinator.config.model_dump_json(), content_type="application/json")
@@ -121,11 +112,3 @@ class _Views:
     async def metrics(self, _: web.Request) -> web.Response:
         body = exposition(await self._coordinator.status())
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-def _unavailable(error: NoAnswer) -> web.HTTPServiceUnavailable:
-    return web.HTTPServiceUnavailable(text=f"{error}\n")
-
-
-def _json(directive: Directive) -> web.Response:
-    return web.Response(text=directive.model_dump_json(), content_type="application/json")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,23 @@ from aiohttp import web
 from keepstep.orchestrator import cli, logbook, serving
 from keepstep.orchestrator import config as configs
 from keepstep.orchestrator.archive import read_events
-from keepstep.orchestrator.client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
-from keepstep.orchestrator.coordinator import Coordinator
+from keepstep.orchestrator.client import CoordinatorClient, CoordinatorRefused
+from keepstep.orchestrator.coordinator import Coordinator, NoAnswer
 from keepstep.orchestrator.errors import InputError
 from keepstep.orchestrator.lines import event_line, human_bytes
+from keepstep.orchestrator.link import Link
 from keepstep.orchestrator.logbook import opened_event
 from keepstep.orchestrator.roots import claim, token_of
 from keepstep.orchestrator.sections import RunConfig
 from keepstep.orchestrator.server import application
-from keepstep.orchestrator.wire import AgentReport, Directive, RankReport, RewindWish, StoreAddress, digest
+from keepstep.orchestrator.wire import AgentReport, Directive, RankReport, RewindWish, StoreAddress
 from keepstep.storage.layout import RUN_CONFIG_KEY, log_key
 from keepstep.storage.records import Attempt, Finished, Rewind, encode
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 
 NODES = ("node0#aaaa", "node1#bbbb")
+PATIENCE_S = 30.0  # for an answer that must come
 
 
 def two_nodes(root: Path) -> RunConfig:
@@ -38,8 +41,42 @@ def two_nodes(root: Path) -> RunConfig:
     return configs.parse(text, "run.toml")
 
 
+class Client(CoordinatorClient):
+    """People's commands, and the conversations of agents: one connection each."""
+
+    def __init__(self, url: str, token: str) -> None:
+        super().__init__(url, token)
+        self._token = token
+        self.links: dict[str, Link] = {}
+
+    async def connect(self, node: str) -> Link:
+        self.links[node] = await Link.open(self.url, self._token, patience_s=PATIENCE_S)
+        return self.links[node]
+
+    async def close(self) -> None:
+        for link in self.links.values():
+            await link.close()
+        await super().close()
+
+    async def report(self, report: AgentReport) -> Directive:
+        """What the node is told in answer."""
+        link = self.links.get(report.node) or await self.connect(report.node)
+        await link.tell(report)
+        while (await link.hear())[1] != report:
+            pass
+        assert link.directive
+        return link.directive
+
+    async def until(self, node: str, holds: Callable[[Directive], bool]) -> Directive:
+        """The first directive of the node of which this holds."""
+        link = self.links[node]
+        while link.directive is None or not holds(link.directive):
+            await link.hear()
+        return link.directive
+
+
 @asynccontextmanager
-async def reigning(root: Path) -> AsyncIterator[tuple[Coordinator, CoordinatorClient, list[dict[str, Any]]]]:
+async def reigning(root: Path) -> AsyncIterator[tuple[Coordinator, Client, list[dict[str, Any]]]]:
     config = two_nodes(root)
     store = Store.open(root)
     claim(store, config)
@@ -53,7 +90,8 @@ async def reigning(root: Path) -> AsyncIterator[tuple[Coordinator, CoordinatorCl
     await runner.setup()
     await web.SockSite(runner, listener).start()
     reign = asyncio.create_task(coordinator.reign(opened_event(log)))
-    async with CoordinatorClient(url, token_of(store)) as client:
+    client = Client(url, token_of(store))
+    async with client:
         try:
             while (await client.get("/v1/status")) and coordinator.run.read_at is None:
                 await asyncio.sleep(0)
@@ -69,12 +107,9 @@ def report(node: str, sequence: int, **fields: Any) -> AgentReport:
     return AgentReport(node=node, sequence=sequence, **{**known, **fields})
 
 
-async def launched(client: CoordinatorClient, node: str) -> Directive:
+async def launched(client: Client, node: str) -> Directive:
     """The directive once it tells the node to launch."""
-    current = await client.directive(node, "")
-    while current.launch is None:
-        current = await client.directive(node, digest(current))
-    return current
+    return await client.until(node, lambda directive: directive.launch is not None)
 
 
 def test_ready_nodes_are_told_to_launch_once_the_attempt_is_logged(tmp_path: Path) -> None:
@@ -93,7 +128,7 @@ def test_ready_nodes_are_told_to_launch_once_the_attempt_is_logged(tmp_path: Pat
             told = await client.report(report(NODES[0], 2, attempt=0, store=address))
             assert told.launch
             assert told.launch.store == address
-            second = await launched(client, NODES[1])
+            second = await client.until(NODES[1], lambda directive: directive.launch is not None and directive.launch.store is not None)
             assert second.launch
             assert (second.launch.first_rank, second.launch.store) == (1, address)
 
@@ -134,8 +169,7 @@ def test_people_send_a_live_run_back_with_other_settings(tmp_path: Path) -> None
             override = ["run.steps=20", "optimizer.lr=0.001"]
             wish = RewindWish(to=0, skip=("64:96",), override=tuple(override))
             asked = asyncio.create_task(client.send("/v1/rewind", wish))
-            while (await client.directive(NODES[0], "")).launch:
-                await asyncio.sleep(0)
+            await client.until(NODES[0], lambda directive: directive.launch is None)
             with pytest.raises(CoordinatorRefused, match="another rewind is just being written"):
                 await client.send("/v1/rewind", RewindWish(to=0))
             for node in NODES:
@@ -174,8 +208,7 @@ def test_a_wish_that_came_to_nothing_is_told_as_such(tmp_path: Path, monkeypatch
                 await client.report(report(node, 1))
             await launched(client, NODES[0])
             asked = asyncio.create_task(client.send("/v1/rewind", RewindWish(to=0)))
-            while (await client.directive(NODES[0], "")).launch:
-                await asyncio.sleep(0)
+            await client.until(NODES[0], lambda directive: directive.launch is None)
             for node in NODES:
                 stopped = RankReport(
                     rank=NODES.index(node), local_rank=0, pid=9, state="exited", exit_code=-9, kind="signal", stopped_by_agent=True
@@ -213,14 +246,68 @@ def test_a_coordinator_begins_with_the_overrides_of_the_log(tmp_path: Path) -> N
 
 
 def test_a_node_that_has_not_reported_is_told_nothing(tmp_path: Path) -> None:
-    """A long poll may reach a new coordinator before the node's report: "run nothing" would stop ranks that it is about to adopt."""
+    """ "Run nothing" would stop ranks that a new coordinator is about to adopt."""
 
     async def story() -> None:
-        async with reigning(tmp_path) as (_, client, _):
-            with pytest.raises(CoordinatorUnreachable, match="has not reported to term 1"):
-                await client.directive(NODES[0], "")
+        async with reigning(tmp_path) as (coordinator, client, _):
+            with pytest.raises(NoAnswer, match="has not reported to term 1"):
+                coordinator.orders_for(NODES[0])
+            assert (await client.report(report(NODES[0], 1))).launch is None
+
+    asyncio.run(story())
+
+
+def test_an_answer_names_the_report_that_it_is_about_and_news_none(tmp_path: Path) -> None:
+    """A lease counts from when a report was told: what the coordinator says unasked proves nothing about now."""
+
+    async def story() -> None:
+        async with reigning(tmp_path) as (coordinator, client, _):
+            link = await client.connect(NODES[0])
+            first = report(NODES[0], 1)
+            await link.tell(first)
+            answer, heard, _ = await link.hear()
+            assert (answer.heard, heard) == (1, first)
+            assert answer.directive
+            await client.report(report(NODES[1], 1))
+            while link.directive == answer.directive:
+                news, heard, _ = await link.hear()
+                assert (news.heard, heard) == (1, None)
+            coordinator.run = replace(coordinator.run, read_at=None)  # as if nobody had been able to read the log in this term
+            await link.tell(report(NODES[0], 2))
+            while not (news := (await link.hear())[0]).unable:
+                pass
+            assert (news.heard, news.unable) == (-1, "the run log could not be read for a while: read it yourself")
+
+    asyncio.run(story())
+
+
+def test_the_end_of_a_connection_that_was_given_up_is_no_news(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with reigning(tmp_path) as (coordinator, client, _):
             await client.report(report(NODES[0], 1))
-            assert (await client.directive(NODES[0], "")).launch is None
+            old = client.links[NODES[0]]
+            await client.connect(NODES[0])
+            await client.report(report(NODES[0], 2))
+            given_up = coordinator._links[NODES[0]]
+            await old.close()
+            await client.report(report(NODES[0], 3))
+            assert (coordinator._links[NODES[0]], coordinator.run.members.nodes[NODES[0]].broken_at) == (given_up, None)
+            await client.links[NODES[0]].close()
+            while coordinator.run.members.nodes[NODES[0]].broken_at is None:
+                await asyncio.sleep(0)
+
+    asyncio.run(story())
+
+
+def test_an_agent_of_another_version_or_run_is_refused(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with reigning(tmp_path) as (_, client, _):
+            link = await client.connect(NODES[0])
+            await link.tell(AgentReport.model_construct(node=NODES[0], sequence=1))
+            with pytest.raises(CoordinatorRefused, match="agent and coordinator are of different versions"):
+                await link.hear()
+            with pytest.raises(CoordinatorRefused, match="401"):
+                await Link.open(client.url, "wrong", patience_s=PATIENCE_S)
 
     asyncio.run(story())
 

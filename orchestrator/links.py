@@ -1,0 +1,117 @@
+"""The coordinator's ends of its conversations with agents (link.py). Nothing is decided here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Final
+
+from aiohttp import WSMsgType, web
+from pydantic import ValidationError
+
+from .coordinator import Coordinator, NoAnswer
+from .directives import Orders
+from .wire import REFUSED, AgentReport, Answer, Directive
+
+MAX_REPORT_BYTES: Final = 64 << 20
+IDLE_S: Final = 15.0  # who has been silent for so long is closed; agents report every few seconds at the least
+REASON_BYTES: Final = 120  # of a WebSocket's last word
+
+OPEN: Final = web.AppKey("open links", set["AgentLink"])
+
+
+async def hang_up(app: web.Application) -> None:
+    """For `on_shutdown`."""
+    for link in app[OPEN]:
+        link.hang_up()
+
+
+class AgentLink:
+    """One agent's connection."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.node = ""
+        self._coordinator = coordinator
+        self._socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_REPORT_BYTES, receive_timeout=self._idle_s())
+        self._heard = -1
+        self._said_heard = -1
+        self._orders: Orders | None = None  # those that the newest directive was made of
+        self._said: Directive | None = None
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[object] | None = None
+
+    def _idle_s(self) -> float:
+        return max(IDLE_S, 3 * self._coordinator.config.cluster.lease_s)
+
+    async def serve(self, request: web.Request) -> web.WebSocketResponse:
+        """Until it ends, or we do. A broken connection is the fastest sign of a dead agent."""
+        await self._socket.prepare(request)
+        request.app[OPEN].add(self)
+        self._task = asyncio.current_task()
+        speaking = asyncio.create_task(self._speak())
+        try:
+            await self._listen()
+        finally:
+            speaking.cancel()
+            request.app[OPEN].discard(self)
+            self._coordinator.leave(self)
+        return self._socket
+
+    def hang_up(self) -> None:
+        """The server closes: whoever talks to us must find out where things stand."""
+        if self._task:
+            self._task.cancel()
+
+    def wake(self) -> None:
+        """The coordinator may have something to say."""
+        self._news.set()
+
+    async def _listen(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async for message in self._socket:
+                if message.type != WSMsgType.TEXT:
+                    return
+                try:
+                    report = AgentReport.model_validate_json(message.data)
+                except ValidationError as error:
+                    why = f"agent and coordinator are of different versions of keepstep: {error}"
+                    await self._socket.close(code=REFUSED, message=why.encode()[:REASON_BYTES])
+                    return
+                self._take(report)
+
+    def _take(self, report: AgentReport) -> None:
+        if report.node != self.node:
+            self.node = report.node
+            self._coordinator.join(self)
+        self._coordinator.hear(report)
+        self._heard = report.sequence
+        self.wake()
+
+    async def _speak(self) -> None:
+        with contextlib.suppress(ConnectionError):  # who listens will notice
+            while await self._news.wait():
+                self._news.clear()
+                if answer := self._answer():
+                    await self._socket.send_str(answer.model_dump_json(exclude_defaults=True))
+                    if answer.directive and answer.directive.over:
+                        self._coordinator.seen_off(self.node)
+
+    def _answer(self) -> Answer | None:
+        """What is new; None where nothing is, which is most of the time for all but one."""
+        try:
+            directive = self._new_directive()
+        except NoAnswer as error:
+            self._orders = None
+            return Answer(unable=str(error))
+        if directive is None and self._heard == self._said_heard:
+            return None
+        self._said, self._said_heard = directive or self._said, self._heard
+        return Answer(heard=self._heard, directive=directive, report_s=self._coordinator.report_s)
+
+    def _new_directive(self) -> Directive | None:
+        orders = self._coordinator.orders_for(self.node)
+        if orders.is_common and orders == self._orders:
+            return None
+        self._orders = orders
+        directive = self._coordinator.directive(self.node)
+        return None if directive == self._said else directive
