@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from keepstep.storage.errors import NotFound, StoreError
 from keepstep.storage.layout import EVENTS_KEY, MANIFEST_NAME, RESULT_KEY
-from keepstep.storage.lineage import HistoryStep, Lineage
+from keepstep.storage.lineage import Lineage
 from keepstep.storage.manifest import Manifest
 from keepstep.storage.records import Commit, Failed, Finished
 from keepstep.storage.steps import read_steps
@@ -59,30 +59,6 @@ def read_events(store: Store) -> Sequence[dict[str, Any]]:
     return store.read_records(EVENTS_KEY)
 
 
-def goodput(lineage: Lineage, steps: Mapping[int, Sequence[dict[str, Any]]], elapsed_s: float) -> dict[str, Any]:
-    """goodput = seconds of the steps that count / seconds since the run's first attempt began.
-
-    The remainder is start-up, saving, evaluation, steps that had to be computed again, and waiting for nodes.
-    """
-    history = lineage.history(steps)
-    useful_s = sum(float(step.record.get("seconds", 0.0)) for step in history)
-    computed = sum(len(records) for records in steps.values())
-    return {
-        "ratio": round(useful_s / elapsed_s, 4) if elapsed_s > 0 else 0.0,
-        "useful_s": round(useful_s, 3),
-        "elapsed_s": round(elapsed_s, 3),
-        "lost_steps": max(0, computed - len(history)),
-    }
-
-
-def elapsed_s(lineage: Lineage) -> float:
-    """From the first attempt's record to the end of the run, or to now, by the wall clock: for people."""
-    if not lineage.began_at:
-        return 0.0
-    end = datetime.fromisoformat(lineage.outcome.at) if lineage.outcome else datetime.now(UTC)
-    return (end - datetime.fromisoformat(lineage.began_at)).total_seconds()
-
-
 def final_state(store: Store, commit: Commit) -> dict[str, Any]:
     """What rank 0 computed over the whole state when it staged the last checkpoint; {} for a checkpoint in mid-run."""
     manifest = Manifest.parse(store.get(f"{commit.directory}/{MANIFEST_NAME}"))
@@ -90,26 +66,27 @@ def final_state(store: Store, commit: Commit) -> dict[str, Any]:
     return result
 
 
-def result_of(store: Store, lineage: Lineage) -> dict[str, Any]:
-    """The text of result.json. Raises StoreError."""
+def result_of(store: Store, lineage: Lineage, books: Mapping[str, Any]) -> dict[str, Any]:
+    """The text of result.json; `books`: see books.document. Raises StoreError."""
     assert lineage.outcome is not None
-    commit = lineage.newest_committed()
-    steps = read_steps(store)
-    share = goodput(lineage, steps, elapsed_s(lineage))
+    commit, goodput = lineage.newest_committed(), books["goodput"]
     return {
         "outcome": outcome_name(lineage.outcome),
         "why": lineage.outcome.why,
-        "step": _last_step(lineage, commit, lineage.history(steps)),
+        "step": _last_step(store, lineage, commit),
         **_digests(final_state(store, commit) if commit else {}),
         "attempts": lineage.num_attempts,
         "failures": [_failure(event) for event in read_events(store) if event.get("kind") == FAILURE],
-        "lost_steps": share["lost_steps"],
-        "goodput": share["ratio"],
+        "lost_steps": goodput["lost_steps"],
+        "goodput": goodput["ratio"],
+        "wall_s": goodput["wall_s"],
+        "seconds": goodput["seconds"],
+        "recovery": books["recovery"],
     }
 
 
-def write_result(store: Store, lineage: Lineage) -> dict[str, Any]:
-    result = result_of(store, lineage)
+def write_result(store: Store, lineage: Lineage, books: Mapping[str, Any]) -> dict[str, Any]:
+    result = result_of(store, lineage, books)
     store.put(RESULT_KEY, json.dumps(result, indent=1).encode())
     return result
 
@@ -126,10 +103,13 @@ def outcome_name(outcome: Finished | Failed) -> str:
     return outcome.outcome if isinstance(outcome, Finished) else "failed"
 
 
-def _last_step(lineage: Lineage, commit: Commit | None, history: tuple[HistoryStep, ...]) -> int:
+def _last_step(store: Store, lineage: Lineage, commit: Commit | None) -> int:
     if isinstance(lineage.outcome, Finished):
         return lineage.outcome.step
-    return commit.step if commit else (history[-1].step if history else 0)
+    if commit:
+        return commit.step
+    history = lineage.history(read_steps(store))
+    return history[-1].step if history else 0
 
 
 def _digests(final: Mapping[str, Any]) -> dict[str, Any]:

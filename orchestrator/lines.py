@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
+
+_SHOWN_S: Final = 0.05
 
 
 def event_line(event: Mapping[str, Any]) -> str:
@@ -17,6 +19,17 @@ def event_line(event: Mapping[str, Any]) -> str:
 def _numbered(name: str, event: Mapping[str, Any], smallest: int) -> str:
     number = event.get(name)
     return f"{name} {number}" if isinstance(number, int) and number >= smallest else ""
+
+
+def time_table(seconds: Mapping[str, float]) -> list[str]:
+    """Where the time went, one line per class that has any; shares are of all of it but what was spent away."""
+    present_s = sum(seconds.values()) - seconds.get("away", 0.0)
+    lines = [f"{'where the time went':<20}{'seconds':>10}{'share':>9}"]
+    for name, value in seconds.items():
+        if value >= _SHOWN_S:
+            share = f"{100 * value / present_s:.1f} %" if name != "away" and present_s > 0 else "-"
+            lines.append(f"  {name:<18}{value:>10.1f}{share:>9}")
+    return [*lines, f"  {'all':<18}{sum(seconds.values()):>10.1f}"] if len(lines) > 1 else []
 
 
 def human_bytes(number: float) -> str:

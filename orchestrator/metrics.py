@@ -29,9 +29,26 @@ class StatusCollector(Collector):
         yield GaugeMetricFamily("keepstep_degraded_seconds", "How long storage has been in the way; 0: all is well.", value=degraded_s)
         yield CounterMetricFamily("keepstep_lost_steps", "Steps that had to be computed again.", value=status["goodput"]["lost_steps"])
         yield GaugeMetricFamily(
-            "keepstep_goodput_ratio", "Seconds of the steps that count / seconds since the first attempt.", value=status["goodput"]["ratio"]
+            "keepstep_goodput_ratio", "Productive seconds / all seconds but those away.", value=status["goodput"]["ratio"]
         )
+        yield self._seconds()
+        yield self._recovery()
         yield self._phase()
+
+    def _seconds(self) -> Metric:
+        """A gauge: when a checkpoint proves damaged, what was productive becomes redone."""
+        text = "Where the wall time of the run went, all coordinators together; sums to it."
+        family = GaugeMetricFamily("keepstep_time_seconds", text, labels=["class"])
+        for name, seconds in self._status["goodput"]["seconds"].items():
+            family.add_metric([name], seconds)
+        return family
+
+    def _recovery(self) -> Metric:
+        text = "The last recovery, from what ended an attempt to the first step of the next; empty before the first."
+        family = GaugeMetricFamily("keepstep_last_recovery_seconds", text, labels=["span"])
+        for span in (self._status["recovery"] or {"spans": ()})["spans"]:
+            family.add_metric([span["name"]], span["seconds"])
+        return family
 
     def _phase(self) -> Metric:
         family = GaugeMetricFamily("keepstep_phase", "1 for the phase that the run is in.", labels=["phase"])

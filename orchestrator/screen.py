@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from keepstep.storage.errors import StoreError
-from keepstep.storage.layout import steps_key
+from keepstep.storage.steps import newest_loss
 from keepstep.storage.store import Store
 
 from .archive import read_result
-from .lines import event_line
+from .lines import event_line, time_table
 from .sections import RunConfig
 
 PLAIN_LINES = 10  # progress lines of a whole run where there is no terminal
@@ -64,11 +64,10 @@ class Screen:
     def _loss(self, attempt: int) -> str:
         """Of the newest step record; "" while there is none, or for a script that writes none."""
         try:
-            records = self._store.read_records(steps_key(attempt))
+            loss = newest_loss(self._store, attempt)
         except StoreError:
             return ""  # the bar goes on without it
-        losses = (record["loss"] for record in reversed(records) if isinstance(record.get("loss"), float))
-        return next((f"loss {loss:.4f}" for loss in losses), "")
+        return "" if loss is None else f"loss {loss:.4f}"
 
 
 def _bar(console: Console) -> Progress:
@@ -95,4 +94,4 @@ def summary(result: Mapping[str, Any] | None, code: int, elapsed_s: float, root:
         lines.append(f"held-out perplexity {perplexity:.2f}")
     if result.get("state_sha256"):
         lines.append(f"state sha256 {result['state_sha256']}")
-    return [*lines, f"root: {root}"]
+    return [*lines, f"root: {root}", *time_table(result.get("seconds", {}))]

@@ -20,6 +20,7 @@ from keepstep.storage.store import Store
 from keepstep.trainer.contract import EXIT_OK, EXIT_REQUEUE
 
 from .archive import utc_now, write_result
+from .books import read_books
 from .config import identity, overridden, to_toml
 from .contact import address_towards
 from .coordinator import Coordinator, End
@@ -45,7 +46,8 @@ async def _serve(config: RunConfig, store: Store, listener: socket.socket, tell:
     try:
         log = await asyncio.to_thread(RunLog.open, store)
         if (over := log.lineage.outcome) and isinstance(over, Finished) and over.outcome == "succeeded":
-            await asyncio.to_thread(write_result, store, log.lineage)  # its coordinator may have died just before
+            books = await asyncio.to_thread(read_books, store, log.lineage)
+            await asyncio.to_thread(write_result, store, log.lineage, books)  # its coordinator may have died just before
             return End(EXIT_OK, f"the run is over already: {over.why}")
         _check_overrides(config, log.lineage.overrides)
         await asyncio.to_thread(_open_term, log, config, _url_of(listener))

@@ -9,12 +9,12 @@ from typing import Any, Final
 from keepstep.storage.lineage import Lineage
 from keepstep.storage.records import Opened
 from keepstep.storage.runlog import RunLog
-from keepstep.storage.steps import read_steps
 from keepstep.storage.store import Store
 from keepstep.trainer.contract import Phase
 
 from . import membership, phases
-from .archive import elapsed_s, goodput, outcome_name
+from .archive import outcome_name
+from .books import read_books
 from .config import overridden
 from .machine import Run, describe
 from .roots import stored_config
@@ -85,15 +85,6 @@ def _rank(rank: RankReport) -> dict[str, Any]:
     return {"rank": rank.rank, "local_rank": rank.local_rank, "pid": rank.pid, "step": rank.step, "phase": phase}
 
 
-def goodput_of(store: Store, lineage: Lineage) -> dict[str, Any]:
-    """Reads the step files."""
-    return goodput(lineage, read_steps(store), elapsed_s(lineage))
-
-
-def goodput_of_nothing() -> dict[str, Any]:
-    return goodput(Lineage(), {}, 0.0)
-
-
 def last_commit(lineage: Lineage, age_s: float | None = None) -> dict[str, Any] | None:
     """`age_s`: where the caller knows it; otherwise by the wall clocks of two machines, for want of something better."""
     commit = lineage.newest_committed()
@@ -126,7 +117,7 @@ def status_without_coordinator(store: Store, log: RunLog) -> dict[str, Any]:
         "overrides": lineage.overrides,
         "rewinds": lineage.num_bad_steps,
         "last_commit": last_commit(lineage),
-        "goodput": goodput_of(store, lineage),
+        **read_books(store, lineage),
     }
 
 

@@ -19,7 +19,7 @@ from keepstep.storage.store import Store
 from .archive import read_events
 from .client import CoordinatorClient, CoordinatorRefused, CoordinatorUnreachable
 from .errors import InputError
-from .lines import event_line
+from .lines import event_line, time_table
 from .roots import ENV_TOKEN, known_token
 from .status import status_without_coordinator
 from .wire import Message
@@ -109,6 +109,10 @@ def print_status(where: str, *, as_json: bool) -> None:
     commit, share = status["last_commit"], status["goodput"]
     console.print(f"last commit: step {commit['step']}, {commit['age_s']:.0f} s ago" if commit else "no commit yet")
     console.print(f"goodput {100 * share['ratio']:.1f} %, steps computed again {share['lost_steps']}")
+    if recovery := status["recovery"]:
+        console.print(f"last recovery: {recovery['why']}", markup=False)
+    for line in time_table(share["seconds"]):
+        console.print(line, markup=False)
     if status["nodes"]:
         console.print(_node_table(status["nodes"]))
 

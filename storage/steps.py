@@ -30,6 +30,36 @@ def step_lines(store: Store, attempt: int) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def newest_loss(store: Store, attempt: int) -> float | None:
+    """Of an attempt's newest step record; reads the end of its steps file."""
+    return next((loss for record in _backwards(store, attempt) if isinstance(loss := record.get("loss"), float)), None)
+
+
+def trained_s(store: Store, attempt: int, step: int) -> tuple[float, float] | None:
+    """How long an attempt had trained when it finished `step`, and when it finished its newest one. Reads no more than the lines after
+    `step`. None: they were not written down.
+    """
+    newest: float | None = None
+    for record in _backwards(store, attempt):
+        if not is_step(record) or not isinstance(seconds := record.get("trained_s"), float):
+            continue
+        newest = seconds if newest is None else newest
+        if record["step"] <= step:
+            return (seconds, newest) if record["step"] == step else None
+    return None
+
+
+def _backwards(store: Store, attempt: int) -> Iterator[dict[str, Any]]:
+    """The objects of a steps file, newest first."""
+    for line in store.lines_backwards(steps_key(attempt)):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # torn
+        if isinstance(record, dict):
+            yield record
+
+
 def is_step(record: Mapping[str, Any]) -> bool:
     return isinstance(record.get("step"), int)
 

@@ -23,7 +23,8 @@ def record_surroundings(run: Run) -> None:
 def record_step(run: Run, agreed: Agreed, *, lr: float, started_at: float) -> None:
     """Collective in steps whose layers are looked at. Of the step that was just finished."""
     layers = run.trace.layers(run.step, agreed.gradient_scale)
-    seconds = time.monotonic() - started_at
+    now = time.monotonic()
+    seconds = now - started_at
     if run.world.rank != 0:
         return
     tokens_per_s = agreed.tokens / max(seconds, 1e-9)
@@ -40,6 +41,7 @@ def record_step(run: Run, agreed: Agreed, *, lr: float, started_at: float) -> No
         "samples": list(run.feed.positions(run.step)),
         "ledger": [list(entry) for entry in agreed.ledger],
         "seconds": round(seconds, 6),
+        "trained_s": round(now - run.began_at - run.me.stalled_s, 6),
     }
     if run.scaler.dynamic:
         record["loss_scale"] = run.scaler.scale

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from keepstep.storage.errors import DamagedCheckpoint
+from keepstep.storage.faults import fault_point
 from keepstep.storage.manifest import Manifest, TensorEntry
 from keepstep.storage.store import Store
 from keepstep.storage.verify import CheckpointReader, Piece, read_manifest
@@ -92,6 +93,8 @@ def resume(me: Attached, tensors: NestedTensors, registry: Registry | None = Non
     """
     assert me.spec is not None
     assert me.resume is not None
+    me.mark("built")
+    fault_point("rank.restore", rank=me.rank, step=me.resume.step)
     store, directory = Store.open(me.spec.root), me.resume.directory
     try:
         manifest = read_manifest(store, directory, me.resume.manifest_sha256)
@@ -110,6 +113,7 @@ def resume(me: Attached, tensors: NestedTensors, registry: Registry | None = Non
     log.info(
         "resumed step %d from %s: %d bytes, %d of them from memory", manifest.step, directory, restored.num_bytes, reader.bytes_from_memory
     )
+    me.mark("loaded")
     own = manifest.ranks[me.rank if manifest.world_size == me.world_size else 0]
     return Resumed(step=manifest.step, world_size=manifest.world_size, state=own.state, first_state=manifest.ranks[0].state)
 

@@ -18,6 +18,7 @@ from .cadence import Cadence, parse_interval
 from .checkpoint import Checkpointer
 from .config import TrainerConfig
 from .contract import Phase
+from .costs import Costs
 from .data import Feed, feed_for
 from .engine import Engine
 from .engines import open_engine
@@ -27,6 +28,7 @@ from .parallel import World, initialise
 from .parts import registry_of
 from .poison import poison
 from .registry import Registry
+from .rehearsal import rehearse
 from .restore import resume
 from .samples import Samples, samples_of
 from .scaler import LossScaler
@@ -72,11 +74,13 @@ class Run:
     registry: Registry = field(init=False)  # the state beside it
     checkpointer: Checkpointer
     cadence: Cadence
+    costs: Costs  # of saves
     save_requests: SaveRequests
     trace: StepTrace
     window: Window  # of recent losses: what is usual
     step: int = 0
     loss_hex: str = ""
+    began_at: float = 0.0  # time.monotonic() before the first step of this attempt
     is_finished: bool = False  # the checkpoint that was resumed from is that of the last step
 
     @property
@@ -105,10 +109,14 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
     store = Store.open(config.run.root)
     tokens = _tokens(config, me, world, store)
     samples = samples_of(tokens, config.data, config.model.context)
-    feed = feed_for(samples.sizes, config, skips=me.spec.skips if me.spec else ())
     scaler = LossScaler.of(config.train.precision)
     engine = open_engine(config, world, tokens.index.vocabulary, scaler)
-    interval = parse_interval(config.checkpoint.interval, attempt=me.spec.attempt if me.spec else 1)
+    tensors = tensors_of(engine.sharded, engine.optimizer)
+    me.mark("built")
+    if me.waits:
+        rehearse(config, world, samples, engine)
+    me.standby()  # what follows belongs to the attempt
+    feed = feed_for(samples.sizes, config, skips=me.spec.skips if me.spec else ())
     run = Run(
         config=config,
         me=me,
@@ -118,16 +126,16 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
         feed=feed,
         engine=engine,
         scaler=scaler,
-        tensors=tensors_of(engine.sharded, engine.optimizer),
+        tensors=tensors,
         checkpointer=Checkpointer.of(me),
-        cadence=Cadence(interval=interval, saved_step=0, saved_at=time.monotonic()),
+        cadence=Cadence(interval=parse_interval(config.checkpoint.interval), saved_step=0, saved_at=time.monotonic()),
+        costs=Costs(),
         save_requests=SaveRequests(),
         trace=StepTrace(config.trace, engine.optimizer, world),
         window=Window(config.train.spike.window),
     )
     poison(engine.model, samples, feed)
     run.registry = registry_of(run)
-    me.mark("built")
     _begin(run)
     engine.settle()
     me.mark("loaded")
@@ -159,4 +167,4 @@ def _begin(run: Run) -> None:
 def _resume(run: Run) -> None:
     resumed = resume(run.me, run.tensors, run.registry)
     run.is_finished = resumed.first_state.get("result") is not None and run.step >= run.config.run.steps
-    run.cadence = run.cadence.saved(run.step, time.monotonic(), run.cadence.stall_s)
+    run.cadence = run.cadence.began(run.step, time.monotonic())

@@ -171,6 +171,14 @@ class TestGrowingFiles:
         assert list(store.read_lines("steps/a.jsonl")) == [b'{"step":1}', b'{"step":2}', b'{"step":3}']
         assert [record["step"] for record in store.read_records("steps/a.jsonl")] == [1, 2, 3]
 
+    def test_lines_come_newest_first_too_however_long_the_file(self, store: Store) -> None:
+        lines = [b'{"step":%d,"filler":"%s"}' % (number, b"x" * (number % 7) * 3000) for number in range(1, 101)]
+        for start in range(0, 100, 25):
+            store.append("steps/a.jsonl", b"\n".join(lines[start : start + 25]))
+        assert list(store.lines_backwards("steps/a.jsonl")) == lines[::-1]
+        assert next(iter(store.lines_backwards("steps/a.jsonl"))) == lines[-1]
+        assert list(store.lines_backwards("steps/absent.jsonl")) == []
+
     def test_two_writers_lose_nothing(self, store: Store) -> None:
         def write(writer: int) -> None:
             for number in range(5):

@@ -166,7 +166,7 @@ class Lab:
 
 
 def steps_in(staging: FolderStaging) -> dict[int, dict[str, Any]]:
-    timed = ("seconds", "tokens_per_s")
+    timed = ("seconds", "tokens_per_s", "trained_s")
     records = (record for record in staging.records if "step" in record)
     return {record["step"]: {key: value for key, value in record.items() if key not in timed} for record in records}
 
