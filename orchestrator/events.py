@@ -6,8 +6,8 @@ elapsed time into events, hands them to `machine.step` one after the other, and 
 What the shell promises:
 
 * It answers a log request (`LogAttempt`, `LogQuarantine`, `LogRewind`, `LogEnd`) with `Logged` or `LogFailed` (`LogAttempt` also with
-  `AttemptVoid`, `LogRewind` with `RewindVoid`), a `Commit` with `Committed` or `CommitFailed`, and only when it knows: an ambiguous write
-  is read back first.
+  `AttemptVoid`, `LogRewind` with `RewindVoid`), `FindAlone` with `FoundAlone` or `LogFailed`, a `Commit` with `Committed` or
+  `CommitFailed`, and only when it knows: an ambiguous write is read back first.
   `LogFailed` means "it is not in the log".
 * Records are appended one at a time. A commit of an attempt is refused once a newer attempt is in the log.
 * A request may come again (same value) before it is answered: one that is still being worked on is ignored, one whose record is
@@ -139,6 +139,14 @@ class Disconnected:
 
 
 @dataclass(frozen=True, slots=True)
+class Died:
+    """Proof: every process of a node that could ever step, its agent included, has ended (tether.py)."""
+
+    at: float
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """Answer to FindCheckpoint: the newest good one; None when no commit that is not quarantined exists.
 
@@ -150,6 +158,15 @@ class Found:
     resume: Checkpoint | None
     rolled_forward: bool = False
     quarantined: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAlone:
+    """Answer to FindAlone: those that had said so by then."""
+
+    at: float
+    request: FindAlone
+    nodes: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +316,9 @@ Event: TypeAlias = (
     | Tick
     | Reported
     | Disconnected
+    | Died
     | Found
+    | FoundAlone
     | Logged
     | LogFailed
     | AttemptVoid
@@ -325,6 +344,18 @@ Event: TypeAlias = (
 @dataclass(frozen=True, slots=True)
 class FindCheckpoint:
     """Which committed checkpoint is the newest that is not quarantined? Answered by Found, or LogFailed when storage is in the way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindAlone:
+    """Which of these silent nodes have said in the root that they go on without our answers? Asked when attempt `fence` is in the log.
+
+    A node says so first and reads the log afterwards, we write the fence first and look afterwards: whoever has not said so by now
+    will read of the fence.
+    """
+
+    fence: int
+    suspects: tuple[tuple[str, int], ...]  # node, and the attempt that it may run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -393,5 +424,5 @@ class Say:
     detail: tuple[str, ...] = ()  # of a failure: the last lines that the rank printed
 
 
-Asking: TypeAlias = FindCheckpoint | LogAttempt | Commit | LogQuarantine | LogRewind | LogEnd  # what is answered
+Asking: TypeAlias = FindCheckpoint | FindAlone | LogAttempt | Commit | LogQuarantine | LogRewind | LogEnd  # what is answered
 Request: TypeAlias = Asking | Say

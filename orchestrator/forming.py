@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from . import asking, membership, phases, saves
+from . import asking, membership, pacing, phases, saves
 from .events import (
     AttemptRecord,
     Checkpoint,
     Commit,
     DrainAsked,
     Event,
+    FindAlone,
     FindCheckpoint,
     Found,
+    FoundAlone,
     LogAttempt,
     LogQuarantine,
     LogRewind,
     Reported,
 )
 from .rewinds import ask_rewind
-from .run import Run, ask, drop_asks, end, enter, progress_sentence, say, start, stop_now, wait
+from .run import Run, ask, drop_asks, end, enter, progress_sentence, say, stop_now, wait
+from .standby import launch
 from .standing import standing
 
 # WAITING
@@ -166,7 +169,8 @@ def take_logged_attempt(run: Run, phase: phases.Choosing, record: AttemptRecord)
         ),
     )
     attempt = phases.Attempt(record=record, seats=seats(run, record))
-    return enter(run, phases.Fencing(since=run.now, why=_fencing_sentence(run, record), attempt=attempt))
+    run = enter(run, phases.Fencing(since=run.now, why=_fencing_sentence(run, record), attempt=attempt))
+    return pacing.begun(run, record)
 
 
 def take_void_attempt(run: Run, phase: phases.Choosing, attempt: int, why: str) -> Run:
@@ -209,12 +213,25 @@ def advance_fencing(run: Run, phase: phases.Fencing, event: Event) -> Run:
         return stop_now(run)
     if why := _why_not_launch(run, phase, event):
         return wait(run, f"attempt {run.attempt} was not launched: {why}")
+    run = _ask_who_goes_alone(run)
     outlasted = membership.outlasted(run.members, run.policy, run.now)
     for node in sorted(outlasted):
         run = say(run, "fenced-off", f"{node} has outlasted its lease: no rank of an older attempt lives on it", node=node)
     if outlasted:
         run = replace(run, members=membership.clear(run.members, outlasted))
-    return run if run.members.suspects else start(run, phase.attempt)
+    return run if run.members.suspects else launch(run, phase.attempt)
+
+
+def _ask_who_goes_alone(run: Run) -> Run:
+    suspects = membership.unasked(run.members)
+    if not suspects or asking.pending(run.asks, FindAlone):
+        return run
+    return ask(run, FindAlone(fence=run.attempt, suspects=suspects))
+
+
+def take_found_alone(run: Run, found: FoundAlone) -> Run:
+    run = replace(run, asks=asking.without(run.asks, lambda request: request == found.request))
+    return replace(run, members=membership.note_alone(run.members, found.request.suspects, found.nodes))
 
 
 def _why_not_launch(run: Run, phase: phases.Fencing, event: Event) -> str:

@@ -17,7 +17,7 @@ from typing import Final
 from keepstep.storage.disposal import UPLOAD_GRACE_S, dispose, find_leftovers
 from keepstep.storage.errors import DamagedCheckpoint, Fenced, StoreError
 from keepstep.storage.faults import fault_point
-from keepstep.storage.layout import log_key
+from keepstep.storage.layout import ALONE, log_key, parse_alone_key
 from keepstep.storage.lineage import Lineage
 from keepstep.storage.records import Commit, Retire, Verified
 from keepstep.storage.retention import Retention, choose_retired
@@ -229,6 +229,9 @@ class Janitor:
             return
         left = find_leftovers(self._store, self._log.lineage, is_log_whole=self._log.is_whole)
         self._dispose(left.garbage)
+        for key in self._store.list(ALONE):
+            if (term := parse_alone_key(key)) is not None and term < self._term:  # was said to somebody who rules no more
+                self._store.delete(key)
         num_halves = self._store.sweep(UPLOAD_GRACE_S)
         self._swept_at = self._clock()
         if left.garbage or num_halves:

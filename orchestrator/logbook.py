@@ -9,7 +9,9 @@ import secrets
 import time
 from typing import assert_never
 
+from keepstep.storage.errors import Fenced, StoreError
 from keepstep.storage.faults import fault_point
+from keepstep.storage.layout import ALONE, alone_key, log_key
 from keepstep.storage.lineage import Lineage
 from keepstep.storage.manifest import Manifest
 from keepstep.storage.records import Attempt, Commit, Failed, Finished, Quarantine, Rewind
@@ -27,10 +29,14 @@ class Logbook:
         self._log = log
         self._term = term
 
-    def carry_out(self, request: ev.FindCheckpoint | ev.LogAttempt | ev.LogQuarantine | ev.LogRewind | ev.LogEnd) -> ev.Event:
+    def carry_out(
+        self, request: ev.FindCheckpoint | ev.FindAlone | ev.LogAttempt | ev.LogQuarantine | ev.LogRewind | ev.LogEnd
+    ) -> ev.Event:
         match request:
             case ev.FindCheckpoint():
                 return self._find()
+            case ev.FindAlone():
+                return self._find_alone(request)
             case ev.LogAttempt():
                 return self._attempt(request)
             case ev.LogQuarantine():
@@ -74,6 +80,18 @@ class Logbook:
         rolled_forward = self._roll_forward()
         quarantined = self._log.lineage.quarantined
         return ev.Found(time.monotonic(), newest_checkpoint(self._log), rolled_forward=rolled_forward, quarantined=quarantined)
+
+    def _find_alone(self, request: ev.FindAlone) -> ev.FoundAlone:
+        """A successor sweeps what was said to us: it must not look as if nobody had said anything. Nor must a root that is not mounted."""
+        store = self._log.store
+        said = frozenset(store.list(ALONE))
+        if not store.exists(log_key(0)):
+            raise StoreError(f"{store.name} does not show its run log: is it mounted?")
+        self._log.refresh()
+        if (opened := self._log.newest_opened()) and opened.term > self._term:
+            raise Fenced(opened)
+        alone = (node for node, attempt in request.suspects if alone_key(self._term, attempt, node) in said)
+        return ev.FoundAlone(time.monotonic(), request, frozenset(alone))
 
     def _roll_forward(self) -> bool:
         self._log.refresh()

@@ -4,8 +4,9 @@ its time to fail, and must neither hold up a node that hears its coordinator aga
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from keepstep.storage.errors import StoreError
 from keepstep.storage.runlog import RunLog
@@ -13,6 +14,14 @@ from keepstep.storage.store import Store
 
 from .roots import storage_options
 from .sections import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """A reading of the log that has ended."""
+
+    began_at: float
+    alone: str  # the key under which we had said before that we go on alone
 
 
 class Lookout:
@@ -25,12 +34,17 @@ class Lookout:
         options = replace(patient, **{name: min(limit, getattr(patient, name)) for name, limit in hasty.items()})
         self.log = RunLog(Store.open(config.run.root, options))
         self._patience_s = lease_s / 2
-        self._reading: asyncio.Future[float] | None = None
+        self._reading: asyncio.Future[Sight] | None = None
+        self._alone = ""  # under which key we have said last that we go on alone
 
-    async def look(self) -> float | None:
-        """Reads what is new. The moment at which the reading began that has ended now; None: cannot observe, or not yet."""
+    async def look(self, alone: str = "") -> Sight | None:
+        """Reads what is new; None: cannot observe, or not yet.
+
+        Args:
+            alone: the key under which to say first that we go on without our coordinator's answers; "": we need not.
+        """
         if self._reading is None:
-            self._reading = asyncio.ensure_future(asyncio.to_thread(self._read))
+            self._reading = asyncio.ensure_future(asyncio.to_thread(self._read, alone))
         done, _ = await asyncio.wait((self._reading,), timeout=self._patience_s)
         if not done:
             return None
@@ -40,7 +54,11 @@ class Lookout:
         except (StoreError, OSError):
             return None
 
-    def _read(self) -> float:
-        asked_at = time.monotonic()
+    def _read(self, alone: str) -> Sight:
+        if alone and alone != self._alone:
+            with contextlib.suppress(StoreError, OSError):  # it may be said or not: we do not count on it; whoever looks waits for longer
+                self.log.store.put(alone, b"")
+                self._alone = alone
+        sight = Sight(time.monotonic(), self._alone)
         self.log.refresh()
-        return asked_at
+        return sight

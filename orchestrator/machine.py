@@ -21,6 +21,7 @@ from .events import (
     CommitFailed,
     Committed,
     Damaged,
+    Died,
     Disconnected,
     DrainAsked,
     EndRecord,
@@ -28,6 +29,7 @@ from .events import (
     Fenced,
     FindCheckpoint,
     Found,
+    FoundAlone,
     LogEnd,
     LogFailed,
     Logged,
@@ -48,12 +50,21 @@ from .events import (
     StopAsked,
     Tick,
 )
-from .forming import advance_choosing, advance_fencing, advance_waiting, take_found, take_logged_attempt, take_void_attempt
+from .forming import (
+    advance_choosing,
+    advance_fencing,
+    advance_waiting,
+    take_found,
+    take_found_alone,
+    take_logged_attempt,
+    take_void_attempt,
+)
 from .leaving import moved
 from .policy import Policy
 from .rewinds import take_logged_rewind, take_rewind_asked, take_void_rewind
 from .run import Run, ask, drain, drop_asks, emit, enter, is_clean, say, wait
 from .running import advance_adopting, advance_running
+from .standby import advance_standby
 from .standing import resize, restored
 from .wire import AgentReport
 
@@ -72,7 +83,7 @@ def step(run: Run, event: Event) -> tuple[Run, tuple[Request, ...]]:
     run = replace(_excuse(run, event), now=max(run.now, event.at), out=())
     if isinstance(event, Reported) and _is_overtaken(run, event.report):
         return run, ()
-    run = _advance(_take(run, event), event)
+    run = advance_standby(_advance(_take(run, event), event), event)
     return run, run.out
 
 
@@ -108,8 +119,12 @@ def _take(run: Run, event: Event) -> Run:
             return _take_report(run, report)
         case Disconnected(node=node):
             return replace(run, members=membership.lose_connection(run.members, node, run.now))
+        case Died(node=node):
+            return replace(run, members=membership.prove_dead(run.members, node))
         case Found():
             return take_found(run, run.phase, event) if isinstance(run.phase, phases.Choosing) else drop_asks(run, FindCheckpoint)
+        case FoundAlone():
+            return take_found_alone(run, event)
         case Logged(record=record):
             return _take_record(run, record)
         case LogFailed(request=request, why=why):

@@ -1,7 +1,8 @@
 """Which nodes are there, which of them are fit, who sits where, and where ranks of an older attempt may still live. Pure.
 
 "Cannot observe" and "observed dead" are different: a node that is silent stays a *suspect* until it says itself that its ranks have
-ended, until a successor on its host has buried it, or until a fence in the log has outlasted its lease.
+ended, until the kernel has proved that its processes are gone, until a successor on its host has buried it, or until a fence in the log has
+outlasted its lease.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, TypeVar
+
+from immutables import Map
 
 from .policy import Policy
 from .wire import AgentReport
+
+T = TypeVar("T")
 
 MAX_STRIKES: Final = 16  # remembered of a host
 
@@ -35,13 +40,15 @@ class Suspect:
     revision: int  # a node that has obeyed it will not launch them any more
     listens: bool  # it obeys our term: no predecessor can prolong its lease
     fenced_at: float | None = None  # when we knew that a newer attempt is in the log
+    goes_alone: bool | None = None  # whether it had said, by then, that the log is enough for it; None: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Members:
-    nodes: Mapping[str, Node] = field(default_factory=dict)
+    nodes: Map[str, Node] = Map()  # persistent maps: a report changes one of ten thousand entries
     buried: frozenset[str] = frozenset()  # incarnations whose processes are confirmed dead
-    suspects: Mapping[str, Suspect] = field(default_factory=dict)
+    proven: frozenset[str] = frozenset()  # those of them whose death the kernel told
+    suspects: Map[str, Suspect] = Map()
     strikes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by host: when it caused a failure
     drained: Mapping[str, str] = field(default_factory=dict)  # node or host -> why people want it empty
     seats: tuple[str, ...] = ()  # hosts of the newest gang, in seat order
@@ -61,8 +68,7 @@ def host_of(node: str) -> str:
 
 def hear(members: Members, report: AgentReport, now: float) -> Members:
     """A new report; the incarnations that it buries are gone for good."""
-    nodes = {**members.nodes, report.node: Node(report=report, heard_at=now)}
-    heard = replace(members, nodes=nodes)
+    heard = replace(members, nodes=members.nodes.set(report.node, Node(report=report, heard_at=now)))
     return heard if members.buried.issuperset(report.buried) else _bury(heard, frozenset(report.buried))
 
 
@@ -70,16 +76,29 @@ def _bury(members: Members, dead: frozenset[str]) -> Members:
     return replace(
         members,
         buried=members.buried | dead,
-        nodes={name: node for name, node in members.nodes.items() if name not in dead},
-        suspects={name: suspect for name, suspect in members.suspects.items() if name not in dead},
+        nodes=_without(members.nodes, dead),
+        suspects=_without(members.suspects, dead),
     )
+
+
+def prove_dead(members: Members, name: str) -> Members:
+    """Its last report stays: it may hold evidence, or the notice that it had."""
+    suspects = _without(members.suspects, [name])
+    return replace(members, buried=members.buried | {name}, proven=members.proven | {name}, suspects=suspects)
+
+
+def _without(known: Map[str, T], names: Iterable[str]) -> Map[str, T]:
+    with known.mutate() as left:
+        for name in names:
+            left.pop(name, None)
+        return left.finish()
 
 
 def lose_connection(members: Members, name: str, now: float) -> Members:
     node = members.nodes.get(name)
     if node is None or node.broken_at is not None:
         return members
-    return replace(members, nodes={**members.nodes, name: replace(node, broken_at=now)})
+    return replace(members, nodes=members.nodes.set(name, replace(node, broken_at=now)))
 
 
 def excuse(members: Members, deaf_s: float) -> Members:
@@ -88,7 +107,7 @@ def excuse(members: Members, deaf_s: float) -> Members:
         name: replace(node, heard_at=node.heard_at + deaf_s, broken_at=None if node.broken_at is None else node.broken_at + deaf_s)
         for name, node in members.nodes.items()
     }
-    return replace(members, nodes=nodes)
+    return replace(members, nodes=Map(nodes))
 
 
 def absence(members: Members, policy: Policy, name: str, now: float, opened_at: float) -> str:
@@ -97,6 +116,8 @@ def absence(members: Members, policy: Policy, name: str, now: float, opened_at: 
     Args:
         opened_at: when this term began; nodes have a lease and its margin to find the new coordinator.
     """
+    if name in members.proven:
+        return "the kernel closed its tether, all its processes are dead"
     if name in members.buried:
         return "its agent died; its successor on the host found its processes dead"
     node = members.nodes.get(name)
@@ -113,7 +134,7 @@ def absence(members: Members, policy: Policy, name: str, now: float, opened_at: 
 def forget_long_gone(members: Members, policy: Policy, now: float) -> Members:
     """Drops nodes that have been silent for ten leases: they come back as new ones, if at all."""
     gone = {name for name, node in members.nodes.items() if now - node.heard_at > 10 * policy.lease_s} - members.suspects.keys()
-    return replace(members, nodes={name: node for name, node in members.nodes.items() if name not in gone}) if gone else members
+    return replace(members, nodes=_without(members.nodes, gone)) if gone else members
 
 
 # Suspects.
@@ -122,18 +143,32 @@ def forget_long_gone(members: Members, policy: Policy, now: float) -> Members:
 def suspect(members: Members, suspects: Mapping[str, Suspect]) -> Members:
     """More suspects; those that are buried are none."""
     alive = {name: found for name, found in suspects.items() if name not in members.buried}
-    return replace(members, suspects={**members.suspects, **alive})
+    return replace(members, suspects=members.suspects.update(alive))
 
 
 def clear(members: Members, names: Iterable[str]) -> Members:
-    gone = frozenset(names)
-    return replace(members, suspects={name: found for name, found in members.suspects.items() if name not in gone})
+    return replace(members, suspects=_without(members.suspects, names))
 
 
 def fence(members: Members, now: float) -> Members:
     """A newer attempt is in the log: whoever reads it stops, whoever cannot read it runs out of its lease."""
     fenced = {name: found if found.fenced_at is not None else replace(found, fenced_at=now) for name, found in members.suspects.items()}
     return replace(members, suspects=fenced)
+
+
+def unasked(members: Members) -> tuple[tuple[str, int], ...]:
+    """Fenced suspects, with their attempts, whose last sign of life ends their wait unless they go on without us."""
+    found = members.suspects.items()
+    return tuple(
+        sorted((name, each.attempt) for name, each in found if each.fenced_at is not None and each.listens and each.goes_alone is None)
+    )
+
+
+def note_alone(members: Members, asked: Iterable[tuple[str, int]], alone: frozenset[str]) -> Members:
+    """What was found after the fence stays true: who says so later reads of the fence."""
+    known = {(name, each.attempt): each for name, each in members.suspects.items() if each.fenced_at is not None}
+    found = {name: replace(known[name, attempt], goes_alone=name in alone) for name, attempt in asked if (name, attempt) in known}
+    return replace(members, suspects={**members.suspects, **found})
 
 
 def says_clean(report: AgentReport, found: Suspect, policy: Policy, *, term: int, now: float) -> bool:
@@ -155,6 +190,8 @@ def outlasted(members: Members, policy: Policy, now: float) -> frozenset[str]:
 def _is_outlasted(node: Node | None, found: Suspect, policy: Policy, now: float) -> bool:
     if found.fenced_at is None:
         return False
+    if found.goes_alone is False and found.listens and node is not None:
+        return now >= node.heard_at + policy.lease_s + policy.fence_s  # nothing but our answers to its reports prolonged its lease
     # A predecessor that cannot read the log either says so after a lease, and then the node looks for itself within another.
     lease_s = policy.lease_s if found.listens else 2 * policy.lease_s
     runs = node is not None and any(rank.state == "running" for rank in node.report.ranks)
@@ -169,6 +206,8 @@ def why_unfit(members: Members, policy: Policy, name: str, now: float) -> str:
     """Why a node cannot join a gang; "" if it can."""
     node = members.nodes[name]
     report = node.report
+    if name in members.buried:
+        return "dead"
     if why := why_going(members, name) or report.problem:
         return why
     if node.broken_at is not None:

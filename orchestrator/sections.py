@@ -25,12 +25,19 @@ class ClusterSection(ReductionSection):
     """Nodes that stand by, warm; one of them takes the place of a lost node at once."""
     ranks_per_node: int = Field(0, ge=0)
     """Ranks on every node; 0: one per GPU, or one where there is none."""
+    hot_standby: bool = False
+    """A second group of ranks, formed and built, waits on the same nodes for the next attempt, which then begins in a tenth of a second. It
+    costs what the first holds all the time: on every node, and on every GPU, the memory of model, gradients and optimizer once more
+    (activations only while it warms up). A script must call `standby()`, see trainer/attach.py."""
     lease_s: float = Field(5, gt=0)
     """A node that was silent for so long counts as lost; it stops its own ranks by then."""
     fence_s: float = Field(1, ge=0)
     """Margin on top of the lease before the ranks of a lost node are replaced: the time that stopping them may take."""
     drop_grace_s: float = Field(0.5, ge=0)
     """A node whose connection broke may come back within this time; a node that only fell silent has its whole lease."""
+    proof_of_death: bool = True
+    """A node's kernel tells the coordinator when its last process is gone, by a connection that they hold: no lease is waited for then.
+    Switch it off where something between them ends connections and cannot be seen by the coordinator, such as a transparent proxy."""
     wait_for_nodes_s: float = Field(60, ge=0)
     """Wait so long for a full gang before going on with min_nodes or more."""
     max_failures: int = Field(10, ge=0)

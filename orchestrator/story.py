@@ -62,8 +62,12 @@ def _what(event: ev.Event) -> str:
             return f"report {tell_report(report)}"
         case ev.Disconnected(node=node):
             return f"gone {node}"
+        case ev.Died(node=node):
+            return f"died {node}"
         case ev.Found(resume=resume, rolled_forward=rolled_forward):
             return f"found {_source(resume)}{' and rolled it forward' if rolled_forward else ''}"
+        case ev.FoundAlone(nodes=nodes):
+            return f"go on without us: {', '.join(sorted(nodes)) or 'none'}"
         case ev.Logged(record=record):
             return f"logged {_tell_record(record)}"
         case ev.LogFailed(request=request, why=why):
@@ -128,6 +132,8 @@ def tell_report(report: wire.AgentReport) -> str:
         told.append("not ready")
     if report.ranks:
         told.append(f"attempt {report.attempt}: " + " ".join(_tell_rank(rank) for rank in report.ranks))
+    if report.standby:
+        told.append(f"standby {report.standby.term}/{report.standby.number} {report.standby.state}")
     if report.persisted:
         told.append("persisted " + " ".join(f"{part.step}/{part.rank}" for part in report.persisted))
     told += [f"{name} {value}" for name in ("leaving", "problem", "storage") if (value := getattr(report, name))]
@@ -155,6 +161,8 @@ def tell_request(request: ev.Request) -> str:
             return f"{kind.upper()}: {why}" if kind in _PHASES else f"say {kind}: {why}"
         case ev.FindCheckpoint():
             return "ask FindCheckpoint"
+        case ev.FindAlone():
+            return f"ask FindAlone among {', '.join(node for node, _ in request.suspects)}"
         case ev.LogAttempt():
             unconfirmed = f", unconfirmed {', '.join(request.unconfirmed)}" if request.unconfirmed else ""
             gang = ", ".join(request.gang)
@@ -179,17 +187,27 @@ def tell_directive(found: wire.Directive) -> str:
         return "the run is over"
     if found.forget:
         return "start anew"
+    beside = f"; beside it {_tell_standby(found.standby)}" if found.standby else ""
     if found.launch is None:
-        return f"run nothing, after an autopsy of attempt {found.autopsy}" if found.autopsy else "run nothing"
-    return _tell_launch(found.launch)
+        return (f"run nothing, after an autopsy of attempt {found.autopsy}" if found.autopsy else "run nothing") + beside
+    return _tell_launch(found.launch) + beside
 
 
 def _tell_launch(launch: wire.Launch) -> str:
     last = launch.first_rank + launch.num_ranks - 1
-    store = f"store {launch.store.host}:{launch.store.port}" if launch.store else f"store of {launch.store_node} awaited"
+    store = f"in standby {launch.standby}" if launch.standby else _tell_store(launch)
     source = (f"step {launch.resume.step}" if launch.resume else "scratch") + _changes(launch.skips, launch.overrides)
     request = f", {Request(launch.request).name}: {launch.request_why}" if launch.request else ""
     return f"run attempt {launch.attempt}, ranks {launch.first_rank}-{last} of {launch.world_size}, from {source}, {store}{request}"
+
+
+def _tell_standby(standby: wire.Standby) -> str:
+    last = standby.first_rank + standby.num_ranks - 1
+    return f"standby {standby.number}, ranks {standby.first_rank}-{last} of {standby.world_size}, {_tell_store(standby)}"
+
+
+def _tell_store(group: wire.Launch | wire.Standby) -> str:
+    return f"store {group.store.host}:{group.store.port}" if group.store else f"store of {group.store_node} awaited"
 
 
 def _changes(skips: tuple[str, ...], overrides: tuple[str, ...]) -> str:

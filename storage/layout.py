@@ -4,6 +4,7 @@ run.toml  events.jsonl  result.json
 log/0000000042.json                          the run log
 snapshots/0000000256.json  hint.json         what the first 256 records mean, and how many there are: only to open the log quickly
 data/a000007/s000001200-1f2e3d4c/            a checkpoint's directory
+alone/000002-000007-1f2e3d4c5b6a7988         a node of attempt 7 goes on without the answers of term 2's coordinator
 steps/attempt-000001.jsonl                   step records
 logs/attempt-000001/rank-00003.log           what ranks print
 logs/attempt-000001/rank-00003.stacks.txt    where a rank stood when it was killed because it hung
@@ -23,6 +24,7 @@ HINT_KEY: Final = "hint.json"
 LOG: Final = "log"
 SNAPSHOTS: Final = "snapshots"
 DATA: Final = "data"
+ALONE: Final = "alone"
 STEPS: Final = "steps"
 LOGS: Final = "logs"
 PROBE: Final = "probe"
@@ -33,6 +35,7 @@ METADATA_NAME: Final = ".metadata"  # of torch.distributed.checkpoint
 _LOG_KEY: Final = re.compile(r"^log/(\d{10})\.json$")
 _SNAPSHOT_KEY: Final = re.compile(r"^snapshots/(\d{10})\.json$")
 _DIRECTORY: Final = re.compile(r"^data/a(\d{6,})/s(\d{9,})-([0-9a-f]{8})$")
+_ALONE_KEY: Final = re.compile(r"^alone/(\d{6,})-\d{6,}-[0-9a-f]{16}$")
 _RANK_INDEX: Final = re.compile(r"^rank-(\d{5,})\.json$")
 _STEPS_KEY: Final = re.compile(r"^steps/attempt-(\d{6,})\.jsonl(?:/.*)?$")
 
@@ -82,6 +85,17 @@ def directory_of(key: str) -> str | None:
     """The checkpoint directory that holds `key`, None when it lies elsewhere."""
     directory = key.rpartition("/")[0]
     return directory if _DIRECTORY.match(directory) else None
+
+
+def alone_key(term: int, attempt: int, node: str) -> str:
+    """Where a node says that it goes on with an attempt although that term's coordinator does not answer it."""
+    return f"{ALONE}/{term:06d}-{attempt:06d}-{hashlib.sha256(node.encode()).hexdigest()[:16]}"
+
+
+def parse_alone_key(key: str) -> int | None:
+    """The term, None for any other key."""
+    match = _ALONE_KEY.match(key)
+    return int(match[1]) if match else None
 
 
 def shard_name(rank: int, index: int = 0) -> str:

@@ -14,6 +14,8 @@ Ranks: `*:STEP@5` (all of the node, running), `3:SIGKILL@41`, `2:lost@41` (a pee
 `bad3/96:98/1` names rank 1), `*:done@100` and `*:left@50` (exit code 0 in phase DONE or STOPPED), `1:exit7@3`,
 `'1:ValueError: bad batch@3'`; `*:mute@0` (running, without any progress report); at the end `~75`: quiet for 75 s,
 `^4`: 4 s are its limit, `!40`: it has begun 40 collectives (others 41).
+`standby=forming@29600` (the first node tells the port of its store), `standby=ready`, `'standby=failed:rank 1 was killed'`, of the one that
+is wanted; `standby=-` none any more.
 `persisted=20` all ranks of the node, `persisted=20:0,1` some. `-` drops what the report said before: `persisted=-`.
 """
 
@@ -29,7 +31,7 @@ from keepstep.orchestrator import events as ev
 from keepstep.orchestrator.machine import begin
 from keepstep.orchestrator.policy import Policy
 from keepstep.orchestrator.story import Story
-from keepstep.orchestrator.wire import AgentReport, Persisted, RankReport, StoreAddress
+from keepstep.orchestrator.wire import AgentReport, Persisted, RankReport, StandbyReport, StoreAddress
 from keepstep.trainer.contract import Phase
 
 RANGE_PERIOD_S = 0.5
@@ -87,6 +89,11 @@ class Script:
                     yield ev.Reported(at, self._report(node, words[1:]))
             case "gone":
                 yield ev.Disconnected(at, words[0])
+            case "died":
+                yield ev.Died(at, words[0])
+            case "alone":
+                request = next(ask.request for ask in self.story.run.asks if isinstance(ask.request, ev.FindAlone))
+                yield ev.FoundAlone(at, request, frozenset(word for word in words if word != "nobody"))
             case "found":
                 found = None if words[0] == "nothing" else self._checkpoint(int(words[0]))
                 yield ev.Found(at, found, rolled_forward="forward" in words)
@@ -224,6 +231,8 @@ class Script:
                 return {"buried": tuple(value.split(","))}
             case "store":
                 return {"store": StoreAddress(attempt=attempt, host=state["address"], port=int(value))}
+            case "standby":
+                return {"standby": self._standby(state, value)}
             case "persisted":
                 return {"persisted": self._persisted(node, value, attempt, state["persisted"])}
             case _:
@@ -236,6 +245,16 @@ class Script:
         for rank in range(first, first + count) if which == "*" else _range(which):
             ranks[rank] = _rank(rank, rank - first, state, sum(each.state == "exited" for each in ranks.values()))
         return tuple(ranks[rank] for rank in sorted(ranks))
+
+    def _standby(self, state: dict[str, Any], value: str) -> StandbyReport | None:
+        standby, known = self.story.run.standby, state["standby"]
+        number = standby.group.number if standby else (known.number if known else 0)
+        said, _, port = value.partition("@")
+        said, _, why = said.partition(":")
+        store = StoreAddress(attempt=0, host=state["address"], port=int(port)) if port else (known.store if known else None)
+        if said == "-":
+            return None
+        return StandbyReport(term=self.story.run.term, number=number, state=said, why=why, store=store)  # type: ignore[arg-type]
 
     def _persisted(self, node: str, value: str, attempt: int, known: tuple[Persisted, ...]) -> tuple[Persisted, ...]:
         if value == "-":
@@ -288,7 +307,7 @@ def _rank(rank: int, local_rank: int, text: str, order: int) -> RankReport:
         return RankReport(**common, state="running")
     if state in PHASES:
         pace = {"beats": int(step) + 1, "quiet_s": float(quiet or 0), "limit_s": float(limit or 0), "collective": int(collective or 41)}
-        return RankReport(**common, state="running", phase=PHASES[state], **pace)
+        return RankReport(**common, state="running", phase=PHASES[state], stands_by=True, **pace)
     return RankReport(**common, state="exited", exit_order=order, **_exit(state))
 
 

@@ -135,6 +135,9 @@ class Coordinator:
                 rolled_forward = self._roll_forward()
                 found = log.resume_of() if rolled_forward else self._find()
                 return ev.Found(at, found, rolled_forward=rolled_forward, quarantined=frozenset(log.quarantined))
+            case ev.FindAlone():
+                said = self.world.alone
+                return ev.FoundAlone(at, request, frozenset(node for node, attempt in request.suspects if (term, attempt, node) in said))
             case ev.LogAttempt():
                 return self._log_attempt(request)
             case ev.LogQuarantine(directory=directory):
@@ -266,7 +269,8 @@ class Coordinator:
         run = self.run
         unproven = run.read_at is None or run.now - run.read_at > run.policy.lease_s
         news = (run.revision, run.saves.committed_step, phases.name_of(run.phase), unproven)
-        store = [node.report.store for node in run.members.nodes.values() if node.report.store]
+        reports = [node.report for node in run.members.nodes.values()]
+        store = [(report.store, report.standby.store if report.standby else None) for report in reports]
         if (news, store) == self._told:
             return
         self._told = (news, store)
@@ -282,6 +286,10 @@ class Coordinator:
     def hang_up(self, agent: Agent) -> None:
         if self.alive and not isinstance(self.run.phase, phases.Opening) and not self._sleeps(self.hang_up, agent):
             self.apply(ev.Disconnected(self.world.now, agent.id))
+
+    def take_proof(self, agent: Agent) -> None:
+        if self.alive and not isinstance(self.run.phase, phases.Opening) and not self._sleeps(self.take_proof, agent):
+            self.apply(ev.Died(self.world.now, agent.id))
 
     def die(self) -> None:
         self.alive = False
@@ -313,6 +321,9 @@ class Platform:
 
     def start_agent(self, host: str) -> None:
         if host in self.agents and self.agents[host].alive:
+            return
+        if host in self.agents and self.agents[host].lingers():
+            self.world.at(0.1, self.start_agent, host)  # who buries waits until the kernel confirms
             return
         number = self._numbers[host] = self._numbers.get(host, 0) + 1
         self.agents[host] = Agent(self.world, self, self.policy, host, number, self.graves.get(host, ()))

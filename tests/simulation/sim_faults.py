@@ -32,6 +32,7 @@ class Simulation:
             min_nodes=rng.randint(1, nodes),
             spares=self.spares,
             ranks_per_node=rng.choice((1, 1, 2)),
+            hot_standby=seed % 2 == 0,
             lease_s=3.0,
             fence_s=1.0,
             outage_s=120.0,
@@ -60,8 +61,9 @@ class Simulation:
             [self._kill_rank] * 3
             + [self._kill_agent] * 3
             + [self._cut] * 3
-            + [self._isolate, self._kill_coordinator, self._second_coordinator, self._bad_weather] * 2
+            + [self._isolate, self._isolate_bit_by_bit, self._kill_coordinator, self._second_coordinator, self._bad_weather] * 2
             + [self._hang_rank, self._resize, self._poison, self._poison, self._poison_and_kill, self._rewind, self._rewind_alone]
+            + [self._kill_standby] * (2 if self.policy.hot_standby else 0)
             + [self._damage, self._quarantine, self._leave, self._drain, self._save, self._freeze_coordinator]
         )
         if faults:
@@ -102,6 +104,13 @@ class Simulation:
             world.tell(f"SIGKILL hits rank {rank.rank} of attempt {rank.attempt}")
             world.fail(rank, -9, "signal", "SIGKILL")
 
+    def _kill_standby(self) -> None:
+        agents = [agent for agent in self.platform.agents.values() if agent.alive and agent.part is not None]
+        if agents:
+            agent = self.world.rng.choice(agents)
+            self.world.tell(f"SIGKILL hits the standby on {agent.id}")
+            self.world.at(self.world.rng.choice((0.0, 0.05)), agent.fail_standby, "a rank was killed")
+
     def _hang_rank(self) -> None:
         """It does nothing any more, and the others wait for it."""
         world = self.world
@@ -139,6 +148,13 @@ class Simulation:
         if rng.random() < 0.5:  # connections break at once; otherwise silence is all that is seen
             self.platform.hang_up(self.platform.agents[one])
         self._lay({frozenset((one, place)) for place in places if place not in (one, spared)}, rng.uniform(4.0, 30.0))
+
+    def _isolate_bit_by_bit(self) -> None:
+        """A node that does not hear its coordinator still reads the log; some lease later it cannot do that either."""
+        host, rng = self.world.rng.choice(self.hosts), self.world.rng
+        places = [*self.hosts, *(coordinator.host for coordinator in self.platform.coordinators)]
+        self._lay({frozenset((host, place)) for place in places if place != host}, 30.0)
+        self.world.at(rng.uniform(0.5, 2.0) * self.policy.lease_s, self._lay, {frozenset((host, STORE))}, 15.0)
 
     def _lay(self, cuts: set[frozenset[str]], for_s: float) -> None:
         self.world.tell(f"cut for {for_s:.1f} s: " + ", ".join(sorted("|".join(sorted(cut)) for cut in cuts)))

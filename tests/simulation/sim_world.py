@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keepstep.orchestrator import events as ev
+from keepstep.orchestrator.wire import Launch
 from keepstep.storage import skips
 from keepstep.trainer.contract import BAD_STEP_KIND, Phase, Request
 
@@ -189,10 +190,13 @@ class World:
         self.cuts: set[frozenset[str]] = set()
         self.gangs: dict[int, Gang] = {}
         self.living: set[Rank] = set()
+        self.parts: dict[tuple[int, int], list[Any]] = {}  # of each standby: those of its nodes
+        self.hot: dict[tuple[int, int], int] = {}  # standby -> the attempt that was launched into it
         self.durable: dict[tuple[int, int, str], set[int]] = {}
         self.damaged: set[str] = set()
         self.blind_at: dict[str, float] = {}  # host -> when storage last refused it
         self.curse: Callable[[], str] | None = None  # a program error that comes back at every attempt
+        self.alone: set[tuple[int, int, str]] = set()  # term, attempt, node: "I go on without that term's coordinator"
         self.poison: set[int] = set()  # positions of samples that spoil a step
         self.spoils_all = False  # whatever the samples, step after step is bad
         self.ambush: dict[str, Callable[[], None]] = {}  # what happens at the next "refused" or "rewound"
@@ -272,6 +276,42 @@ class World:
         self.living.add(rank)
         rank.beat_at = self.now
         self.at(0.1 + self.rng.random() * 0.4, self._loaded, gang, rank)
+
+    # --- standbys ---------------------------------------------------------------------------------------------------
+
+    def form(self, part: Any, agent: Any) -> None:
+        """Its ranks have come to the meeting; when all are there they form their group."""
+        if part.state != "forming" or agent.part is not part:
+            return
+        parts = self.parts.setdefault(part.key, [])
+        parts.append((part, agent))
+        if sum(each.order.num_ranks for each, _ in parts) == part.order.world_size:
+            for each, its_agent in parts:
+                self.at(self.rng.random() * 0.3, self._wait_there, each, its_agent)
+
+    def _wait_there(self, part: Any, agent: Any) -> None:
+        if part.state == "forming" and agent.part is part and agent.alive:
+            part.state = "ready"
+            agent.tell()
+
+    def end_part(self, part: Any) -> None:
+        """Its peers find out when they need it: those that were launched already."""
+        attempt = self.hot.get(part.key)
+        if attempt in self.gangs:
+            self.gangs[attempt].clear_case = False
+            self.at(0.01, self._break_up, self.gangs[attempt])
+
+    def must_be_formed(self, part: Any, launch: Launch) -> None:
+        """An attempt is launched into a standby that was ready on every node, and had the very same seats."""
+        if part is None or part.key not in self.parts:
+            raise Violation(f"attempt {launch.attempt} is launched into standby {launch.standby}, which was never ready")
+        self.hot.setdefault(part.key, launch.attempt)
+        seats = {each.order.first_rank: (each.host, each.order.num_ranks) for each, _ in self.parts[part.key]}
+        gang = [host for host, _ in (seats[first] for first in sorted(seats))]
+        wanted = [node.partition("#")[0] for node in self.gang_of(launch.attempt).record.gang]
+        formed = (part.order.first_rank, part.order.num_ranks, part.order.world_size, part.order.overrides, gang)
+        if formed != (launch.first_rank, launch.num_ranks, launch.world_size, launch.overrides, wanted):
+            raise Violation(f"attempt {launch.attempt} is launched into a standby that was formed as {formed}")
 
     def _loaded(self, gang: Gang, rank: Rank) -> None:
         if not rank.alive:

@@ -10,9 +10,9 @@ import pytest
 from sim_faults import STEPS, Simulation
 from sim_world import Violation
 
-from keepstep.orchestrator import asking, directives, draining, forming, hangs, machine, membership, rewinds, verdict
+from keepstep.orchestrator import asking, directives, draining, forming, hangs, machine, membership, phases, rewinds, standby, verdict
 from keepstep.orchestrator import events as ev
-from keepstep.orchestrator.run import Run, wait
+from keepstep.orchestrator.run import Run, Standby, wait
 from keepstep.orchestrator.wire import Launch
 
 pytestmark = pytest.mark.slow
@@ -46,7 +46,19 @@ def _tell_ranks_nothing(*what: Any) -> Launch:
     return _make(*what).model_copy(update={"skips": ()})
 
 
+def _why_unfit_but_for_seats(run: Run, standby: Standby, attempt: phases.Attempt) -> str:
+    """Looks at what the nodes say, and not at who they are."""
+    return "" if len(standby.ready) == len(standby.group.seats) else "not ready"
+
+
+def _why_unfit_but_for_readiness(run: Run, standby: Standby, attempt: phases.Attempt) -> str:
+    why = _why_unfit(run, standby, attempt)
+    return "" if "not ready" in why else why
+
+
+_note_alone = membership.note_alone
 _pending = asking.pending
+_why_unfit = standby._why_unfit
 _take_logged_rewind = machine.take_logged_rewind
 _make = directives._make
 _ask_rewind = rewinds.ask_rewind
@@ -55,6 +67,14 @@ MUTANTS = [
     Mutant(name="no-lease", why="lives on", faults=("isolate", "isolate", "kill_rank")),
     Mutant(name="no-term-check", why="reigns", faults=("second_coordinator", "kill_rank")),
     Mutant(name="trusts-unproven", why="lives on", faults=("second_coordinator",), steps=60),
+    Mutant(name="goes-on-without-a-word", why="lives on", faults=("isolate_bit_by_bit",)),
+    Mutant(name="proof-while-ranks-live", why="lives on", faults=("kill_agent",)),
+    Mutant(
+        name="nobody-is-asked-whether-it-goes-on",
+        why="lives on",
+        faults=("isolate_bit_by_bit",),
+        patch=(membership, "note_alone", lambda members, asked, _: _note_alone(members, asked, frozenset())),
+    ),
     Mutant(
         name="no-fence-wait",
         why="lives on",
@@ -131,6 +151,25 @@ MUTANTS = [
         why="resumes from|skips",
         faults=("poison", "rewind"),
         patch=(forming, "ask_rewind", lambda run: replace(_ask_rewind(run), asks=run.asks)),
+    ),
+    Mutant(name="standby-begins-unasked", why="was launched while|lives on", faults=("kill_rank",)),
+    Mutant(
+        name="any-standby-fits",
+        why="was formed as|never ready",
+        faults=("resize", "resize", "kill_rank"),
+        patch=(standby, "_why_unfit", lambda *_: ""),
+    ),
+    Mutant(
+        name="standby-of-another-gang",
+        why="was formed as|never ready",
+        faults=("resize", "resize", "drain", "kill_rank"),
+        patch=(standby, "_why_unfit", _why_unfit_but_for_seats),
+    ),
+    Mutant(
+        name="standby-not-ready",
+        why="never ready",
+        faults=("kill_rank", "kill_standby"),
+        patch=(standby, "_why_unfit", _why_unfit_but_for_readiness),
     ),
 ]
 
