@@ -50,12 +50,12 @@ class Cadence:
             case EverySeconds(seconds):
                 return now - self.saved_at >= seconds
             case Auto():
-                return step - self.saved_step >= self._gap(told)
+                return step - self.saved_step >= self.gap(told)
             case _:
                 assert_never(self.interval)
 
-    def _gap(self, told: Pacing) -> int:
-        """At 1, 2, 4, 8, ... steps of the attempt until that is rarer than the interval; as long as there is none, always."""
+    def gap(self, told: Pacing) -> int:
+        """Of "auto": steps from the last save to the next. At 1, 2, 4, 8, ... steps of the attempt until that is rarer than the interval; as long as there is none, always."""
         doubled = max(1, self.saved_step - self.began_step)
         if told.every == 0:
             return doubled
