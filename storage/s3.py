@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any, Final, TypeVar
 
 from .errors import NotFound, StoreError, StoreUnavailable
 from .remote import ObjectStore
+from .s3_bulk import Bulk, Span
 from .s3_client import Answer, S3Client, server_time
-from .s3_errors import ErrorDocument, Trouble, is_ambiguous, status_of, to_store_error, trouble_of
+from .s3_errors import ErrorDocument, Trouble, is_ambiguous, to_store_error, trouble_of
 from .s3_reads import QuickReader
 from .store import Modified, StorageOptions
-from .uploads import PART_BYTES, send_parts
+from .uploads import PART_BYTES, Body, send_parts
 
 T = TypeVar("T")
 
@@ -32,6 +34,7 @@ class S3Store(ObjectStore):
         self.parallel_reads = options.max_connections
         self._client = S3Client(bucket, options)
         self._quick = QuickReader(self._client, options)
+        self._bulk = Bulk(self._client, options)
 
     def write_file(self, key: str, blocks: Iterable[bytes | memoryview], *, num_bytes: int, sync: bool = True) -> None:
         if num_bytes <= self.part_bytes:
@@ -44,6 +47,12 @@ class S3Store(ObjectStore):
             self._abort(key, upload)
             raise
         self._complete(key, upload, parts, num_bytes)
+
+    def open_file(self, key: str) -> S3File:
+        return S3File(self, key)
+
+    def read_into(self, key: str, start: int, *destinations: memoryview) -> int:
+        return self.open_file(key).read_into(start, *destinations)
 
     def modified(self, prefix: str = "") -> Modified:
         now, times = self._times(prefix)
@@ -60,12 +69,13 @@ class S3Store(ObjectStore):
         """An upload that was given up must leave nothing that anybody can read."""
         key = f"{prefix}/aborted"
         upload = self._request("create_multipart_upload", key)["UploadId"]
-        self._send_part(key, upload, 1, b"x" * 1024)
+        self._send_part(key, upload, 1, [memoryview(b"x" * 1024)])
         self._abort(key, upload)
         if key in self.list(prefix):
             raise StoreError("an aborted multipart upload became visible")
 
     def close(self) -> None:
+        self._bulk.close()
         self._client.close()
 
     def _write_small(self, key: str, blocks: Iterable[bytes | memoryview], num_bytes: int) -> None:
@@ -75,9 +85,10 @@ class S3Store(ObjectStore):
             self._tidy("delete_object", key)  # written, for all we know
             raise
 
-    def _send_part(self, key: str, upload: str, number: int, body: bytes) -> dict[str, Any]:
-        answer = self._request("upload_part", key, UploadId=upload, PartNumber=number, Body=body)
-        return {"PartNumber": number, "ETag": answer["ETag"]}
+    def _send_part(self, key: str, upload: str, number: int, body: Body) -> dict[str, Any]:
+        path = self._full(key)
+        etag = self._call(lambda left_s: self._bulk.put_part(path, upload, number, body, left_s), f"upload part {number} of {key}")
+        return {"PartNumber": number, "ETag": etag}
 
     def _complete(self, key: str, upload: str, parts: Sequence[dict[str, Any]], num_bytes: int) -> None:
         """Publishes the object. An answer may get lost on the way: then the upload is gone and the object is there."""
@@ -199,21 +210,9 @@ class S3Store(ObjectStore):
         return body
 
     def _read_range(self, path: str, start: int, length: int, left_s: float) -> bytes:
-        until = time.monotonic() + left_s
-        body = self._quick.get_range(path, start, length, left_s)
-        return self._read_range_slowly(path, start, length, until - time.monotonic()) if body is None else body
-
-    def _read_range_slowly(self, path: str, start: int, length: int, left_s: float) -> bytes:
-        try:
-            answer = self._client.request("get_object", left_s, Key=path, Range=f"bytes={start}-{start + length - 1}")
-        except Exception as error:
-            if status_of(error) == 416:  # begins at or after the end
-                return b""
-            raise
-        body: bytes = answer["Body"]
-        if not str(answer.get("ContentRange", "")).startswith(f"bytes {start}-"):
-            raise ErrorDocument(f"asked for bytes {start} to {start + length}, got {answer.get('ContentRange') or 'no range'}")
-        return body
+        body = memoryview(bytearray(length))
+        with closing(self._bulk.span(path, start, length)) as span:
+            return bytes(body[: span.read_into(start, [body], left_s)])
 
     def _size(self, path: str, left_s: float) -> int:
         return int(self._client.request("head_object", left_s, Key=path)["ContentLength"])
@@ -223,3 +222,38 @@ class S3Store(ObjectStore):
 
     def _delete(self, path: str, left_s: float) -> None:
         self._client.request("delete_object", left_s, Key=path)
+
+
+class S3File:
+    """An object to read from. Thread-safe, but for the spans that it gives."""
+
+    def __init__(self, store: S3Store, key: str) -> None:
+        self._store = store
+        self._key = key
+
+    def read_into(self, start: int, *destinations: memoryview) -> int:
+        with closing(self.span(start, sum(view.nbytes for view in destinations))) as span:
+            return span.read_into(start, *destinations)
+
+    def span(self, start: int, num_bytes: int) -> S3Span:
+        """For reading so many bytes in order, in one thread."""
+        return S3Span(self._store, self._key, self._store._bulk.span(self._store._full(self._key), start, num_bytes))
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+
+class S3Span:
+    """Bytes that are read in order, as part of as few requests as the line allows; each reading with its own deadline and retries."""
+
+    def __init__(self, store: S3Store, key: str, span: Span) -> None:
+        self._store = store
+        self._key = key
+        self._span = span
+
+    def read_into(self, start: int, *destinations: memoryview) -> int:
+        """As `Store.read_into`."""
+        return self._store._call(lambda left_s: self._span.read_into(start, destinations, left_s), f"read {self._key}")
+
+    def close(self) -> None:
+        self._span.close()

@@ -6,7 +6,8 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AbstractContextManager
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, TypeVar
 
@@ -20,6 +21,7 @@ T = TypeVar("T")
 Answer = Mapping[str, Any]
 
 RENEW_EVERY_S: Final = 5.0  # the least time between two looks for fresh credentials
+SIGNED_S: Final = 3600  # how long a server accepts a signed address, by its clock
 
 _MUST_HAVE: Final = {
     "put_object": "ETag",
@@ -37,6 +39,7 @@ class S3Client:
         self.throttle = Throttle(options.max_connections)
         self.filesystem = _filesystem(options)
         self._has_fixed_key = bool(options.key)
+        self._ca_file = options.ca_file
         self._renewing = threading.Lock()
         self.renewals = 0  # of the session, so far
         self._renewed_at = float("-inf")
@@ -53,20 +56,46 @@ class S3Client:
         Raises:
             what botocore and aiohttp raise: see s3_errors.py.
         """
+        return self.renewing(lambda until: self._request(method, until, arguments), left_s)
+
+    def renewing(self, work: Callable[[float], T], left_s: float) -> T:
+        """The result of `work(until)`, tried once more with a new session when the credentials were refused."""
         until, renewals = time.monotonic() + left_s, self.renewals
         try:
-            return self._request(method, until, arguments)
+            return work(until)
         except Exception as error:
             if trouble_of(error) is not Trouble.FORBIDDEN or not self._renew(renewals, until):
                 raise
-        return self._request(method, until, arguments)
+        return work(until)
+
+    def paced(self, until: float) -> AbstractContextManager[None]:
+        """Holds one of the places for requests, and learns from how it ends. Raises StoreUnavailable."""
+        return self.throttle.place(until - time.monotonic(), is_throttling=is_throttling)
+
+    def send(self, method: str, until: float, **arguments: Any) -> Answer:
+        """As `request`, by whoever holds a place already and sees to refused credentials."""
+        return self.run(self._send(method, arguments), until)
+
+    def sign(self, method: str, until: float, **arguments: Any) -> str:
+        """An address that does this without credentials, for a while ("presigned"). A secret: it must not be logged."""
+        return self.run(self._sign(method, arguments), until)
+
+    @property
+    def ca_file(self) -> str:
+        """Of the authority that signed the server's certificate; "": one that everybody knows."""
+        return self._ca_file or str(self.filesystem.session.get_config_variable("ca_bundle") or "")
 
     def close(self) -> None:
         self.filesystem.invalidate_cache()
 
     def _request(self, method: str, until: float, arguments: Mapping[str, Any]) -> Answer:
-        with self.throttle.place(until - time.monotonic(), is_throttling=is_throttling):
-            return self.run(self._send(method, arguments), until)
+        with self.paced(until):
+            return self.send(method, until, **arguments)
+
+    async def _sign(self, method: str, arguments: Mapping[str, Any]) -> str:
+        client = await self.filesystem.set_session()
+        url: str = await client.generate_presigned_url(method, Params={"Bucket": self.bucket, **arguments}, ExpiresIn=SIGNED_S)
+        return url
 
     async def _send(self, method: str, arguments: Mapping[str, Any]) -> Answer:
         client = await self.filesystem.set_session()
@@ -131,6 +160,7 @@ def _filesystem(options: StorageOptions) -> Any:
             "request_checksum_calculation": "when_required",  # several servers refuse the CRC32 that newer SDKs add
             "response_checksum_validation": "when_required",
             "max_pool_connections": options.max_connections,
+            "signature_version": "s3v4",  # of signed addresses, too: botocore's default for them is the old one, which many refuse
         },
         use_listings_cache=False,
         skip_instance_cache=True,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from enum import StrEnum, auto
+from http.client import HTTPException
 from typing import Any, Final
 
 import aiohttp
@@ -63,6 +65,9 @@ _BY_STATUS: Final = {
 }
 _NO_CREDENTIALS: Final = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.TokenRetrievalError)
 _NO_ANSWER: Final = (
+    HTTPException,
+    ssl.SSLEOFError,
+    ssl.SSLZeroReturnError,
     boto.ConnectionError,
     boto.HTTPClientError,
     boto.IncompleteReadError,

@@ -1,4 +1,4 @@
-"""Reading through obstore, which gets several times as many small objects a second as s3fs, and ranges faster (benchmarks/s3_clients.py).
+"""Small objects through obstore, which gets several times as many of them a second as s3fs (benchmarks/s3_clients.py).
 
 Only an accelerator: whatever does not end in the bytes or a clear "there is none" is left to the s3fs client, which knows what errors
 mean, and obstore is left alone for a while. So retries, throttling, credentials and messages have one place.
@@ -24,7 +24,6 @@ REST_S: Final = 60.0  # after an error
 ASK_AGAIN_S: Final = 900.0  # obstore asks for credentials when fewer than 300 of these are left
 
 _TOO_MUCH: Final = re.compile(r"status code: (?:429|503)\b")
-_BEYOND_END: Final = re.compile(r"status code: 416\b")
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +45,6 @@ class QuickReader:
 
         return self._ask(path, left_s, lambda store: obstore.get(store, path).bytes())
 
-    def get_range(self, path: str, start: int, length: int, left_s: float) -> bytes | None:
-        """`length` bytes from `start`, fewer where the object ends; None and errors as `get`."""
-        import obstore
-
-        return self._ask(path, left_s, lambda store: obstore.get_range(store, path, start=start, length=length))
-
     def _ask(self, path: str, left_s: float, read: Callable[[Any], Any]) -> bytes | None:
         until = time.monotonic() + left_s
         if time.monotonic() < self._rests_until or left_s < self._patience_s:
@@ -64,8 +57,6 @@ class QuickReader:
         except FileNotFoundError as error:
             raise NotFound(f"no object {path} in s3://{self._client.bucket}: {error}") from error
         except Exception as error:  # noqa: BLE001 - nobody is hurt: s3fs is asked next, and its errors count
-            if _BEYOND_END.search(str(error)):
-                return None
             log.info("s3://%s is read through s3fs for %.0f s: %s", self._client.bucket, REST_S, str(error).partition("\n")[0])
             self._rests_until = time.monotonic() + REST_S
             return None
@@ -87,12 +78,11 @@ class QuickReader:
 
         session = self._client.filesystem
         found = self._client.run(session.set_session(), until)
-        ca_file = self._options.ca_file or session.session.get_config_variable("ca_bundle")
         patience = {
             "timeout": timedelta(seconds=self._patience_s),
             "connect_timeout": timedelta(seconds=self._options.connect_timeout_s),
         }
-        trust = {"root_certificate": Path(ca_file).read_bytes()} if ca_file else {}
+        trust = {"root_certificate": Path(ca_file).read_bytes()} if (ca_file := self._client.ca_file) else {}
         options: Any = {"allow_http": True, **patience, **trust}
         return S3Store(
             self._client.bucket,

@@ -16,6 +16,7 @@ from keepstep.storage.errors import NotFound, StoreForbidden, StoreRefused, Stor
 from keepstep.storage.remote import FsspecStore, MemoryStore
 from keepstep.storage.retry import RetryPolicy
 from keepstep.storage.store import StorageOptions, Store
+from keepstep.storage.uploads import PART_BYTES
 
 
 class StoreThatIgnoresConditions(MemoryStore):
@@ -163,6 +164,9 @@ class TestTls:
             store.put("x", b"1")
             assert store.get("x") == b"1"
             assert store._quick._rests_until < 0, "obstore was given up"  # type: ignore[attr-defined]
+            body = bytes(range(256)) * (PART_BYTES // 256 + 1)
+            store.write_file("large", [body], num_bytes=len(body))
+            assert store.get_range("large", 255, len(body)) == body[255:]
             with pytest.raises(StoreRefused, match="certificate verify failed"):
                 Store.open(f"{server.url}/x", replace(server.options, ca_file="")).probe()
             for name, value in server.environment.items():

@@ -74,7 +74,7 @@ def root(s3_server: S3Server) -> str:
 
 def on(store: S3Store, client: S3Client) -> S3Store:
     """The store with another's connections."""
-    store._client = store._quick._client = client
+    store._client = store._quick._client = store._bulk._client = client
     return store
 
 

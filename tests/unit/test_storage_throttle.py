@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from keepstep.storage.errors import NotFound, StoreUnavailable
 from keepstep.storage.retry import RetryBudget, RetryPolicy
 from keepstep.storage.throttle import Limit, Throttle
-from keepstep.storage.uploads import PartMemory, send_parts
+from keepstep.storage.uploads import Body, in_parts, send_parts
 
 
 class TestLimit:
@@ -101,41 +101,19 @@ class TestBudget:
         assert 4 < given_s[0] <= 5
 
 
-class TestPartMemory:
-    def test_all_writers_together_hold_no_more_than_there_is(self) -> None:
-        memory, held, most, lock = PartMemory(3), 0, 0, threading.Lock()
-
-        def write(_: int) -> None:
-            nonlocal held, most
-            taken = memory.take(1)
-            with lock:
-                held += taken
-                most = max(most, held)
-            with lock:
-                held -= taken
-            memory.give_back(taken)
-
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(write, range(200)))
-        assert most <= 3
-        assert memory.take(5) == 3, "a part that is larger than all there is gets all there is"
-
+class TestParts:
     def test_parts_are_equal_but_for_the_last_one(self) -> None:
         sizes = self.sent([b"abc", b"", b"defgh", b"ij"], 10, 4)
         assert sizes == {1: b"abcd", 2: b"efgh", 3: b"ij"}
 
-    def test_each_block_is_copied_before_the_next_is_asked_for(self) -> None:
-        buffer = bytearray(2)
-
-        def blocks() -> object:
-            for text in (b"ab", b"cd", b"ef"):
-                buffer[:] = text
-                yield memoryview(buffer)
-
-        assert self.sent(blocks(), 6, 5) == {1: b"abcde", 2: b"f"}
+    def test_no_byte_is_copied(self) -> None:
+        memory = bytearray(b"abcdef")
+        parts = list(in_parts([memoryview(memory)[:4], memoryview(memory)[4:]], 5))
+        memory[:] = b"ghijkl"
+        assert [b"".join(part) for part in parts] == [b"ghijk", b"l"]
 
     def sent(self, blocks: object, num_bytes: int, part_bytes: int) -> dict[int, bytes]:
         got: dict[int, bytes] = {}
-        send: Callable[[int, bytes], dict[str, object]] = lambda number, body: got.update({number: body}) or {}  # noqa: E731
+        send: Callable[[int, Body], dict[str, object]] = lambda number, body: got.update({number: b"".join(body)}) or {}  # noqa: E731
         send_parts(blocks, num_bytes, part_bytes, send)  # type: ignore[arg-type]
         return got
