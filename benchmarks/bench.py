@@ -48,20 +48,26 @@ class Script:
 
 SHORT: Final = ("--quick",)
 SUITE: Final = (
-    Script(name="recovery", minutes=4, quick_s=30),
-    Script(name="storage", minutes=4, quick_s=30),
+    Script(name="recovery", minutes=5, quick_s=25),
+    Script(name="nodes", minutes=4, quick_s=30),
+    Script(name="peers", minutes=8.5, quick_s=30),
+    Script(name="throughput", minutes=3.5, quick_s=35),
+    Script(name="storage", minutes=2.5, quick_s=25),
+    Script(name="storage_s3", minutes=2.5, quick_s=25),
+    Script(name="slowdown", minutes=2, quick_s=25),
+    Script(name="goodput", minutes=2, quick_s=30),
+    Script(name="interval", minutes=4, quick_s=20),
+    Script(name="coordinator_scale", minutes=2, quick_s=25),
     Script(name="runlog", minutes=1, quick_s=10),
-    Script(name="throughput", minutes=4, quick_s=30),
-    Script(name="peers", minutes=10, quick_s=30),
-    Script(name="s3_clients", minutes=0.7, options=SHORT),
-    Script(name="exact_reduction", minutes=0.7, options=SHORT),
-    Script(name="layers", minutes=0.5, options=SHORT),
+    Script(name="s3_clients", minutes=0.6, options=SHORT),
+    Script(name="exact_reduction", minutes=0.6, options=SHORT),
+    Script(name="layers", minutes=0.4, options=SHORT),
     Script(name="bad_steps", minutes=0.4, options=SHORT),
-    Script(name="data", minutes=0.3, options=SHORT),
-    Script(name="false_alarms", minutes=1, options=SHORT),
-    Script(name="faults", minutes=1.5, options=SHORT),
+    Script(name="data", minutes=0.2, options=SHORT),
+    Script(name="false_alarms", minutes=0.8, options=SHORT),
+    Script(name="faults", minutes=1.2, options=SHORT),
     Script(name="preemption", minutes=1, options=SHORT),
-    Script(name="coordinator_kills", minutes=1, options=SHORT),
+    Script(name="coordinator_kills", minutes=1.2, options=SHORT),
 )
 
 

@@ -3,17 +3,17 @@
     python benchmarks/recovery.py                 all contenders, results/recovery.json
     python benchmarks/recovery.py --rounds 1 --kills 1 --only keepstep-2x2
 
+keepstep-hot-* has `[cluster] hot_standby = true`: a second group, formed and built, waits with its memory.
+
 Both sides are timed in the same way: every rank writes (step, time.monotonic()) into a small file after each finished step, and this script
 reads those files. A kill is recovered when every rank of the new generation has finished a step; the time of the last of them counts.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -25,17 +25,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+from common import HERE, Verdict, machine, median, parser, percentile, publish, spread
 
 from keepstep.trainer.contract import PROGRESS, Phase
 
-HERE = Path(__file__).resolve().parent
 RANKS = 4
 STEPS_BETWEEN_KILLS = 15  # more than the checkpoint interval: every kill finds committed progress since the last one
+BETWEEN_KILLS_S = 6.0  # and at least so long: what a restart used up is there again, as it is in life
 START_TIMEOUT_S = 180.0
 RECOVERY_TIMEOUT_S = 90.0
 POLL_S = 0.005
@@ -154,9 +153,11 @@ class Keepstep(Contender):
     """`keepstep run` plays all nodes; each has its own agent, persister and forkserver, as on real ones."""
 
     nodes = 2
+    more: tuple[str, ...] = ()
 
     def start(self) -> None:
-        overrides = (f"run.root={self.folder / 'root'}", f"cluster.nodes={self.nodes}", f"cluster.ranks_per_node={RANKS // self.nodes}")
+        cluster = (f"cluster.nodes={self.nodes}", f"cluster.ranks_per_node={RANKS // self.nodes}")
+        overrides = (f"run.root={self.folder / 'root'}", *cluster, *self.more)
         options = [word for override in overrides for word in ("-o", override)]
         self.spawn(*keepstep("run", str(HERE / "recovery.toml"), *options), KEEPSTEP_SCRATCH_BASE=str(self.folder / "s"))
 
@@ -173,6 +174,10 @@ class Keepstep(Contender):
 
 class KeepstepOneNode(Keepstep):
     nodes = 1
+
+
+class KeepstepHot(Keepstep):
+    more = ("cluster.hot_standby=true",)
 
 
 class Torchrun(Contender):
@@ -214,6 +219,7 @@ class TorchrunTwoNodes(Torchrun):
 
 CONTENDERS: Mapping[str, type[Contender]] = {
     "keepstep-2x2": Keepstep,
+    "keepstep-hot-2x2": KeepstepHot,
     "torchrun-2x2": TorchrunTwoNodes,
     "keepstep-1x4": KeepstepOneNode,
     "torchrun-1x4": Torchrun,
@@ -246,7 +252,7 @@ def trial(name: str, number: int, kills: int) -> Iterator[Row]:
         if generation.wait_stepped(START_TIMEOUT_S) is None:
             raise SystemExit(f"{name} did not start within {START_TIMEOUT_S:.0f} s, see {folder}/output-*.log")
         for kill in range(kills):
-            step_s = run_on(generation, STEPS_BETWEEN_KILLS)
+            step_s = run_on(generation, STEPS_BETWEEN_KILLS, BETWEEN_KILLS_S)
             victim, load = contender.victim(), os.getloadavg()[0]
             assert victim > 1, "0 would be this script's own process group"
             generation = Generation(folder)
@@ -269,16 +275,16 @@ def trial(name: str, number: int, kills: int) -> Iterator[Row]:
     shutil.rmtree(folder, ignore_errors=True)  # kept after an error: its logs say why
 
 
-def run_on(generation: Generation, steps: int) -> float:
-    """Lets it train; returns the seconds per step."""
+def run_on(generation: Generation, steps: int, seconds: float = 0.0) -> float:
+    """Lets it train for so many steps, and at least so long; returns the seconds per step."""
     generation.look()
     began, first = time.monotonic(), generation.slowest
-    while generation.slowest < first + steps:
+    while generation.slowest < first + steps or time.monotonic() < began + seconds:
         if time.monotonic() - began > START_TIMEOUT_S:
             raise SystemExit(f"no {steps} steps within {START_TIMEOUT_S:.0f} s")
         time.sleep(POLL_S)
         generation.look()
-    return (time.monotonic() - began) / steps
+    return (time.monotonic() - began) / (generation.slowest - first)
 
 
 def summary(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
@@ -296,7 +302,7 @@ def summary(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             "step_s": statistics.median(row.step_s for row in mine),
         }
     for name, line in table.items():
-        ours = table.get(f"keepstep-{name.partition('-')[2]}", {}).get("median_s")
+        ours = table.get(f"keepstep-{name[-3:]}", {}).get("median_s")
         line["ratio"] = round(line["median_s"] / ours, 2) if ours and line["median_s"] else None
     return table
 
@@ -304,46 +310,47 @@ def summary(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["| contender | recovered | median s | min - max s | step s | x keepstep |", "|---|---|---|---|---|---|"]
     for name, line in table.items():
-        spread = f"{line['min_s']:.2f} - {line['max_s']:.2f}" if line["recovered"] else "-"
-        median, ratio = (f"{value:.2f}" if value is not None else "-" for value in (line["median_s"], line["ratio"]))
-        lines.append(f"| {name} | {line['recovered']} of {line['kills']} | {median} | {spread} | {line['step_s']:.3f} | {ratio} |")
+        extremes = f"{line['min_s']:.2f} - {line['max_s']:.2f}" if line["recovered"] else "-"
+        middle, ratio = (f"{value:.2f}" if value is not None else "-" for value in (line["median_s"], line["ratio"]))
+        lines.append(f"| {name} | {line['recovered']} of {line['kills']} | {middle} | {extremes} | {line['step_s']:.3f} | {ratio} |")
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
-    cpu = next((line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """Of each way to run keepstep; a step is its own median."""
+    found = []
+    for name in dict.fromkeys(row.contender for row in rows if row.contender.startswith("keepstep")):
+        mine = [row for row in rows if row.contender == name]
+        times, step_s = [row.recovery_s for row in mine if row.recovery_s is not None], median([row.step_s for row in mine]) or 0.0
+        beyond = [each - step_s for each in times]
+        hot = "-hot-" in name
+        targets = {"median": (0.5, 0.1 if hot else 0.45)} | ({} if hot else {"p95": (0.95, 0.8)})
+        for word, (share, target_s) in targets.items():
+            taken = percentile(beyond, share)
+            what = f"SIGKILL of a rank -> next step on all, {name[9:].replace('hot-', 'hot standby, ')}, {word}"
+            result = f"{taken:.2f} s + a step of {step_s:.2f} s; in all {spread(times)}" if taken is not None else "it did not recover"
+            met = taken is not None and taken <= target_s and len(times) == len(mine)
+            found.append(Verdict(what=what, target=f"<= {target_s} s + one step", result=result, met=met))
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="launches of each contender, in alternation")
-    parser.add_argument("--kills", type=int, default=3, help="kills per launch")
-    parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "recovery.json")
-    arguments = parser.parse_args()
-    rows: list[Row] = []
-    for number in range(arguments.rounds):
-        for name in arguments.only:
-            for row in trial(name, number, arguments.kills):
-                print(f"{name} round {number} kill {row.kill}: {row.recovery_s} s (step {row.step_s} s, load {row.load})", flush=True)
-                rows.append(row)
+    made = parser(__doc__)
+    made.add_argument("--rounds", type=int, default=3, help="launches of each contender, in alternation; of torchrun one")
+    made.add_argument("--kills", type=int, default=3, help="kills per launch")
+    made.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    options = made.parse_args()
+    rounds, kills, names = (1, 2, ["keepstep-2x2"]) if options.quick else (options.rounds, options.kills, options.only)
+    began_on, rows = machine(), list[Row]()
+    for number in range(rounds):
+        for name in names:
+            if number == 0 or name.startswith("keepstep"):
+                for row in trial(name, number, kills):
+                    print(f"{name} round {number} kill {row.kill}: {row.recovery_s} s (step {row.step_s} s, load {row.load})", flush=True)
+                    rows.append(row)
     table = summary(rows)
     print(markdown(table))
-    document = {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "summary": table,
-        "rows": [asdict(r) for r in rows],
-    }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    publish("recovery", verdicts(rows), {"summary": table, "rows": [asdict(row) for row in rows]}, began_on=began_on)
 
 
 if __name__ == "__main__":

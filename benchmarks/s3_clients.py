@@ -9,10 +9,7 @@ the same part size and the same number of requests at once.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -21,12 +18,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import obstore
 import s3fs
+from common import Verdict, machine, parser, publish
 from obstore.store import S3Store
 from rich.console import Console
 from rich.table import Table
@@ -190,17 +187,18 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "s3_clients.json")
-    options = parser.parse_args()
-    runs = measure(options.rounds)
-    machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "load": os.getloadavg()}
-    versions = {"s3fs": s3fs.__version__, "obstore": obstore.__version__}
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    result = {"at": at, "machine": machine, "versions": versions, "runs": [asdict(run) for run in runs]}
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    made = parser(__doc__)
+    made.add_argument("--rounds", type=int, default=7)
+    options = made.parse_args()
+    began_on = machine()
+    runs = measure(1 if options.quick else options.rounds)
     Console().print(table(runs))
+    verdicts = []
+    for operation in dict.fromkeys(run.operation for run in runs):
+        (old_s, _), (new_s, _) = (medians(runs, operation, name) for name in ("s3fs", "obstore"))
+        result = f"{old_s / new_s:.1f} x as fast as s3fs"
+        verdicts.append(Verdict(what=f"obstore: {operation}", target="(a figure)", result=result, met=None))
+    publish("s3_clients", verdicts, [asdict(run) for run in runs], began_on=began_on)
 
 
 if __name__ == "__main__":

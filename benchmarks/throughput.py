@@ -1,13 +1,15 @@
 """Steps per second with everything switched on, beside bare torchrun with the same loop, model and batches: what a healthy run pays.
 
-    python benchmarks/throughput.py                       results/throughput.json, some four minutes
-    python benchmarks/throughput.py --rounds 1 --seconds 8
+    python benchmarks/throughput.py                results/throughput.json, some four minutes
+    python benchmarks/throughput.py --seconds 20   a look
 
-Each round is bare, keepstep, bare: a launch each, timed for so many seconds once it is warm. keepstep's rate is compared with the mean of
-the two around it, and those two with each other: what they differ by is the noise. keepstep hashes and commits its checkpoints, as often
-as `checkpoint.interval = "auto"` says, writes step records and layers, beats, watches for hangs and holds its next ranks ready. The bare
-loop (in this file) is forward, backward, one all-reduce of two numbers, clipping and update, by the same model and kernels; it saves and
-writes nothing.
+Three launches of 4 ranks live at once, and by turns two of them are stopped (SIGSTOP of all of their processes) while one trains for a
+second: what drifts on the machine hits all alike. They are bare torchrun, keepstep, and bare torchrun again: what the two bare ones differ
+by is the noise. A rate is steps finished per second of a launch's own turns.
+
+keepstep hashes and commits its checkpoints, as often as `checkpoint.interval = "auto"` says, writes step records and layers, beats, watches
+for hangs and holds its next ranks ready. The bare loop (in this file) is forward, backward, one all-reduce of two numbers, clipping and
+update, by the same model and kernels; it saves and writes nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +26,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,25 +35,20 @@ from recovery import Generation, keepstep
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(HERE / "peers"))
+
+from contenders import descendants, send
+
 RANKS: Final = 4
+CONTENDERS: Final = ("bare", "keepstep", "bare again")
 TARGET: Final = 0.99
-# A step of some 0.4 s on 2 cores: a model of 3.4 million parameters, 2,048 tokens.
+# A step of some 0.5 s on 2 cores: a model of 3.4 million parameters, 2,048 tokens.
 MODEL: Final = {"model": {"layers": 4, "width": 256, "heads": 4, "context": 256}, "train": {"batch_tokens": 2048}}
 START_S: Final = 120.0
+TURN_S: Final = 1.2  # the others stand still for twice as long, which is less than a lease or a hang
 POLL_S: Final = 0.01
+GROUPS: Final = 6  # of turns, for the spread
 Figures = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One launch."""
-
-    round: int
-    contender: str
-    steps: int
-    steps_per_s: float
-    saves: int
-    load: float
 
 
 def config_of(root: Path) -> Figures:
@@ -91,27 +86,115 @@ def bare(config_path: Path, folder: Path) -> None:
             os.pwrite(page, PROGRESS.pack(Phase.STEP, 0, step, step, time.monotonic(), *blank), 0)
 
 
-@contextmanager
-def running(contender: str, folder: Path) -> Iterator[None]:
-    """On 4 ranks of one node, until it is left."""
-    config = config_of(folder / "root")
-    if contender == "keepstep":
-        config_path = folder / "run.toml"
-        config_path.write_text(toml_of(config))
-        command = keepstep("run", str(config_path))
-    else:
-        config_path = folder / "config.json"
-        config_path.write_text(json.dumps(config))
+class Launch:
+    """One contender on 4 ranks of one node; its processes are stopped and go on as one."""
+
+    def __init__(self, contender: str, overrides: Sequence[str]) -> None:
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="ks-bench-"))
+        self._is_ours = contender == "keepstep"
+        config_path = folder / ("run.toml" if self._is_ours else "config.json")
+        config = config_of(folder / "root")
+        config_path.write_text(toml_of(config) if self._is_ours else json.dumps(config))
         torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-        command = [*torchrun, __file__, "--bare", str(config_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KEEPSTEP_SCRATCH_BASE": str(folder / "s")}
-    with (folder / "output.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        options = [word for override in overrides for word in ("-o", override)]
+        command = keepstep("run", str(config_path), *options) if self._is_ours else [*torchrun, __file__, "--bare", str(config_path)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "KEEPSTEP_SCRATCH_BASE": str(folder / "s")}
+        with (folder / "output.log").open("wb") as log:
+            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        self._generation = Generation(folder)
+        self.turns: list[list[float]] = []  # for each turn when it began, when steps were finished in it, and when it ended
+
+    def steps(self) -> int:
+        """Finished by the slowest rank; -1 until all are there."""
+        self._generation.look()
+        return self._generation.slowest
+
+    def turn(self, seconds: float) -> None:
+        """Lets it train for so long; the others are stopped."""
+        times = [time.monotonic()]
+        signal_all(self._tree(), signal.SIGCONT)
+        seen = self.steps()
+        while (now := time.monotonic()) < times[0] + seconds:
+            if (steps := self.steps()) > seen:
+                times += [now] * (steps - seen)
+                seen = steps
+            time.sleep(POLL_S)
+        self.stop()
+        self.turns.append([*times, time.monotonic()])
+
+    def stop(self) -> None:
+        signal_all(self._tree(), signal.SIGSTOP)
+
+    def _tree(self) -> list[int]:
+        return descendants(self._process.pid)
+
+    def saves(self) -> int:
+        """Checkpoints that it has now, and has retired."""
+        return len(list((self.folder / "root").glob("data/*/*")))
+
+    def end(self) -> None:
+        signal_all(self._tree(), signal.SIGKILL)
+        self._process.wait()
+
+
+def signal_all(pids: Sequence[int], number: signal.Signals) -> None:
+    """Parents before children where they stop, after them where they go on: nobody watches somebody who stands still."""
+    for pid in reversed(pids) if number is signal.SIGCONT else pids:
+        send(pid, number)
+
+
+def rate(turns: Sequence[Sequence[float]]) -> float:
+    """Steps per second of its own turns, from the first step in them to the last one."""
+    own, before = list[float](), 0.0
+    for began, *steps, ended in turns:
+        own += [before + at - began for at in steps]
+        before += ended - began
+    return (len(own) - 1) / (own[-1] - own[0]) if len(own) > 1 else math.nan
+
+
+def measure(seconds: float, warm_s: float, overrides: Sequence[str]) -> Figures:
+    """Rates over everything, and over each of GROUPS parts of it."""
+    launches = {name: Launch(name, overrides) for name in CONTENDERS}
     try:
-        yield
+        for launch in launches.values():
+            until = time.monotonic() + START_S
+            while launch.steps() < 1:
+                if time.monotonic() > until:
+                    raise SystemExit(f"it does not train, see {launch.folder}/output.log")
+                time.sleep(0.05)
+        time.sleep(warm_s)  # all at once
+        for launch in launches.values():
+            launch.stop()
+        saves, rounds = launches["keepstep"].saves(), max(2, round(seconds / TURN_S))
+        for _ in range(rounds):
+            for launch in launches.values():
+                launch.turn(TURN_S)
+        saves = launches["keepstep"].saves() - saves
     finally:
-        process.send_signal(signal.SIGKILL if contender == "keepstep" else signal.SIGTERM)  # torchrun's ranks outlive its SIGKILL
-        process.wait()
+        for launch in launches.values():
+            launch.end()
+    for launch in launches.values():
+        shutil.rmtree(launch.folder, ignore_errors=True)
+    size = -(-rounds // GROUPS)
+    parts = {name: [rate(launch.turns[at : at + size]) for at in range(0, rounds, size)] for name, launch in launches.items()}
+    return {
+        "seconds": {name: round(rounds * TURN_S, 1) for name in launches},
+        "steps": {name: sum(len(turn) - 2 for turn in launch.turns) for name, launch in launches.items()},
+        "steps_per_s": {name: rate(launch.turns) for name, launch in launches.items()},
+        "parts": parts,
+        "saves": saves,
+    }
+
+
+def verdict(found: Figures) -> Verdict:
+    rates, parts = found["steps_per_s"], found["parts"]
+    ratio = rates["keepstep"] / statistics.mean((rates["bare"], rates["bare again"]))
+    noise = rates["bare again"] / rates["bare"]
+    pairs = zip(parts["keepstep"], parts["bare"], parts["bare again"], strict=True)
+    ratios = [ours / statistics.mean(theirs) for ours, *theirs in pairs]
+    told = f"{ratio:.3f} x ({min(ratios):.3f} to {max(ratios):.3f} in {len(ratios)} parts), {found['saves']} saves"
+    what = "steps per second, everything on, beside bare torchrun"
+    return Verdict(what=what, target=f">= {TARGET} x", result=told, met=ratio >= TARGET, note=f"bare beside itself {noise:.3f} x")
 
 
 def toml_of(config: Figures) -> str:
@@ -121,83 +204,23 @@ def toml_of(config: Figures) -> str:
     return "\n".join(lines) + "\n"
 
 
-class Steps:
-    """Finished steps of the slowest rank, and when the last rank finished them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._generation, self._folder = Generation(folder), folder
-
-    def next(self) -> tuple[int, float]:
-        """The next step that all ranks finish: its number and when (monotonic)."""
-        self._generation.look()
-        seen, until = self._generation.slowest, time.monotonic() + START_S
-        while time.monotonic() < until:
-            self._generation.look()
-            if self._generation.slowest > max(seen, 0):
-                return self._generation.slowest, time.monotonic()
-            time.sleep(POLL_S)
-        raise SystemExit(f"no step of all ranks within {START_S:.0f} s, see {self._folder}/output.log")
-
-
-def trial(contender: str, number: int, warm_s: float, seconds: float) -> Row:
-    folder = Path(tempfile.mkdtemp(prefix="ks-bench-"))
-    load = os.getloadavg()[0]
-    with running(contender, folder):
-        steps = Steps(folder)
-        first, began = steps.next()
-        until = began + warm_s
-        while began < until:
-            first, began = steps.next()
-        saves = saved(folder)
-        last, ended = first, began
-        while ended < began + seconds:
-            last, ended = steps.next()
-        saves = saved(folder) - saves
-    shutil.rmtree(folder, ignore_errors=True)
-    rate = (last - first) / (ended - began)
-    return Row(round=number, contender=contender, steps=last - first, steps_per_s=round(rate, 4), saves=saves, load=round(load, 2))
-
-
-def saved(folder: Path) -> int:
-    """Checkpoints that were begun so far; those that are retired meanwhile are missing."""
-    return len(list((folder / "root").glob("data/*/*")))
-
-
-def verdict(rows: Sequence[Row]) -> tuple[Verdict, Figures]:
-    """Medians over the rounds."""
-    rate = {(row.round, row.contender): row.steps_per_s for row in rows}
-    rounds = sorted({row.round for row in rows})
-    ratios = [rate[n, "keepstep"] / statistics.mean((rate[n, "bare"], rate[n, "bare again"])) for n in rounds]
-    noise = [rate[n, "bare again"] / rate[n, "bare"] for n in rounds]
-    ratio, saves = statistics.median(ratios), sum(row.saves for row in rows)
-    told = f"{ratio:.3f} x ({min(ratios):.3f} to {max(ratios):.3f}, n = {len(rounds)}), {saves} saves"
-    note = f"bare against itself {min(noise):.3f} to {max(noise):.3f} x"
-    summary = {"ratios": [round(each, 4) for each in ratios], "bare against itself": [round(each, 4) for each in noise]}
-    what = "steps per second, everything on, beside bare torchrun"
-    return Verdict(what=what, target=f">= {TARGET} x", result=told, met=ratio >= TARGET, note=note), summary
-
-
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--rounds", type=int, default=3)
-    made.add_argument("--seconds", type=float, default=16.0, help="timed of each launch")
-    made.add_argument("--warm", type=float, default=4.0, help="seconds from the first step, not timed")
+    made.add_argument("--seconds", type=float, default=60.0, help="timed of each")
+    made.add_argument("-o", dest="overrides", nargs="*", default=(), help="SECTION.KEY=VALUE for keepstep: to find what costs")
     made.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     options = made.parse_args()
     if options.bare:
         bare(options.bare, options.bare.parent)
         return
-    rounds, warm_s, seconds = (1, 1.0, 3.0) if options.quick else (options.rounds, options.warm, options.seconds)
-    began_on, rows, table = machine(), list[Row](), Table("round", "contender", "steps", "steps/s", "saves", "load")
-    for number in range(rounds):
-        for contender in ("bare", "keepstep", "bare again"):
-            row = trial(contender, number, warm_s, seconds)
-            print(f"round {number}, {contender}: {row.steps_per_s:.3f} steps/s, {row.saves} saves (load {row.load})", flush=True)
-            rows.append(row)
-            table.add_row(str(number), contender, str(row.steps), f"{row.steps_per_s:.3f}", str(row.saves), f"{row.load:.1f}")
-    Console(width=100).print(table)
-    found, summary = verdict(rows)
-    publish("throughput", [found], {"summary": summary, "rows": [asdict(row) for row in rows]}, began_on=began_on)
+    began_on = machine()
+    found = measure(*((5.0, 1.0) if options.quick else (options.seconds, 5.0)), options.overrides)
+    table = Table("contender", "steps", "seconds", "steps/s", "in parts")
+    for name in CONTENDERS:
+        parts = ", ".join(f"{each:.3f}" for each in found["parts"][name])
+        table.add_row(name, str(found["steps"][name]), str(found["seconds"][name]), f"{found['steps_per_s'][name]:.3f}", parts)
+    Console(width=120).print(table)
+    publish("throughput", [verdict(found)], found, began_on=began_on)
 
 
 if __name__ == "__main__":

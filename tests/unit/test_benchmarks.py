@@ -23,7 +23,7 @@ import environments  # noqa: E402
 import steplog  # noqa: E402
 
 sys.path[:2] = []
-SHARED = {"bench", "common", "live", "torchrun_train", "flame"}  # no benchmarks of their own
+SHARED = {"bench", "common", "live", "saving", "torchrun_train", "flame"}  # no benchmarks of their own
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in SHARED)
 VALUES = st.lists(st.floats(0, 1e6), min_size=1, max_size=50)
 
