@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from keepstep.trainer.config import CheckpointSection
+
 from .processes import ENV_PARENT, python_command
 from .wire import Directive, Persisted
 
@@ -18,14 +20,22 @@ from .wire import Directive, Persisted
 class PersisterProcess:
     """`python -m keepstep.storage.persister` as a child of the agent. It outlives the ranks; it does not outlive the agent."""
 
-    def __init__(self, socket_path: Path, root: str, slow_s: float, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, socket_path: Path, root: str, slow_s: float, on_change: Callable[[], None], checkpoint: CheckpointSection | None = None
+    ) -> None:
+        checkpoint = checkpoint or CheckpointSection()
         self.socket_path = socket_path
         self._slow_s = slow_s
-        self._command = python_command("keepstep.storage.persister", "--socket", str(socket_path), "--root", root)
+        self._command = python_command(
+            "keepstep.storage.persister",
+            *("--socket", str(socket_path), "--root", root),
+            *("--nice", str(checkpoint.nice), "--mb-per-s", str(checkpoint.write_mb_per_s)),
+        )
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
         self._persisted: dict[tuple[int, int, int], Persisted] = {}
         self._begun_at: dict[int, tuple[int, float]] = {}  # rank -> step on its way to storage, and since when
+        self._written: dict[int, tuple[int, int, float]] = {}  # rank -> bytes on their way, of how many, heard when
         self._problems: dict[int, str] = {}  # rank -> why its newest save failed
         self._attempt = 0  # that the two are about
         self._save_s: dict[int, float] = {}  # rank -> how long its newest save took
@@ -60,7 +70,16 @@ class PersisterProcess:
             return ""
         step, begun_at = self._begun_at[oldest]
         late_s = time.monotonic() - begun_at
-        return f"step {step} of rank {oldest} has been on its way to storage for over {self._slow_s:g} s" if late_s > self._slow_s else ""
+        if late_s <= self._slow_s:
+            return ""
+        return f"step {step} of rank {oldest} has been on its way to storage for over {self._slow_s:g} s{self._pace_of(oldest)}"
+
+    def _pace_of(self, rank: int) -> str:
+        """Slow or stuck, as the end of a sentence."""
+        if rank not in self._written:
+            return ""
+        done, of, at = self._written[rank]
+        return f": {done / 1e6:.0f} of {of / 1e6:.0f} MB are written or on their way, last heard of {time.monotonic() - at:.0f} s ago"
 
     async def start(self) -> None:
         """Main thread only (the child dies with the thread that started it)."""
@@ -112,6 +131,9 @@ class PersisterProcess:
         kind = message.pop("kind")
         if kind == "ready":
             self.is_up = True
+        elif kind == "writing":  # a heartbeat: nobody needs to hear of it at once
+            self._written[message["rank"]] = (message["bytes"], message["of"], time.monotonic())
+            return
         else:
             self._take_news(kind, message)
         self._on_change()
@@ -122,9 +144,11 @@ class PersisterProcess:
             self._attempt = message["attempt"]
             self._problems.clear()
             self._begun_at.clear()
+            self._written.clear()
         rank = message["rank"]
         match kind:
             case "begun":
+                self._written.pop(rank, None)
                 self._begun_at[rank] = (message["step"], time.monotonic())
             case "persisted":
                 done = Persisted.model_validate(message)

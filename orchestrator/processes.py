@@ -178,9 +178,14 @@ def strays_of_ranks(scratch: str | os.PathLike[str], spared: Set[int] = frozense
     ours, found = {os.getsid(0), *spared}, []
     for pid in strays(scratch):
         with contextlib.suppress(ProcessLookupError):
-            if os.getsid(pid) not in ours:
+            if os.getsid(pid) not in ours and not _is_persister(pid):
                 found.append(pid)
     return found
+
+
+def _is_persister(pid: int) -> bool:
+    """The node's own, in a session of its own, too: it goes on when ranks have ended."""
+    return "keepstep.storage.persister" in command_line(pid)
 
 
 def signal_name(exit_code: int) -> str:

@@ -263,8 +263,8 @@ def tensor_fields(tensor: TensorEntry) -> dict[str, Any]:
 
 
 def parse_tensor(fields: Mapping[str, Any]) -> TensorEntry:
-    values: list[Any] = [fields.get(name) for name in _TENSOR_KINDS]
-    if [*map(type, values)] != _KINDS:  # one comparison for a tensor: a manifest may hold a hundred thousand
+    values = tuple(map(fields.get, _TENSOR_KINDS))
+    if tuple(map(type, values)) != _KINDS:  # one comparison for a tensor: a manifest may hold a hundred thousand
         for name, kind in _TENSOR_KINDS.items():
             _take(fields, name, kind, f"tensor {fields.get('name')!r}")
     full_name, file, offset, num_bytes, dtype, shape, starts, global_shape = values
@@ -290,7 +290,7 @@ _TENSOR_KINDS: Final[Mapping[str, type]] = {
     "starts": list,
     "global_shape": list,
 }
-_KINDS: Final = [*_TENSOR_KINDS.values()]
+_KINDS: Final = tuple(_TENSOR_KINDS.values())
 
 
 def _parse_file(fields: Mapping[str, Any]) -> FileEntry:

@@ -4,8 +4,8 @@
 
 It owns the shared memory, so a rank that is killed after `submit` loses nothing. Files and their hashes are made in one pass; then the
 step lines (rank 0), then the rank index, whose existence says "all of this rank is durable". Standard output speaks to the agent, one
-JSON object a line: {"kind": "ready" | "begun" | "persisted" | "failed", ...}. When standard input ends, what is in flight gets a short
-grace; when the agent is killed, the kernel kills this process.
+JSON object a line: {"kind": "ready" | "begun" | "writing" | "persisted" | "failed", ...}. When standard input ends, what is in flight gets
+a short grace; when the agent is killed, the kernel kills this process. The ranks go before it (background.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .arena import StagedFile
+from .background import Heartbeat, Pace, step_back
 from .buffers import SharedBuffer, Slot
 from .canonical import canonical_json, sha256_hex
 from .errors import StorageError, StoreError
@@ -63,6 +64,7 @@ class Persister:
 
     store: Store
     emit: Emit
+    pace: Pace = field(default_factory=lambda: Pace(0))
     slots: dict[int, Slot] = field(default_factory=dict)
     sessions: dict[int, Session] = field(default_factory=dict)
     steps: dict[int, StepLines] = field(default_factory=dict)
@@ -268,7 +270,7 @@ class Persister:
         what = f"make step {submission.step} of rank {submission.rank} durable"
         try:
             RetryPolicy(deadline_s=patience_s).call(
-                lambda _: self._persist_once(submission, of),
+                lambda _: self._persist_once(submission, of, is_urgent=patience_s > 0),
                 is_transient=lambda error: patience_s > 0 and isinstance(error, StoreError),
                 what=what,
             )
@@ -280,15 +282,17 @@ class Persister:
             return f"{type(error).__name__}: {error}"
         return ""
 
-    def _persist_once(self, submission: Submission, of: Mapping[str, Any]) -> None:
+    def _persist_once(self, submission: Submission, of: Mapping[str, Any], is_urgent: bool) -> None:
+        paced = () if is_urgent else (self.pace,)
         flush = self._steps_of(submission.attempt).flush
+        tell = Heartbeat(lambda done: self.emit({"kind": "writing", **of, "bytes": done, "of": submission.num_bytes}))
         try:
-            index = persist(self.store, submission, (lambda: flush(sync=True)) if submission.rank == 0 else lambda: None)
+            body = persist(self.store, submission, (lambda: flush(sync=True)) if submission.rank == 0 else lambda: None, [tell, *paced])
         except StorageError as error:
             log.warning("step %d of rank %d is not durable: %s", submission.step, submission.rank, error)
             self.emit({"kind": "failed", **of, "why": f"step {submission.step} of rank {submission.rank} is not durable: {error}"})
             raise
-        durable = {"directory": index.directory, "index_sha256": sha256_hex(index.body()), "num_bytes": index.num_bytes}
+        durable = {"directory": submission.directory, "index_sha256": sha256_hex(body), "num_bytes": submission.num_bytes}
         self.emit({"kind": "persisted", **of, **durable})
 
     def _forget_slots_before(self, attempt: int) -> None:
@@ -351,16 +355,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", required=True, help="local path or fsspec URL of the run")
     parser.add_argument("--options", default="", help="StorageOptions as JSON; better in KEEPSTEP_STORAGE_OPTIONS when it holds a secret")
     parser.add_argument("--grace", type=float, default=DEFAULT_GRACE_S, help="seconds for what is in flight when standard input ends")
+    parser.add_argument("--nice", type=int, default=0, help="niceness, 0 to 19: how far the ranks go before it")
+    parser.add_argument("--mb-per-s", type=float, default=0.0, help="written at most, all ranks together; 0: as fast as it goes")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(asctime)s persister %(levelname)s %(message)s", level=logging.INFO)
     die_with_parent()
+    step_back(options.nice)
     try:
         store = Store.open(options.root, StorageOptions.from_json(options.options) if options.options else None)
         listener = listen(options.socket)
     except (OSError, ValueError, TypeError) as error:
         log.error("cannot start: %s", error)
         return 2
-    return run(Persister(store=store, emit=emit_line), listener, options.socket, options.grace)
+    persister = Persister(store=store, emit=emit_line, pace=Pace(options.mb_per_s * 1e6))
+    return run(persister, listener, options.socket, options.grace)
 
 
 def run(persister: Persister, listener: socket.socket, path: Path, grace_s: float) -> int:

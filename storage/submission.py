@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,16 @@ class Submission:
     data: memoryview
     check: Callable[[], None]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
 
-def persist(store: Store, submission: Submission, flush_steps: Callable[[], None]) -> RankIndex:
-    """Makes a submission durable, its rank index last.
+
+def persist(store: Store, submission: Submission, flush_steps: Callable[[], None], hear: Sequence[Callable[[int], None]] = ()) -> bytes:
+    """Makes a submission durable, its rank index last; the bytes of that.
+
+    Args:
+        hear: called with the bytes of each block before it is written; may wait.
 
     Raises:
         StoreError: it is not durable; a later try may be.
@@ -44,22 +51,22 @@ def persist(store: Store, submission: Submission, flush_steps: Callable[[], None
     facts = {"rank": submission.rank, "step": submission.step, "attempt": submission.attempt}
     fault_point("persister.shards.before", **facts)
     submission.check()
-    files = _write_files(store, submission)
+    files = _write_files(store, submission, hear)
     submission.check()  # nobody has written into the bytes while they were hashed and written out
     fault_point("persister.shards.after", **facts)
     flush_steps()
-    index = _index(submission, files)
+    body = _index(submission, files).body()
     key = f"{submission.directory}/{rank_index_name(submission.rank)}"
-    if not store.put_new(key, index.body()):
+    if not store.put_new(key, body):
         raise StorageError(f"{key} exists with other content: step {submission.step} of attempt {submission.attempt} was saved twice")
     fault_point("persister.index.after", **facts)
-    return index
+    return body
 
 
-def _write_files(store: Store, submission: Submission) -> tuple[FileEntry, ...]:
+def _write_files(store: Store, submission: Submission, hear: Sequence[Callable[[int], None]]) -> tuple[FileEntry, ...]:
     """A full disk needs the space of half a save for the next one. Without its rank index, nobody can have committed it."""
     try:
-        return tuple(_write_file(store, submission, file, is_first=index == 0) for index, file in enumerate(submission.files))
+        return tuple(_write_file(store, submission, file, hear, is_first=index == 0) for index, file in enumerate(submission.files))
     except StoreFull:
         for file in submission.files:
             with contextlib.suppress(StoreError):  # what stays is swept as garbage one day
@@ -80,19 +87,23 @@ def _index(submission: Submission, files: tuple[FileEntry, ...]) -> RankIndex:
     )
 
 
-def _write_file(store: Store, submission: Submission, file: StagedFile, *, is_first: bool) -> FileEntry:
+def _write_file(
+    store: Store, submission: Submission, file: StagedFile, hear: Sequence[Callable[[int], None]], *, is_first: bool
+) -> FileEntry:
     data = submission.data[file.offset : file.offset + file.num_bytes]
     hashes: list[str] = []
-    blocks = _hashed(data, hashes)
+    blocks = _hashed(data, hashes, hear)
     if is_first:
         blocks = _with_fault_in_the_middle(blocks, data.nbytes, submission)
     store.write_file(f"{submission.directory}/{file.name}", blocks, num_bytes=data.nbytes)
     return FileEntry(name=file.name, num_bytes=data.nbytes, block_bytes=BLOCK_BYTES, hashes=tuple(hashes))
 
 
-def _hashed(data: memoryview, hashes: list[str]) -> Iterator[memoryview]:
-    """Each block is hashed just before it is written, while it is in the cache."""
+def _hashed(data: memoryview, hashes: list[str], hear: Sequence[Callable[[int], None]]) -> Iterator[memoryview]:
+    """Each block is hashed just before it is written, or while those before it are."""
     for block in split_blocks(data):
+        for listener in hear:
+            listener(block.nbytes)
         hashes.append(hash_block(block))
         yield block
 

@@ -20,6 +20,7 @@ from typing import Final, Protocol, TypeVar
 import xxhash
 
 from .canonical import sha256_hex
+from .collector import collector_paused
 from .errors import DamagedCheckpoint, IncompleteCheckpoint, NotFound, StoreError
 from .layout import MANIFEST_NAME, rank_index_name
 from .manifest import FileEntry, Manifest
@@ -39,7 +40,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 STEP_BYTES: Final = 1 << 19  # of a block that lies on this machine
-MAX_CUTS: Final = 512  # of a block that is read straight into them; smaller crumbs are cheaper to copy than to address
+MAX_CUTS: Final = 64  # of a block that is read straight into them; smaller crumbs are cheaper to copy than to address
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,8 @@ def read_manifest(store: Store, directory: str, manifest_sha256: str) -> Manifes
     if (found := sha256_hex(body)) != manifest_sha256:
         raise DamagedCheckpoint(directory, MANIFEST_NAME, f"has SHA-256 {found}, {manifest_sha256} was committed")
     try:
-        return Manifest.parse(body)
+        with collector_paused():
+            return Manifest.parse(body)
     except (ValueError, IncompleteCheckpoint) as error:
         raise DamagedCheckpoint(directory, MANIFEST_NAME, f"was committed but cannot be read: {error}") from error
 
@@ -211,6 +213,10 @@ class CheckpointReader:
             DamagedCheckpoint: a block is damaged in every tier, naming the first one.
             StoreError: the store could not be asked.
         """
+        with collector_paused():
+            self._read_pieces(pieces)
+
+    def _read_pieces(self, pieces: Iterable[Piece]) -> None:
         blocks = self._blocks_of(pieces)
         for name in dict.fromkeys(block.file.name for block in blocks):
             self._find_resident(name)
@@ -231,10 +237,15 @@ class CheckpointReader:
         cuts: dict[tuple[str, int], list[_Cut]] = defaultdict(list)
         for piece in pieces:
             file, memory = self._files[piece.file], piece.destination
-            if memory.nbytes:
+            if memory.format != "B" and memory.nbytes:
                 memory = memory.cast("B")
             if (end := piece.offset + memory.nbytes) > file.num_bytes:
                 raise DamagedCheckpoint(self.directory, file.name, f"bytes up to {end} are wanted, it has {file.num_bytes}")
+            index, skip = divmod(piece.offset, file.block_bytes)
+            if skip + memory.nbytes <= file.block_bytes:  # nearly always, and then this is all
+                if memory.nbytes:
+                    cuts[file.name, index].append(_Cut(skip, memory))
+                continue
             at = 0
             while at < memory.nbytes:
                 index, skip = divmod(piece.offset + at, file.block_bytes)
@@ -252,17 +263,28 @@ class CheckpointReader:
     def _read(self, blocks: Sequence[_Block]) -> Generator[_Read]:
         scratch = _Scratch()
         with _OpenFiles(self._store, self.directory) as files:
-            yield from _in_parallel(lambda block: self._read_block(block, files, scratch), blocks, self._store.parallel_reads)
+            runs = _runs(blocks, self._store.run_bytes)
+            for reads in _in_parallel(lambda run: self._read_run(run, files, scratch), runs, self._store.parallel_reads):
+                yield from reads
 
-    def _read_block(self, block: _Block, files: _OpenFiles, scratch: _Scratch) -> _Read:
-        """In any thread. Memory first, then the store, and the store once more."""
+    def _read_run(self, run: Sequence[_Block], files: _OpenFiles, scratch: _Scratch) -> Sequence[_Read]:
+        """Neighbouring blocks, in any thread; what the store has of them it is asked for once."""
+        name, start = run[0].file.name, run[0].start
+        if len(run) == 1:
+            return [self._read_block(run[0], lambda: files.get(name), scratch)]
+        num_bytes = sum(block.num_bytes for block in run)
+        with contextlib.closing(self._store.open_span(f"{self.directory}/{name}", start, num_bytes)) as span:
+            return [self._read_block(block, lambda: span, scratch) for block in run]
+
+    def _read_block(self, block: _Block, file: Callable[[], OpenFile], scratch: _Scratch) -> _Read:
+        """Memory first, then the store, and the store once more."""
         views = _views(block, memory := scratch.of(block.num_bytes))
         held = self._held.get(block.file.name)
         alarm = ""
         if held is not None and self._fill(held, block, views, STEP_BYTES):
             alarm = self._alarm(block, "in this node's memory is damaged, read from the store instead")
             held = None
-        if held is None and self._fetch(block, views, files):
+        if held is None and self._fetch(block, views, file):
             alarm = alarm or self._alarm(block, "came damaged from the store, and was right when it was read again")
         if views[0] is memory:
             _copy(memory, block.cuts)
@@ -271,11 +293,11 @@ class CheckpointReader:
     def _alarm(self, block: _Block, what: str) -> str:
         return f"{self.directory}/{block.file.name}: block {block.index} {what}"
 
-    def _fetch(self, block: _Block, views: Sequence[memoryview], files: _OpenFiles) -> bool:
+    def _fetch(self, block: _Block, views: Sequence[memoryview], file: Callable[[], OpenFile]) -> bool:
         """Reads a block from the store; whether that took a second try. Raises DamagedCheckpoint."""
         step = STEP_BYTES if self._is_local else block.num_bytes
         try:
-            if not self._fill(files.get(block.file.name), block, views, step):
+            if not self._fill(file(), block, views, step):
                 return False
             with contextlib.closing(self._store.open_file(f"{self.directory}/{block.file.name}")) as again:
                 why = self._fill(again, block, views, step)
@@ -340,6 +362,22 @@ class _Scratch(threading.local):
         if self.memory.nbytes < num_bytes:
             self.memory = memoryview(bytearray(num_bytes))
         return self.memory[:num_bytes]
+
+
+def _runs(blocks: Iterable[_Block], run_bytes: int) -> list[list[_Block]]:
+    """The same blocks in order, neighbours together as far as `run_bytes` goes."""
+    runs = list[list[_Block]]()
+    for block in blocks:
+        if runs and _goes_on(runs[-1], block, run_bytes):
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return runs
+
+
+def _goes_on(run: Sequence[_Block], block: _Block, run_bytes: int) -> bool:
+    is_next = block.file is run[-1].file and block.index == run[-1].index + 1
+    return is_next and block.start + block.num_bytes - run[0].start <= run_bytes
 
 
 def _views(block: _Block, scratch: memoryview) -> list[memoryview]:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from keepstep.storage.arena import StagedFile, Staging
+from keepstep.storage.arena import Buffer, StagedFile, Staging
 from keepstep.storage.layout import checkpoint_directory
 from keepstep.storage.manifest import TensorEntry
 
@@ -43,6 +43,13 @@ def stage(
     """Fills a buffer and submits it; the buffer's freshness. Two files: a shard and something small behind it."""
     buffer = staging.buffer(num_bytes + 100, template)
     assert buffer is not None, staging.last_error
+    stage_into(staging, buffer, step, attempt=attempt, num_bytes=num_bytes, patience_s=patience_s)
+    return buffer.fresh
+
+
+def stage_into(
+    staging: Staging, buffer: Buffer, step: int, *, attempt: int = 1, num_bytes: int = NUM_BYTES, patience_s: float = 0.0
+) -> None:
     buffer.view[:num_bytes] = content_of(step, num_bytes)
     buffer.view[num_bytes:] = b"m" * 100
     files = [
@@ -57,7 +64,6 @@ def stage(
         state={"rng": step},
         patience_s=patience_s,
     )
-    return buffer.fresh
 
 
 def held(staging: Staging, directory: str, name: str) -> bytes | None:

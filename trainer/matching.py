@@ -74,8 +74,11 @@ def _listed(names: Sequence[str]) -> str:
 
 def compare(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -> Differences:
     """What differs in names, global shapes and dtypes."""
-    there: dict[str, Kind] = {entry.name: (entry.dtype, tuple(entry.global_shape)) for entry in saved}
-    here: dict[str, Kind] = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in flat.items()}
+    there: dict[str, Kind] = {entry.name: (entry.dtype, entry.global_shape) for entry in saved}
+    names_of = {dtype: dtype_name(dtype) for dtype in {tensor.dtype for tensor in flat.values()}}
+    here: dict[str, Kind] = {name: (names_of[tensor.dtype], tuple(tensor.shape)) for name, tensor in flat.items()}
+    if there == here:
+        return Differences(reshaped={}, recast={})
     both = sorted(there.keys() & here.keys())
     return Differences(
         missing=tuple(sorted(here.keys() - there.keys())),
@@ -92,7 +95,7 @@ def skipped(saved: Sequence[TensorEntry], flat: Mapping[str, Tensor], partial: S
         CheckpointMismatch: something else differs.
         ValueError: a pattern matches no tensor at all.
     """
-    matching = matched({entry.name for entry in saved} | flat.keys(), partial)
+    matching = matched({entry.name for entry in saved} | flat.keys(), partial) if partial else frozenset()
     differences = compare(saved, flat)
     wrong = differences.without(matching)
     if wrong.names():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from .attach import Attached
 from .models import Gpt, initial_value
@@ -97,7 +98,7 @@ def initialise(model: nn.Module, *, seed: int, layers: int) -> None:
 
 def chunks_of(tensor: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(starts, sizes) of this rank's part of a DTensor; of a plain tensor: all of it."""
-    if not hasattr(tensor, "__create_chunk_list__"):
+    if not isinstance(tensor, DTensor):
         return [((0,) * tensor.ndim, tuple(tensor.shape))]
     return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.__create_chunk_list__()]
 

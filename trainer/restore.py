@@ -25,7 +25,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.tensor import DTensor
 
+from keepstep.storage.collector import collector_paused
 from keepstep.storage.errors import DamagedCheckpoint
 from keepstep.storage.faults import fault_point
 from keepstep.storage.manifest import Manifest, TensorEntry
@@ -35,7 +37,6 @@ from keepstep.storage.verify import CheckpointReader, Piece, read_manifest
 from .attach import Attached
 from .contract import DAMAGED_KIND, Phase
 from .matching import skipped
-from .optim import local
 from .parallel import chunks_of
 from .registry import Registry
 from .state import NestedTensors, byte_view, flatten, owner_of
@@ -138,8 +139,8 @@ def restore(manifest: Manifest, reader: VerifiedReader, tensors: NestedTensors, 
         log.warning("skipped %d tensors that differ, as told: %s", len(skip), ", ".join(sorted(skip)))
         flat = {name: tensor for name, tensor in flat.items() if name not in skip}
         saved = [entry for entry in saved if entry.name not in skip]
-    same = _uncut(saved, flat)
-    with torch.no_grad():
+    with torch.no_grad(), collector_paused():
+        same = _uncut(saved, flat)
         parts = _resharded(saved, flat) if same is None else same
         read_parts(reader, parts)
     return Restored(num_bytes=sum(part.num_bytes for part in parts), resharded=same is None, skipped=tuple(sorted(skip)))
@@ -176,7 +177,7 @@ class Part:
     @property
     def is_direct(self) -> bool:
         """Whether the bytes can be read straight into the target."""
-        return self.target.shape == self.shape and self.target.is_cpu and self.target.is_contiguous()
+        return self.target.is_cpu and self.target.is_contiguous() and self.target.shape == self.shape
 
 
 def part_of(entry: TensorEntry, starts: Sequence[int], sizes: Sequence[int], target: Tensor) -> Part:
@@ -194,9 +195,14 @@ def whole_chunk(entry: TensorEntry, target: Tensor) -> Part:
 def _uncut(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -> list[Part] | None:
     """Each local tensor is one saved chunk; None when one is not."""
     chunks = {(entry.name, entry.starts, entry.shape): entry for entry in saved}
-    mine = ((name, tensor, local(tensor)) for name, tensor in flat.items())
-    wanted = {(name, *chunk): shard for name, tensor, shard in mine if shard.numel() for chunk in chunks_of(tensor)}
-    return [whole_chunk(chunks[key], target) for key, target in wanted.items()] if wanted.keys() <= chunks.keys() else None
+    parts = []
+    for name, tensor in flat.items():
+        shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for starts, sizes in chunks_of(tensor) if shard.numel() else ():
+            if (entry := chunks.get((name, starts, sizes))) is None:
+                return None
+            parts.append(whole_chunk(entry, shard))
+    return parts
 
 
 def _resharded(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -> list[Part]:

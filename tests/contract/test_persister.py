@@ -51,7 +51,7 @@ class PersisterProcess:
             self._received += data
         line, _, self._received = self._received.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
-        return message if message["kind"] != "begun" else self.line()
+        return message if message["kind"] not in ("begun", "writing") else self.line()
 
     def connect(self, attempt: int = 1) -> Staging:
         return Staging.connect(self.socket, attempt=attempt, rank=0, world_size=2)
@@ -111,8 +111,11 @@ class TestProcess:
 
     def test_a_rank_killed_before_that_leaves_its_buffer_to_the_next(self, start: Callable[..., PersisterProcess], folder: Path) -> None:
         persister = start()
+        run_rank_that_is_killed(persister.socket, submits=True, num_bytes=NUM_BYTES)
         run_rank_that_is_killed(persister.socket, submits=False, num_bytes=NUM_BYTES)
+        assert persister.line()["step"] == 20
         successor = persister.connect(attempt=2)
+        assert held(successor, directory_of(20), "__0_0.distcp") == content_of(20), "what it was filling when it died was another buffer"
         stage(successor, 40, attempt=2)
         assert successor.wait_idle(DEADLINE_S)
         assert persister.line()["step"] == 40

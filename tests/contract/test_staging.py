@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from staged import DEADLINE_S, NUM_BYTES, content_of, directory_of, eventually, held, stage, tensors_of
+from staged import DEADLINE_S, NUM_BYTES, content_of, directory_of, eventually, held, stage, stage_into, tensors_of
 
 from keepstep.storage import buffers
 from keepstep.storage.arena import StagedFile, Staging
 from keepstep.storage.canonical import sha256_hex
-from keepstep.storage.errors import StoreError, StoreFull
+from keepstep.storage.errors import StoreError, StoreFull, TornStage
 from keepstep.storage.layout import rank_index_name, steps_key
 from keepstep.storage.manifest import RankIndex, hash_blocks
 from keepstep.storage.persister import Persister, listen
@@ -52,7 +52,7 @@ class Node:
         threading.Thread(target=self.persister.accept, args=(self._listener,), daemon=True).start()
 
     def _note(self, line: Mapping[str, Any]) -> None:
-        if line["kind"] != "begun":
+        if line["kind"] not in ("begun", "writing"):
             self.lines.append(line)
 
     def connect(self, *, attempt: int = 1, rank: int = 0) -> Staging:
@@ -268,6 +268,80 @@ class TestBuffers:
             assert staging.wait_idle(DEADLINE_S)
             assert node.store.get(f"{directory_of(step)}/__0_0.distcp") == content_of(step, num_bytes)
         assert len(node.persister.slots[0].buffers) == 2
+
+
+class TestTornStages:
+    """What was not filled to its end, or not by one rank alone, is nobody's checkpoint."""
+
+    def test_what_a_rank_was_filling_when_it_ended_is_neither_durable_nor_resident(self, node: Node) -> None:
+        old = node.connect(attempt=1)
+        stage(old, 20)
+        assert old.wait_idle(DEADLINE_S)
+        half = old.buffer(NUM_BYTES + 100, "layout")
+        assert half
+        half.view[: NUM_BYTES // 2] = content_of(40)[: NUM_BYTES // 2]
+        old.close()
+        new = node.connect(attempt=2)
+        assert held(new, directory_of(20), "__0_0.distcp") == content_of(20)
+        assert held(new, directory_of(40), "__0_0.distcp") is None
+        assert node.store.list(directory_of(40)) == []
+        assert [line["step"] for line in node.lines] == [20]
+
+    def test_a_rank_that_lives_on_writes_into_memory_that_nobody_reads(self, node: Node) -> None:
+        """Cut off in the middle of a copy, it does not know yet that a newer attempt has taken its place."""
+        zombie = node.connect(attempt=1)
+        zombie.reserve(NUM_BYTES + 100)
+        half = zombie.buffer(NUM_BYTES + 100, "layout")
+        assert half
+        new = node.connect(attempt=2)
+        for step in (20, 40):
+            buffer = new.buffer(NUM_BYTES + 100, "layout")
+            assert buffer
+            half.view[:] = b"z" * (NUM_BYTES + 100)
+            stage_into(new, buffer, step, attempt=2)
+            half.view[:] = b"z" * (NUM_BYTES + 100)
+            assert new.wait_idle(DEADLINE_S), new.last_error
+            assert node.store.get(f"{directory_of(step, 2)}/__0_0.distcp") == content_of(step)
+            assert held(new, directory_of(step, 2), "__0_0.distcp") == content_of(step)
+
+    def test_a_filling_that_begins_while_the_bytes_are_written_is_noticed(self, node: Node) -> None:
+        staging = node.connect()
+        node.store.gate.clear()
+        stage(staging, 20)
+        (mapped,) = staging._mapped.values()
+        mapped.lock.begin()
+        node.store.gate.set()
+        assert not staging.wait_idle(DEADLINE_S)
+        assert "changed hands" in staging.last_error
+        assert [line["kind"] for line in node.lines] == ["failed"]
+        assert not node.store.exists(f"{directory_of(20)}/{rank_index_name(0)}")
+        assert staging.resident(directory_of(20), "__0_0.distcp") is None
+        stage(staging, 40)
+        assert staging.wait_idle(DEADLINE_S)
+
+    def test_two_that_fill_one_buffer_hand_nothing_over(self, node: Node) -> None:
+        staging = node.connect()
+        buffer = staging.buffer(NUM_BYTES + 100, "layout")
+        assert buffer
+        (mapped,) = staging._mapped.values()
+        mapped.lock.begin()
+        stage_into(staging, buffer, 20)
+        assert "changed hands" in staging.last_error
+        assert not staging.busy
+        stage(staging, 40)
+        assert staging.wait_idle(DEADLINE_S)
+        assert [line["step"] for line in node.lines] == [40]
+
+    def test_a_submission_of_an_older_filling_is_refused(self, node: Node) -> None:
+        staging = node.connect()
+        assert staging.buffer(NUM_BYTES + 100)
+        filling = staging._filling
+        assert filling
+        staging.submit(directory=directory_of(20), step=20, files=[], tensors=(), state={})
+        assert staging.wait_idle(DEADLINE_S)
+        filling.lock.end(filling.lock.begin())
+        with pytest.raises(TornStage):
+            filling.lock.check(filling.odd + 1)
 
 
 class TestMemoryTier:

@@ -1,0 +1,123 @@
+"""Saving and restoring a state dict in S3: keepstep beside FsspecWriter and FsspecReader on s3fs, and the raw floor, in alternating runs.
+
+    python benchmarks/storage_s3.py                 two shapes, results/storage_s3.json and tables
+    python benchmarks/storage_s3.py --quick
+
+As benchmarks/storage.py. The S3 server is SeaweedFS on loopback, on the same cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import statistics
+import sys
+import urllib.parse
+import warnings
+from collections.abc import Iterator, Mapping
+
+import s3fs
+import torch
+import torch.distributed as dist
+from common import HERE, Verdict, machine, parser, publish
+from saving import BIG, SHAPES, Contender, Dcp, Keepstep, Measured, Place, State, Times, measure, only_rank, ratios, show, timed
+
+from keepstep.storage.store import ENV_OPTIONS, Store
+from keepstep.trainer.attach import Attached
+from keepstep.trainer.parallel import join
+from keepstep.trainer.state import byte_view
+
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+from s3server import BUCKET, KEY, SECRET, S3Server, running_s3_server
+
+SERVER_MEMORY = "3GiB"  # with the tests' 300 MiB it spends twice the CPU time and more on collecting garbage
+ROUNDS, QUICK_ROUNDS = 5, 1
+
+
+class RawObject(Contender):
+    """One PUT and one GET over one connection with signed URLs: what the server and one core can do without any library."""
+
+    name = "floor"
+
+    def __init__(self, server: S3Server) -> None:
+        self._fs = s3fs.S3FileSystem(key=KEY, secret=SECRET, endpoint_url=server.endpoint_url, client_kwargs={"region_name": "us-east-1"})
+        self._address = urllib.parse.urlparse(server.endpoint_url).netloc
+
+    def run(self, key: str, state: State, target: State) -> Times:
+        blob = b"".join(byte_view(tensor) for tensor in state.values())
+        put, get = (self._signed(key, method) for method in ("put_object", "get_object"))
+        return {"save: one PUT": timed(lambda: self._call("PUT", put, blob)), "load: one GET": timed(lambda: self._get(get, target))}
+
+    def _signed(self, key: str, method: str) -> str:
+        url = urllib.parse.urlparse(self._fs.sign(f"{BUCKET}/{key}", client_method=method))
+        return f"{url.path}?{url.query}"
+
+    @contextlib.contextmanager
+    def _answer(self, method: str, url: str, body: bytes | None) -> Iterator[http.client.HTTPResponse]:
+        with contextlib.closing(http.client.HTTPConnection(self._address)) as connection:
+            connection.request(method, url, body)
+            answer = connection.getresponse()
+            assert answer.status == 200, answer.read()
+            yield answer
+
+    def _call(self, method: str, url: str, body: bytes) -> None:
+        with self._answer(method, url, body) as answer:
+            answer.read()
+
+    def _get(self, url: str, target: State) -> None:
+        with self._answer("GET", url, None) as answer:
+            for tensor in target.values():
+                view = byte_view(tensor)
+                while view:
+                    view = view[answer.readinto(view) :]
+
+
+@contextlib.contextmanager
+def s3() -> Iterator[Place]:
+    with running_s3_server(memory=SERVER_MEMORY) as server:
+        os.environ[ENV_OPTIONS] = server.options.to_json()
+        with only_rank(f"{server.url}/keepstep", server.options) as staging:
+            ours, peers = Keepstep(f"{server.url}/keepstep", staging), Store.open(f"{server.url}/peers")
+            dcp = Dcp("dcp (s3fs)", f"{server.url}/peers", endpoint_url=server.endpoint_url, key=KEY, secret=SECRET)
+
+            def clean() -> None:
+                ours.clean()
+                for key in peers.list():
+                    peers.delete(key)
+
+            yield Place("S3", (ours, dcp, RawObject(server)), clean)
+
+
+def verdicts(measured: Mapping[str, Measured]) -> list[Verdict]:
+    saves = ratios(measured[BIG], "dcp (s3fs): save: dcp.save", "keepstep: save: durable")
+    loads = ratios(measured[BIG], "dcp (s3fs): load: dcp.load", "keepstep: load: restore")
+    return [_at_least("persist, S3 on loopback", saves, 2, "FsspecWriter"), _at_least("restore, S3 on loopback", loads, 8, "FsspecReader")]
+
+
+def _at_least(what: str, found: list[float], limit: float, peer: str) -> Verdict:
+    middle = statistics.median(found)
+    told = f"{middle:.2f} x ({min(found):.2f} to {max(found):.2f}, n = {len(found)})"
+    return Verdict(what=f"{what}, {BIG}", target=f">= {limit:g} x as fast as {peer}", result=told, met=middle >= limit)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=0, help=f"that count; {ROUNDS}, quick {QUICK_ROUNDS}")
+    options = arguments.parse_args()
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    join(Attached(None))
+    began_on, measured = machine(), dict[str, dict[str, list[float]]]()
+    with s3() as place:
+        for shape, (number, each) in SHAPES.items():
+            measured[shape] = measure(place, shape, rounds)
+            show(f"S3, {shape} ({4 * number * each / 1e6:.0f} MB), {rounds} rounds", measured[shape], 4 * number * each)
+    publish("storage_s3", verdicts(measured), measured, began_on=began_on)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
