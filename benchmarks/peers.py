@@ -57,7 +57,7 @@ OFTEN: Final = (
 )  # the others: one trial
 QUICK: Final = ("keepstep 2x2", "torchft 4x1")
 STEPS_BETWEEN: Final = 15  # more than the checkpoint interval
-START_S, RECOVERY_S, POLL_S = 90.0, 60.0, 0.02
+START_S, RECOVERY_S, POLL_S = 90.0, 60.0, 0.1  # all times are taken from the records
 COLD: Final[Mapping[str, tuple[type[Contender], type[Contender]]]] = {
     "1x4": (KeepstepOneNode, TorchrunSameScriptOneNode),
     "2x2": (Keepstep, TorchrunSameScript),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import toy
+import sharded
 
-toy.join()
-toy.train()
+sharded.join()
+sharded.train()

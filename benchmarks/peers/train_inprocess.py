@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
+import sharded
 import torch.distributed as dist
-import toy
 from nvidia_resiliency_ext import inprocess
 
 ACTIVE = 4
@@ -29,7 +29,7 @@ def main(call_wrapper: inprocess.CallWrapper = None) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore(os.environ["MASTER_ADDR"], PORT + 2 + call_wrapper.iteration, size, rank == 0, multi_tenant=True)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=GLOO_TIMEOUT_S))
-    toy.train(life=call_wrapper.iteration, each_step=call_wrapper.ping)
+    sharded.train(life=call_wrapper.iteration, each_step=call_wrapper.ping)
 
 
 main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sharded
 import torch
 import torch.distributed as dist
 import toy
@@ -27,8 +28,8 @@ def optimizer_with_state(model: nn.Module) -> torch.optim.AdamW:
 
 
 me = attach()
-toy.join()
-model = toy.sharded_model()
+sharded.join()
+model = sharded.sharded_model()
 optimizer = optimizer_with_state(model)
 names = dict(model.named_parameters())
 tensors = {"model": names, "optimizer": {name: optimizer.state[parameter] for name, parameter in names.items()}}

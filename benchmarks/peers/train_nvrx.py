@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import nvidia_resiliency_ext.fault_tolerance as fault_tolerance
-import toy
+import sharded
 
-toy.join()
+sharded.join()
 client = fault_tolerance.RankMonitorClient()
 client.init_workload_monitoring()
-toy.train(each_step=client.send_heartbeat)
+sharded.train(each_step=client.send_heartbeat)

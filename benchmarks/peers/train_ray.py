@@ -10,9 +10,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 
 def work(_: dict[str, object]) -> None:
-    import toy
+    import sharded
 
-    toy.train()
+    sharded.train()
 
 
 ray.init(address=sys.argv[1], log_to_driver=False)

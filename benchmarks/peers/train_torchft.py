@@ -32,7 +32,7 @@ manager = Manager(
     load_state_dict=load,
     state_dict=state,
     replica_id=f"replica{REPLICA}",
-    timeout=timedelta(seconds=5),
+    timeout=timedelta(seconds=30),  # who waits for a quorum must outlast a replica that starts again
     rank=0,
     world_size=1,
     store_addr="127.0.0.1",
