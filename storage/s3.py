@@ -18,6 +18,7 @@ from .uploads import PART_BYTES, Body, send_parts
 
 T = TypeVar("T")
 
+RUN_BYTES: Final = 16 << 20
 CLEAN_UP_S: Final = 5.0  # for tidying up after an error: its cause is likely to be there still
 
 
@@ -25,6 +26,7 @@ class S3Store(ObjectStore):
     """s3://bucket/prefix."""
 
     part_bytes = PART_BYTES  # objects up to this size are one request
+    run_bytes = RUN_BYTES
 
     def __init__(self, path: str, options: StorageOptions) -> None:
         if not path:
@@ -48,11 +50,12 @@ class S3Store(ObjectStore):
             raise
         self._complete(key, upload, parts, num_bytes)
 
-    def open_file(self, key: str) -> S3File:
-        return S3File(self, key)
-
     def read_into(self, key: str, start: int, *destinations: memoryview) -> int:
-        return self.open_file(key).read_into(start, *destinations)
+        with closing(self.open_span(key, start, sum(view.nbytes for view in destinations))) as span:
+            return span.read_into(start, *destinations)
+
+    def open_span(self, key: str, start: int, num_bytes: int) -> S3Span:
+        return S3Span(self, key, self._bulk.span(self._full(key), start, num_bytes))
 
     def modified(self, prefix: str = "") -> Modified:
         now, times = self._times(prefix)
@@ -222,25 +225,6 @@ class S3Store(ObjectStore):
 
     def _delete(self, path: str, left_s: float) -> None:
         self._client.request("delete_object", left_s, Key=path)
-
-
-class S3File:
-    """An object to read from. Thread-safe, but for the spans that it gives."""
-
-    def __init__(self, store: S3Store, key: str) -> None:
-        self._store = store
-        self._key = key
-
-    def read_into(self, start: int, *destinations: memoryview) -> int:
-        with closing(self.span(start, sum(view.nbytes for view in destinations))) as span:
-            return span.read_into(start, *destinations)
-
-    def span(self, start: int, num_bytes: int) -> S3Span:
-        """For reading so many bytes in order, in one thread."""
-        return S3Span(self._store, self._key, self._store._bulk.span(self._store._full(self._key), start, num_bytes))
-
-    def close(self) -> None:
-        """There is nothing to give back."""
 
 
 class S3Span:

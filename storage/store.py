@@ -92,6 +92,7 @@ class Store(ABC):
 
     name: str  # what messages call this root
     parallel_reads: int = 16
+    run_bytes: int = 0  # of neighbouring blocks that one request should bring; 0: each block is read by itself
     segment_period_s: float = 0.0  # growing files: the least time between two writes that this kind of store deserves
 
     @staticmethod
@@ -207,6 +208,10 @@ class Store(ABC):
     def open_file(self, key: str) -> OpenFile:
         """To read from, many times; whoever opens it closes it. Raises NotFound, here or when it is read."""
         return _ByKey(self, key)
+
+    def open_span(self, key: str, start: int, num_bytes: int) -> OpenFile:
+        """To read these bytes in order, in one thread. Otherwise as `open_file`."""
+        return self.open_file(key)
 
     def exists(self, key: str) -> bool:
         try:
