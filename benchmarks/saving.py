@@ -85,11 +85,17 @@ class Keepstep(Contender):
         saver = self._checkpointers.setdefault(len(state), Checkpointer(self._staging, rank=0, attempt=1, nonce="bench"))
         saver.get_ready({"model": state})
         stall = timed(lambda: saver.save(self._step, {"model": state}, {}))
-        durable = timed(lambda: self._staging.wait_idle(DEADLINE_S))
+        persisted = timed(lambda: self._staging.wait_idle(DEADLINE_S))
         assert not self._staging.last_error, self._staging.last_error
         directory = checkpoint_directory(1, self._step, "bench")
         committed = timed(lambda: self._commit(directory))
-        times = {"save: training waits": stall, "save: durable": stall + durable, "save: committed": stall + durable + committed}
+        durable = stall + persisted
+        times = {
+            "save: training waits": stall,
+            "save: persist": persisted,
+            "save: durable": durable,
+            "save: committed": durable + committed,
+        }
         self._warm(directory)
         times["load: restore"] = timed(lambda: self._restore(directory, target, resident=False))
         for tensor in target.values():

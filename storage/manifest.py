@@ -263,7 +263,7 @@ def tensor_fields(tensor: TensorEntry) -> dict[str, Any]:
 
 
 def parse_tensor(fields: Mapping[str, Any]) -> TensorEntry:
-    values = tuple(map(fields.get, _TENSOR_KINDS))
+    values: tuple[Any, ...] = tuple(map(fields.get, _TENSOR_KINDS))
     if tuple(map(type, values)) != _KINDS:  # one comparison for a tensor: a manifest may hold a hundred thousand
         for name, kind in _TENSOR_KINDS.items():
             _take(fields, name, kind, f"tensor {fields.get('name')!r}")

@@ -19,7 +19,7 @@ from .store import Store
 class Submission:
     """One rank's part of one checkpoint, in shared memory.
 
-    check: raises TornStage unless `data` is still what the rank submitted.
+    check: raises TornStage unless `data` is still what the rank submitted; nothing to check where nobody else has this memory.
     """
 
     attempt: int
@@ -31,7 +31,7 @@ class Submission:
     tensors: tuple[TensorEntry, ...]
     state: Mapping[str, Any]
     data: memoryview
-    check: Callable[[], None]
+    check: Callable[[], None] = lambda: None
 
     @property
     def num_bytes(self) -> int:

@@ -97,8 +97,9 @@ class TinyRun:
 
     def persist(self, step: int) -> ev.Commit:
         directory = checkpoint_directory(self.attempt.attempt, step, self.attempt.nonce)
-        indexes = [persist(self.store, self.submission(step, rank, directory), lambda: None) for rank in range(self.world_size)]
-        return ev.Commit(attempt=self.attempt.attempt, step=step, directory=directory, indexes=tuple(map(reported, indexes)))
+        bodies = [persist(self.store, self.submission(step, rank, directory), lambda: None) for rank in range(self.world_size)]
+        indexes = tuple(reported(RankIndex.parse(body)) for body in bodies)
+        return ev.Commit(attempt=self.attempt.attempt, step=step, directory=directory, indexes=indexes)
 
     def submission(self, step: int, rank: int, directory: str) -> Submission:
         """A shard, and from rank 0 a second file."""

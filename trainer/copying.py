@@ -40,7 +40,7 @@ class Copier:
     def _begin(self, destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> Wait:
         device = next(source.device for source in sources if source.is_cuda)
         if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pin(destinations)
         self._stream.wait_stream(torch.cuda.current_stream(device))  # what the last update launched is finished first
         with torch.cuda.stream(self._stream):
@@ -48,7 +48,7 @@ class Copier:
             for source in sources:
                 if source.is_cuda:
                     source.record_stream(self._stream)  # its memory is not given to anybody else before the copy is over
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(self._stream)
         return copied.synchronize
 
@@ -58,7 +58,8 @@ class Copier:
         address, last = first.data_ptr(), max(destinations, key=Tensor.data_ptr)
         if any(pinned.data_ptr() == address for pinned in self._pinned):
             return
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         if len(self._pinned) == _PINNED:
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._pinned.pop(0).data_ptr())))
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, last.data_ptr() + last.nbytes - address, 0)))
+            torch.cuda.check_error(int(runtime.cudaHostUnregister(self._pinned.pop(0).data_ptr())))
+        torch.cuda.check_error(int(runtime.cudaHostRegister(address, last.data_ptr() + last.nbytes - address, 0)))
         self._pinned.append(first)  # keeps the buffer mapped for as long as it is registered

@@ -100,7 +100,7 @@ def chunks_of(tensor: Tensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(starts, sizes) of this rank's part of a DTensor; of a plain tensor: all of it."""
     if not isinstance(tensor, DTensor):
         return [((0,) * tensor.ndim, tuple(tensor.shape))]
-    return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.__create_chunk_list__()]
+    return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.__create_chunk_list__()]  # type: ignore[no-untyped-call]
 
 
 def whole(tensor: Tensor) -> Tensor:

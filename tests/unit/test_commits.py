@@ -49,7 +49,7 @@ def part(store: Store, step: int, rank: int, *, attempt: int = 1, first_row: int
         state={"rng": step},
         data=memoryview(data),
     )
-    return persist(store, submission, lambda: None)
+    return RankIndex.parse(persist(store, submission, lambda: None))
 
 
 def reported(index: RankIndex) -> Persisted:

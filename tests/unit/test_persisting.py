@@ -54,6 +54,19 @@ def test_a_save_that_takes_too_long_is_trouble(persister: PersisterProcess, cloc
     assert persister.trouble == ""
 
 
+def test_a_save_that_takes_too_long_says_whether_it_moves(persister: PersisterProcess, clock: list[float]) -> None:
+    persister.hear(line("begun"))
+    clock[0] += 25
+    persister.hear(line("writing", bytes=3_000_000, of=8_000_000))
+    clock[0] += 6
+    late = "step 20 of rank 0 has been on its way to storage for over 30 s"
+    assert persister.trouble == f"{late}: 3 of 8 MB are written or on their way, last heard of 6 s ago"
+    persister.hear(persisted())
+    persister.hear(line("begun", step=40))
+    clock[0] += 31
+    assert persister.trouble == late.replace("20", "40", 1), "what the save before it had written says nothing"
+
+
 def test_troubles_of_an_older_attempt_are_forgotten(persister: PersisterProcess, clock: list[float]) -> None:
     """Ranks may move to another node; nobody would ever clear them here."""
     persister.hear(line("failed", rank=0, why="no space"))
