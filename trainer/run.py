@@ -28,13 +28,13 @@ from .parallel import World, initialise
 from .parts import registry_of
 from .poison import poison
 from .registry import Registry
-from .rehearsal import rehearse
 from .restore import resume
 from .samples import Samples, samples_of
 from .scaler import LossScaler
 from .spikes import Window
 from .state import NestedTensors, RankState, tensors_of
 from .steptrace import StepTrace
+from .throwaway import throw_away_step
 from .tokens import Tokens, open_tokens, prepare, read_index
 
 log = logging.getLogger("keepstep.trainer")
@@ -114,7 +114,7 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
     tensors = tensors_of(engine.sharded, engine.optimizer)
     me.mark("built")
     if me.waits:
-        rehearse(config, world, samples, engine)
+        throw_away_step(config, world, samples, engine)
     me.standby()  # what follows belongs to the attempt
     feed = feed_for(samples.sizes, config, skips=me.spec.skips if me.spec else ())
     run = Run(
