@@ -128,6 +128,9 @@ class Launch:
     def _tree(self) -> list[int]:
         return descendants(self._process.pid)
 
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
     def saves(self) -> int:
         """Checkpoints that it has now, and has retired."""
         return len(list((self.folder / "root").glob("data/*/*")))
@@ -159,7 +162,7 @@ def measure(seconds: float, warm_s: float, overrides: Sequence[str]) -> Figures:
         for launch in launches.values():
             until = time.monotonic() + START_S
             while launch.steps() < 1:
-                if time.monotonic() > until:
+                if time.monotonic() > until or launch.has_ended():
                     raise SystemExit(f"it does not train, see {launch.folder}/output.log")
                 time.sleep(0.05)
         time.sleep(warm_s)  # all at once

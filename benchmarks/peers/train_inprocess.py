@@ -1,6 +1,7 @@
-"""For NVRx's in-process restart: four ranks train, the others wait as spares. Started without a launcher, as its manual asks for."""
+"""For NVRx's in-process restart: four ranks train, the others wait as spares. Started without a launcher, as its manual asks for.
 
-from __future__ import annotations
+The wrapper looks for its argument by annotation: annotations must be classes here, not text.
+"""
 
 import os
 from datetime import timedelta
