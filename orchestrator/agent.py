@@ -63,7 +63,9 @@ class Agent:
         self._report_s = REPORT_S
         self._retiring: list[asyncio.Task[None]] = []  # connections to coordinators that were succeeded
         self._address = address_towards(urlsplit(contact.url).hostname or "127.0.0.1")
-        self._persister = PersisterProcess(scratch.staging_socket, config.run.root, config.storage.slow_s, self._changed)
+        self._persister = PersisterProcess(
+            scratch.staging_socket, config.run.root, config.storage.slow_s, self._changed, config.checkpoint
+        )
         self._patience = Patience(config.cluster.hang_s)
         self._ranks = self._incarnate()
         self._news = asyncio.Event()
@@ -204,7 +206,7 @@ class Agent:
             start_forkserver(self.config.run.root)
             await asyncio.to_thread(wait_until_warm)
             self._slots = self.config.cluster.ranks_per_node or await asyncio.to_thread(count_gpus) or 1
-            self._ranks.reserve.prepare(self._slots)
+            self._ranks.reserve.prepare(self._slots, in_time=False)
             self._warm.set()
             self._changed()
             await wait_ended(forkserver_pid())

@@ -25,6 +25,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from keepstep.trainer.attach import be_standby
+from keepstep.trainer.contract import ENV_SPEC
+
 from . import stacks
 from .exits import exit_code, write_error
 from .processes import die_with_parent, print_or_lose
@@ -53,6 +56,7 @@ class Begin:
     error_path: str
     answers: str  # where its stacks go, see stacks.py
     is_tethered: bool  # a descriptor to hold follows, see tether.py
+    waits: bool = False  # as a rank of a hot standby, see hot.py: another order follows, when an attempt is launched into it
 
 
 def tell_gpus(telling: Connection) -> None:
@@ -82,22 +86,30 @@ def launch(
     telling: Connection,
     exits: tuple[Connection, ...],
     orders: tuple[Connection, ...],
+    *,
+    ahead: bool,
 ) -> None:
     """The launcher's process: torchrun's own library starts the ranks; tells their pids, and each one's exit code at once.
 
     Torch's `poll` and `wait` are not used: they would end the other ranks in their own way, which takes up to 30 s for each.
+
+    Args:
+        ahead: nobody waits for these ranks yet: there is time to rehearse their first step.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, start_processes
 
     die_with_parent(parent)
     _forget_variables_of_preloaded_modules()
     _preload(program)
+    rehearses = ahead and not program.script
+    if rehearses:
+        _rehearse()
     gc.freeze()  # a collection in a rank would copy what all of them share
     handlers = {number: signal.getsignal(number) for number in LAUNCHER_SIGNALS}
     context: Any = start_processes(
         name=ROLE,
         entrypoint=rank_main,
-        args={i: (i, os.getpid(), exits, orders) for i in range(len(orders))},
+        args={i: (i, os.getpid(), exits, orders, rehearses) for i in range(len(orders))},
         envs={i: {} for i in range(len(orders))},  # they come with the order to begin
         logs_specs=DefaultLogsSpecs(log_dir=str(Path(scratch) / "elastic")),
         start_method="fork",
@@ -135,7 +147,13 @@ def _pose_as(program: Program) -> None:
     sys.path[0] = str(Path(program.script).resolve().parent)  # as `python script` has it
 
 
-def rank_main(local_rank: int, parent: int, exits: tuple[Connection, ...], orders: tuple[Connection, ...]) -> None:
+def _rehearse() -> None:
+    from keepstep.trainer.rehearsal import rehearse
+
+    rehearse()
+
+
+def rank_main(local_rank: int, parent: int, exits: tuple[Connection, ...], orders: tuple[Connection, ...], rehearses: bool) -> None:
     """The rank's process, forked from its launcher: own session, then whatever it is told. Never returns."""
     os.setsid()
     die_with_parent(parent)
@@ -146,24 +164,44 @@ def rank_main(local_rank: int, parent: int, exits: tuple[Connection, ...], order
             end.close()
     _take_forks_along()
     _leave_signals_to_the_agent()
-    order = _await_order(orders[local_rank])
-    os.environ.update(order.environment)
-    _redirect_output(order.log_path)
     faulthandler.enable()
-    stacks.answer_to(Path(order.answers))
-    _leave(_run_guarded(order.program, Path(order.error_path)))
+    if rehearses:
+        _rehearse()  # once more: it copies the pages that a first step writes to
+    life = Life(orders[local_rank])
+    _leave(_run_guarded(life))
 
 
-def _await_order(orders: Connection) -> Begin:
-    """An agent that wants us no more closes the pipe."""
-    try:
-        order: Begin = orders.recv()
-    except (EOFError, OSError):
-        os._exit(0)
-    if order.is_tethered:
-        recv_handle(orders)  # stays open as long as we live; children that we fork hold it, too
-    orders.close()
-    return order
+class Life:
+    """What this rank was told to be: an attempt's, or a hot standby's until an attempt is launched into that."""
+
+    def __init__(self, orders: Connection) -> None:
+        self._orders = orders
+        self.order = self._obey()
+
+    def _obey(self) -> Begin:
+        order = self._next_order()
+        os.environ.update(order.environment)
+        _redirect_output(order.log_path)
+        stacks.answer_to(Path(order.answers))
+        return order
+
+    def _next_order(self) -> Begin:
+        """An agent that wants us no more closes the pipe."""
+        try:
+            order: Begin = self._orders.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        if order.is_tethered:
+            recv_handle(self._orders)  # stays open as long as we live; children that we fork hold it, too
+        if not order.waits:
+            self._orders.close()
+        return order
+
+    def wait_for_attempt(self) -> str:
+        """Tells the agent that all is built; what the attempt's order says of this rank."""
+        self._orders.send("ready")
+        self.order = self._obey()
+        return self.order.environment[ENV_SPEC]
 
 
 def _take_forks_along() -> None:
@@ -234,14 +272,16 @@ def _redirect_output(path: str) -> None:
     print_or_lose()
 
 
-def _run_guarded(program: Program, error_path: Path) -> int:
+def _run_guarded(life: Life) -> int:
+    if life.order.waits:
+        be_standby(life.wait_for_attempt)
     try:
-        _run(program)
+        _run(life.order.program)
     except SystemExit as error:
         return exit_code(error)
     except BaseException as error:  # noqa: BLE001  (the process entry: whatever it was becomes the verdict)
         traceback.print_exc()
-        write_error(error_path, error)
+        write_error(Path(life.order.error_path), error)
         return 1
     return 0
 

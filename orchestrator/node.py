@@ -26,16 +26,17 @@ from .contact import interface_of
 from .exits import Exit
 from .forked import Program
 from .forkserver import HostedStore
+from .hot import HotStandby
 from .oom import KernelLog, OomWitness
 from .patience import Patience, Watch
 from .progress import ProgressPage
 from .ranklogs import RankLogs, tail
-from .ranks import GroupSpec, RankGroup
+from .ranks import GroupSpec, Launcher, RankGroup
 from .reserve import Reserve
 from .sections import RunConfig
 from .stacks import Stacks, Subject
 from .tether import Tether
-from .wire import Launch, RankReport, StoreAddress
+from .wire import Launch, RankReport, Standby, StoreAddress
 
 KEEP_STACKS_S = 0.5  # how long the root may take to store stacks before the ranks are killed all the same
 TAIL_S = 0.1  # how long the end of a rank's log may take to be read
@@ -117,6 +118,7 @@ class NodeRanks:
         self._hosted: dict[int, HostedStore] = {}
         self.store_address: StoreAddress | None = None
         self.tether: Tether | None = None  # what the next ranks will hold
+        self.standby: HotStandby | None = None
         self._newest = 0  # newest attempt launched or refused by this incarnation
         self._order = (0, 0.0)  # the newest attempt that it was told to launch, and when
         self.autopsied = 0  # newest attempt whose ranks' stacks were taken
@@ -141,7 +143,10 @@ class NodeRanks:
         """Makes this node run exactly this attempt; does nothing where it does so already, or did and lost it."""
         if self.attempt != launch.attempt:
             await self.stop()
-        if launch.store is None:
+        if launch.standby and launch.attempt > self._newest:
+            self._newest = launch.attempt
+            self._start_hot(launch)
+        elif launch.store is None:
             await self._host_store(launch)
         elif launch.attempt > self._newest:
             self._newest = launch.attempt
@@ -156,8 +161,29 @@ class NodeRanks:
         self._attempt.group.kill()
         await self._attempt.ended.wait()
 
+    async def drop_standby(self, term: int, wanted: Standby | None, launch: Launch | None = None) -> None:
+        """Ends the one that is there, unless it is the one that is wanted, or the attempt is about to be launched into it."""
+        standby = self.standby
+        numbers = (wanted.number if wanted else 0, launch.standby if launch and launch.attempt > self._newest else 0)
+        if standby and (standby.term != term or standby.number not in numbers):
+            self.standby = None
+            await standby.end()
+            self._on_change()
+
+    async def stand_by(self, term: int, wanted: Standby) -> None:
+        """Sees to it that the wanted standby forms."""
+        if self.standby is None:
+            self.standby = HotStandby(term, wanted, self.node, self._on_change)
+            self._on_change()
+        await self.standby.meet(self.reserve)
+        if wanted.store:
+            cluster = self._settings.config.cluster
+            self.standby.form(self._standby_group(wanted, wanted.store), wanted.store, self.reserve, within_s=cluster.start_timeout_s)
+
     def blame_all(self, kind: str, why: str) -> None:
         """The node itself broke its ranks (its persister died, say): kill them, and let the reason be that."""
+        if self.standby and kind in ("lease", "fenced"):
+            self.standby.fail(why)
         if not self.running:
             return
         assert self._attempt
@@ -182,7 +208,7 @@ class NodeRanks:
         self._witness.refresh(now)
         if self._attempt and self._attempt.is_fresh and self._attempt.is_settled(now):
             self._attempt.is_fresh = False
-            self.reserve.prepare(self._attempt.launch.num_ranks)
+            self.reserve.prepare(self._attempt.launch.num_ranks, in_time=True)
         return tuple(_look(rank, now) for rank in self._attempt.ranks) if self._attempt else ()
 
     async def autopsy(self, attempt: int) -> None:
@@ -223,25 +249,26 @@ class NodeRanks:
 
     async def _start(self, launch: Launch, address: StoreAddress) -> None:
         self._write_config(launch.overrides)
+        if self._burial:
+            await self._burial
+        self._begin(launch, address, await self.reserve.launcher(launch.num_ranks))
+
+    def _start_hot(self, launch: Launch) -> None:
+        """In the standby that waits. The config that its ranks have read is that of the attempt: it has the same overrides."""
+        standby, self.standby = self.standby, None
+        assert standby, "an attempt is launched into what this node has said to be ready"
+        handed = standby.hand_over()
+        for older in self._hosted.values():
+            older.close()
+        self._hosted = {launch.attempt: handed.store} if handed.store else {}
+        self._begin(launch, handed.address, handed.launcher)
+
+    def _begin(self, launch: Launch, address: StoreAddress, launcher: Launcher) -> None:
         pages = [ProgressPage(self._page_path(launch, i), step=_first_step(launch)) for i in range(launch.num_ranks)]
         logs = [self.logs.path(rank_log_key(launch.attempt, launch.first_rank + i)) for i in range(launch.num_ranks)]
         log_starts = [path.stat().st_size if path.exists() else 0 for path in logs]
-        spec = GroupSpec(
-            specs=tuple(self._rank_spec(launch, page.path, i) for i, page in enumerate(pages)),
-            log_paths=tuple(map(str, logs)),
-            program=self._settings.program,
-            node=self.node,
-            first_rank=launch.first_rank,
-            group_rank=launch.group_rank,
-            num_nodes=launch.num_nodes,
-            world_size=launch.world_size,
-            master_addr=address.host,
-            master_port=address.port,
-            interface=interface_of(self._settings.address),
-        )
-        if self._burial:
-            await self._burial
-        launcher = await self.reserve.launcher(launch.num_ranks)
+        specs = [self._rank_spec(launch, page.path, i) for i, page in enumerate(pages)]
+        spec = self._group_spec(launch, address, specs, logs)
         group = RankGroup(spec, launcher, self.tether.socket if self.tether else None)
         old, self._attempt = self._attempt, _Attempt(launch, group, self._order[1])
         if old is not None:
@@ -295,7 +322,7 @@ class NodeRanks:
         rank.exit = found
         if all(other.exit is not None for other in attempt.ranks):
             attempt.ended.set()
-            self._burial = asyncio.create_task(self.reserve.bury())
+            self._burial = asyncio.create_task(self.reserve.bury(self.standby.pids if self.standby else ()))
         self._on_change()
 
     def _ask(self, launch: Launch) -> None:
@@ -318,6 +345,40 @@ class NodeRanks:
             error_path=str(settings.scratch / f"error-{local_rank}.json"),
             resume=None if resume is None else Resume(step=resume.step, directory=resume.directory, manifest_sha256=resume.manifest_sha256),
             skips=launch.skips,
+        )
+
+    def _standby_group(self, order: Standby, address: StoreAddress) -> GroupSpec:
+        scratch, count = self._settings.scratch, range(order.num_ranks)
+        specs = [
+            RankSpec(
+                run=self._settings.run,
+                attempt=0,
+                nonce="",
+                root=self._settings.root,
+                config_path=str(self._settings.config_path),
+                scratch=str(scratch),
+                progress_path=str(scratch / f"standby-page-{i}"),
+                staging_socket=str(self._settings.staging_socket),
+                error_path=str(scratch / f"standby-error-{i}.json"),
+                resume=None,
+            )
+            for i in count
+        ]
+        return self._group_spec(order, address, specs, [scratch / f"standby-{i}.log" for i in count])
+
+    def _group_spec(self, seat: Launch | Standby, address: StoreAddress, specs: Sequence[RankSpec], logs: Sequence[Path]) -> GroupSpec:
+        return GroupSpec(
+            specs=tuple(specs),
+            log_paths=tuple(map(str, logs)),
+            program=self._settings.program,
+            node=self.node,
+            first_rank=seat.first_rank,
+            group_rank=seat.group_rank,
+            num_nodes=seat.num_nodes,
+            world_size=seat.world_size,
+            master_addr=address.host,
+            master_port=address.port,
+            interface=interface_of(self._settings.address),
         )
 
     def _write_config(self, overrides: Sequence[str]) -> None:
@@ -374,6 +435,7 @@ def _report(rank: _Rank, local_rank: int, step_s: float, ordered_at: float) -> R
         "stepped_s": _since(ordered_at, seen.stepped_at),
         "stalled_s": round(seen.stalled_s, 4),
         "costs": rank.page.costs(),
+        "stands_by": rank.page.stands_by,
         "ended_s": _since(ordered_at, rank.ended_at),
     }
     process = rank.process or (stacks.state(rank.pid) if rank.exit is None else "")

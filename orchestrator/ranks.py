@@ -58,14 +58,14 @@ class Launcher:
     Blocks until they are forked. Raises LauncherDied.
     """
 
-    def __init__(self, num_ranks: int, program: Program, scratch: str) -> None:
+    def __init__(self, num_ranks: int, program: Program, scratch: str, *, ahead: bool) -> None:
         answer, telling = CONTEXT.Pipe(duplex=False)
         codes = [CONTEXT.Pipe(duplex=False) for _ in range(num_ranks)]
         orders = [CONTEXT.Pipe() for _ in range(num_ranks)]
         self.codes = [reading for reading, _ in codes]  # exit code of each rank, once it has ended
         self.orders = [ours for ours, _ in orders]
         theirs = (telling, tuple(writing for _, writing in codes), tuple(ends for _, ends in orders))
-        self._process = CONTEXT.Process(target=launch, args=(program, scratch, forkserver_pid(), *theirs))
+        self._process = CONTEXT.Process(target=launch, args=(program, scratch, forkserver_pid(), *theirs), kwargs={"ahead": ahead})
         self._process.start()
         for end in (telling, *theirs[1], *theirs[2]):
             end.close()
@@ -107,12 +107,7 @@ class RankGroup:
         self._codes = launcher.codes
         self._exits: dict[int, Exit] = {}
         self._stopped: set[int] = set()
-        for spec in group.specs:
-            Path(spec.error_path).unlink(missing_ok=True)
-        for local_rank, pipe in enumerate(launcher.orders):
-            _tell(pipe, begin_order(group, local_rank, is_tethered=tether is not None))
-            if tether:
-                _hand_over(pipe, tether, self.pids[local_rank])
+        begin_ranks(group, launcher, tether)
 
     @property
     def sentinels(self) -> dict[int, int]:
@@ -147,6 +142,16 @@ class RankGroup:
         return local_rank in self._stopped
 
 
+def begin_ranks(group: GroupSpec, launcher: Launcher, tether: socket.socket | None, *, waits: bool = False) -> None:
+    """Gives every rank its order, and the tether to hold."""
+    for spec in group.specs:
+        Path(spec.error_path).unlink(missing_ok=True)
+    for local_rank, pipe in enumerate(launcher.orders):
+        _tell(pipe, begin_order(group, local_rank, is_tethered=tether is not None, waits=waits))
+        if tether:
+            _hand_over(pipe, tether, launcher.pids[local_rank])
+
+
 def _tell(pipe: Connection, order: Begin) -> None:
     with contextlib.suppress(BrokenPipeError):  # it died while it waited: its sentinel says so
         pipe.send(order)
@@ -158,7 +163,7 @@ def _hand_over(pipe: Connection, tether: socket.socket, pid: int) -> None:
         send_handle(pipe, tether.fileno(), pid)
 
 
-def begin_order(group: GroupSpec, local_rank: int, *, is_tethered: bool) -> Begin:
+def begin_order(group: GroupSpec, local_rank: int, *, is_tethered: bool, waits: bool = False) -> Begin:
     spec = group.specs[local_rank]
     return Begin(
         environment=torchrun_environment(group, local_rank),
@@ -167,6 +172,7 @@ def begin_order(group: GroupSpec, local_rank: int, *, is_tethered: bool) -> Begi
         error_path=spec.error_path,
         answers=str(stacks.answer_path(spec.scratch, spec.attempt, local_rank)),
         is_tethered=is_tethered,
+        waits=waits,
     )
 
 

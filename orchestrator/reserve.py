@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,35 +29,39 @@ class Reserve:
         self._store: HostedStore | None = None
         self._preparing: asyncio.Task[None] | None = None
 
-    def prepare(self, num_ranks: int) -> None:
-        """In the background: returns at once."""
-        if self._preparing is None or self._preparing.done():
-            self._preparing = asyncio.create_task(self._prepare(num_ranks))
+    def prepare(self, num_ranks: int, *, in_time: bool) -> None:
+        """In the background: returns at once.
 
-    async def _prepare(self, num_ranks: int) -> None:
+        Args:
+            in_time: an attempt runs, so that there is time to rehearse; else one is about to begin.
+        """
+        if self._preparing is None or self._preparing.done():
+            self._preparing = asyncio.create_task(self._prepare(num_ranks, in_time))
+
+    async def _prepare(self, num_ranks: int, in_time: bool) -> None:
         async with self._forking:
             try:
                 if self._store is None or not self._store.is_alive:
                     self._store = await asyncio.to_thread(HostedStore, self._address)
                 if not self._fits(num_ranks):
                     self._throw_away()
-                    self._launcher = await asyncio.to_thread(self._fork, num_ranks)
+                    self._launcher = await asyncio.to_thread(self._fork, num_ranks, in_time)
             except (LauncherDied, EOFError, OSError) as error:  # hurts nobody yet: it is forked again when it is needed
                 print(f"keepstep agent: no ranks could be forked ahead: {error}", file=sys.stderr)  # noqa: T201
 
     def _fits(self, num_ranks: int) -> bool:
         return self._launcher is not None and len(self._launcher.pids) == num_ranks and self._launcher.is_whole
 
-    def _fork(self, num_ranks: int) -> Launcher:
+    def _fork(self, num_ranks: int, ahead: bool) -> Launcher:
         """Modules of the script's owner that keep ranks from being forked are left to the script."""
         try:
-            return Launcher(num_ranks, self._program, str(self._scratch))
+            return Launcher(num_ranks, self._program, str(self._scratch), ahead=ahead)
         except LauncherDied as error:
             if not self._program.preload:
                 raise
             self._program = replace(self._program, preload=())
             print(f"keepstep agent: {error}: train.preload is left out from now on", file=sys.stderr)  # noqa: T201
-            return Launcher(num_ranks, self._program, str(self._scratch))
+            return Launcher(num_ranks, self._program, str(self._scratch), ahead=ahead)
 
     def _throw_away(self) -> None:
         if self._launcher is not None:
@@ -68,7 +73,7 @@ class Reserve:
         async with self._forking:
             if not self._fits(num_ranks):
                 self._throw_away()
-                return await asyncio.to_thread(self._fork, num_ranks)
+                return await asyncio.to_thread(self._fork, num_ranks, False)
             ready, self._launcher = self._launcher, None
             assert ready
             return ready
@@ -79,10 +84,14 @@ class Reserve:
             ready, self._store = self._store, None
             return ready if ready and ready.is_alive else await asyncio.to_thread(HostedStore, self._address)
 
-    async def bury(self) -> None:
-        """When an attempt's ranks are dead: kills what they started, in sessions of its own, and what may hold a port or a GPU."""
+    async def bury(self, others: Collection[int]) -> None:
+        """When an attempt's ranks are dead: kills what they started, in sessions of its own, and what may hold a port or a GPU.
+
+        Args:
+            others: sessions of ranks that shall live.
+        """
         async with self._forking:  # else what is being forked would be taken for a stray
-            spared = frozenset(self._launcher.pids if self._launcher else ())
+            spared = frozenset((*others, *(self._launcher.pids if self._launcher else ())))
             await asyncio.to_thread(lambda: kill(strays_of_ranks(self._scratch, spared)))
 
     def close(self) -> None:

@@ -48,7 +48,7 @@ wait_for_orders()
 class Forked:
     """A `Launcher` without processes."""
 
-    def __init__(self, num_ranks: int, program: Program, scratch: str) -> None: ...
+    def __init__(self, num_ranks: int, program: Program, scratch: str, *, ahead: bool) -> None: ...
 
 
 class Group:
