@@ -68,6 +68,7 @@ def _node(run: Run, name: str) -> dict[str, Any]:
         "state": state,
         "why": why,
         "ranks": [_rank(rank) for rank in report.ranks],
+        "standby": report.standby.model_dump(include={"number", "state", "why", "pids"}) if report.standby else {},
     }
 
 
