@@ -1,0 +1,311 @@
+"""Loss of a node to the next finished step on all ranks, and a cold start to the first step, on 4 ranks (2 nodes x 2).
+
+    python benchmarks/nodes.py              all, results/nodes.json; as root a cut cable, too
+    python benchmarks/nodes.py --quick      one loss of each kind, no hosts
+
+* spare: SIGKILL to the agent of a node and all its processes, ranks included; a warm spare (`cluster.spares`) takes its seat.
+* cold: the same without a spare; the node's agent is started again at the same instant, in a new interpreter.
+* silent: a host whose cable is cut (network namespaces, `keepstep.orchestrator.lab`): nothing tells of its end; a spare waits.
+* start: `keepstep run` from exec to the first finished step, beside torchrun of the same trainer and config, one after the other.
+
+Nodes are agents that this script starts itself, so that nobody else starts one again. Losses are timed by the ranks' own progress
+pages, starts by the first line of the step records; all clocks are the machine's monotonic one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common import HERE, Verdict, machine, median, parser, percentile, publish, spread
+from recovery import RANKS, Generation, keepstep, run_on
+
+from keepstep.orchestrator.lab import Host, Lab
+from keepstep.orchestrator.processes import ENV_SCRATCH, marked
+from keepstep.storage.errors import StorageError
+from keepstep.storage.runlog import RunLog
+from keepstep.storage.store import Store
+
+CONFIG = HERE / "recovery.toml"
+STEPS_BETWEEN = 12  # more than the checkpoint interval
+PATIENCE_S = 90.0
+POLL_S = 0.005
+LEASE_S = 5.0  # the default
+QUIET = {"OMP_NUM_THREADS": "1", "KEEPSTEP_FAULTS": ""}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One loss, or one start."""
+
+    kind: str
+    seconds: float
+    step_s: float  # median before it, or 0
+    load: float
+
+
+class Cluster:
+    """A run whose processes are started here, one by one: a coordinator and agents."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.folder, self.root = folder, folder / "root"
+        words = (f"run.root={self.root}", "cluster.nodes=2", "cluster.ranks_per_node=2", *overrides)
+        self._options = [word for override in words for word in ("-o", override)]
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def spawn(self, name: str, command: Sequence[str]) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            environment = {**os.environ, **QUIET}
+            self.processes[name] = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def prepare(self) -> None:
+        subprocess.run(keepstep("prepare", str(CONFIG), *self._options), check=True, stdout=subprocess.DEVNULL, env={**os.environ, **QUIET})
+
+    def coordinate(self) -> None:
+        self.spawn("coordinator", keepstep("coordinator", str(CONFIG), *self._options))
+
+    def agent(self, name: str, host: Host | None = None) -> None:
+        command = keepstep("agent", "--root", str(self.root), "--node", name, "--scratch", str(self.scratch(name)))
+        self.spawn(name, host.command(command) if host else command)
+
+    def scratch(self, name: str) -> Path:
+        return self.folder / "s" / name
+
+    def kill_node(self, name: str) -> None:
+        """All at once, the agent first: it must not see the others go."""
+        agent = self.processes.pop(name)
+        pids = (agent.pid, *marked(f"{ENV_SCRATCH}={self.scratch(name)}"))
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        agent.wait()
+
+    def status(self) -> dict[str, Any]:
+        import json
+        import urllib.request
+
+        with contextlib.suppress(OSError, StorageError):
+            store = Store.open(str(self.root))
+            if opened := RunLog.open(store).newest_opened():
+                request = urllib.request.Request(
+                    f"{opened.url}/v1/status", headers={"Authorization": f"Bearer {store.get('token').decode()}"}
+                )
+                with urllib.request.urlopen(request, timeout=2) as answer:
+                    return dict(json.load(answer))
+        return {"nodes": []}
+
+    def until(self, holds: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            status = self.status()
+            if holds(status):
+                return status
+            time.sleep(0.1)
+        raise SystemExit(f"{what}: not within {PATIENCE_S:g} s, see {self.folder}")
+
+    def end(self) -> None:
+        for name, process in list(self.processes.items()):
+            process.kill()
+            process.wait()
+            for pid in marked(f"{ENV_SCRATCH}={self.scratch(name)}"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def cluster(*overrides: str) -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="ks-bench-"))
+    made = Cluster(folder, *overrides)
+    try:
+        made.prepare()
+        yield made
+    finally:
+        made.end()
+    shutil.rmtree(folder, ignore_errors=True)  # kept after an error: its logs say why
+
+
+def has_spare(status: dict[str, Any]) -> bool:
+    return any(node["state"] == "ready" for node in status["nodes"])
+
+
+def gang(status: dict[str, Any]) -> list[str]:
+    """Names of the nodes that run ranks, the last rank's at the end."""
+    running = [node for node in status["nodes"] if node["state"] == "running"]
+    return [node["id"].partition("#")[0] for node in sorted(running, key=lambda node: node["ranks"][0]["rank"])]
+
+
+def lose(kind: str, made: Cluster, generation: Generation, lost: Callable[[str], None], name: str) -> tuple[Row, Generation]:
+    """Loses one node; the row, and the generation of ranks that follows."""
+    step_s, load = run_on(generation, STEPS_BETWEEN), os.getloadavg()[0]
+    time.sleep(random.random() * step_s)
+    following = Generation(made.folder / "s")
+    at = time.monotonic()
+    lost(name)
+    stepped_at = following.wait_stepped(PATIENCE_S)
+    if stepped_at is None:
+        raise SystemExit(f"{kind}: no step within {PATIENCE_S:g} s, see {made.folder}")
+    row = Row(kind=kind, seconds=round(stepped_at - at, 3), step_s=round(step_s, 4), load=round(load, 2))
+    print(f"{kind}: {row.seconds:.2f} s (step {row.step_s:.3f} s, load {row.load})", flush=True)
+    return row, following
+
+
+def begin(made: Cluster, names: Sequence[str]) -> Generation:
+    generation = Generation(made.folder / "s")
+    made.coordinate()
+    for name in names:
+        made.agent(name)
+    if generation.wait_stepped(PATIENCE_S) is None:
+        raise SystemExit(f"no first step within {PATIENCE_S:g} s, see {made.folder}")
+    return generation
+
+
+def with_spare(times: int) -> Iterator[Row]:
+    with cluster("cluster.spares=1") as made:
+        generation = begin(made, ("node0", "node1", "node2"))
+        for number in range(times):
+            status = made.until(has_spare, "a warm spare")
+            name = gang(status)[number % 2 - 1]
+            row, generation = lose("spare", made, generation, made.kill_node, name)
+            yield row
+            made.agent(name)
+
+
+def with_cold_replacement(times: int) -> Iterator[Row]:
+    with cluster() as made:
+        generation = begin(made, ("node0", "node1"))
+
+        def replace(name: str) -> None:
+            made.kill_node(name)
+            made.agent(name)
+
+        for number in range(times):
+            row, generation = lose("cold", made, generation, replace, f"node{(number + 1) % 2}")
+            yield row
+
+
+def with_a_cut_cable(times: int) -> Iterator[Row]:
+    """Which host is cut off is random; after the loss its cable is back, and it becomes the spare."""
+    folder = Path(tempfile.mkdtemp(prefix="ks-bench-"))
+    with Lab(3, shared=(folder,)) as lab:
+        hosts = {f"node{number}": host for number, host in enumerate(lab.hosts)}
+        made = Cluster(folder, "cluster.spares=1", f"cluster.listen={lab.gateway}:0")
+        try:
+            made.prepare()
+            generation = Generation(folder / "s")
+            made.coordinate()
+            for name, host in hosts.items():
+                made.agent(name, host)
+            if generation.wait_stepped(PATIENCE_S) is None:
+                raise SystemExit(f"no first step within {PATIENCE_S:g} s, see {folder}")
+            for _ in range(times):
+                status = made.until(has_spare, "a warm spare")
+                name = gang(status)[-1]
+                row, generation = lose("silent", made, generation, lambda name: hosts[name].cut(), name)
+                yield row
+                hosts[name].heal()
+        finally:
+            made.end()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_keepstep(folder: Path) -> tuple[list[str], Path]:
+    options = (f"run.root={folder / 'root'}", "cluster.nodes=1", f"cluster.ranks_per_node={RANKS}")
+    return keepstep("run", str(CONFIG), *(word for option in options for word in ("-o", option))), folder / "root"
+
+
+def start_torchrun(folder: Path) -> tuple[list[str], Path]:
+    """The same trainer with the same keys, its tokens prepared as keepstep does."""
+    config = folder / "run.toml"
+    config.write_text(CONFIG.read_text().partition("[cluster]")[0].replace("[run]", f'[run]\nroot = "{folder / "root"}"', 1))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    return [*torchrun, "-m", "keepstep.trainer", "--config", str(config)], folder / "root"
+
+
+def starts(kinds: Sequence[str], times: int) -> Iterator[Row]:
+    made = {"keepstep run": start_keepstep, "torchrun": start_torchrun}
+    for number in range(times):
+        for kind in kinds if number % 2 == 0 else list(reversed(kinds)):
+            yield start(kind, *made[kind](folder := Path(tempfile.mkdtemp(prefix="ks-bench-"))), folder)
+
+
+def start(kind: str, command: Sequence[str], root: Path, folder: Path) -> Row:
+    """From exec to the first record of a step. The tokens lie there before: a data set is prepared once."""
+    options = (f"run.root={root}", "cluster.nodes=1", f"cluster.ranks_per_node={RANKS}")
+    prepare = keepstep("prepare", str(CONFIG), *(word for option in options for word in ("-o", option)))
+    subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
+    environment, load = {**os.environ, **QUIET, "KEEPSTEP_SCRATCH_BASE": str(folder / "s")}, os.getloadavg()[0]
+    with (folder / "log").open("wb") as log:
+        at = time.monotonic()
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            while not any(path.stat().st_size for path in (root / "steps").glob("*")) and time.monotonic() - at < PATIENCE_S:
+                if process.poll() is not None:
+                    raise SystemExit(f"{kind} ended with code {process.returncode}, see {folder}/log")
+                time.sleep(POLL_S)
+            seconds = time.monotonic() - at
+        finally:
+            end_session(process)
+    print(f"start {kind}: {seconds:.2f} s (load {load:.2f})", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    return Row(kind=kind, seconds=round(seconds, 3), step_s=0.0, load=round(load, 2))
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """torchrun ends its workers when it is told to; of keepstep's processes none outlives the first."""
+    process.send_signal(signal.SIGTERM if "torch.distributed.run" in process.args else signal.SIGKILL)
+    process.wait()
+
+
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    found = {kind: [row.seconds for row in rows if row.kind == kind] for kind in ("spare", "cold", "silent", "keepstep run", "torchrun")}
+    limits = (
+        ("spare", "SIGKILL of a node, a warm spare -> next finished step, 2 x 2", 1.0, "median <= 1 s"),
+        ("cold", "SIGKILL of a node, immediate cold replacement -> next finished step, 2 x 2", 4.0, "median <= 4 s"),
+        ("silent", "cut cable, a spare -> next finished step, 2 x 2", LEASE_S + 2, "median <= lease_s (5) + 2 s"),
+    )
+    made = [verdict(what, target, found[kind], limit) for kind, what, limit, target in limits]
+    ours, theirs = found["keepstep run"], found["torchrun"]
+    both = f"{spread(ours)}; torchrun {spread(theirs)}"
+    met = median(ours) <= median(theirs) if ours and theirs else None
+    return [*made, Verdict(what="cold `keepstep run` -> first step, 1 x 4", target="<= torchrun of the same trainer", result=both, met=met)]
+
+
+def verdict(what: str, target: str, seconds: Sequence[float], limit_s: float) -> Verdict:
+    if not seconds:
+        return Verdict(what=what, target=target, result="", met=None, note="not measured in this run")
+    result = f"{spread(seconds)}, p95 {percentile(seconds, 0.95):.2f} s"
+    return Verdict(what=what, target=target, result=result, met=median(seconds) <= limit_s)
+
+
+def main() -> None:
+    kinds = ("spare", "cold", "silent", "start")
+    made = parser(__doc__)
+    made.add_argument("--times", type=int, default=5, help="losses or starts of each kind")
+    made.add_argument("--only", nargs="+", choices=kinds, default=None)
+    options = made.parse_args()
+    began_on, rows = machine(), []
+    times, chosen = (1, options.only or kinds[:2]) if options.quick else (options.times, options.only or kinds)
+    if "silent" in chosen and (why := Lab.missing()):
+        print(f"silent is left out: {why}")
+        chosen = [kind for kind in chosen if kind != "silent"]
+    sources = {"spare": with_spare, "cold": with_cold_replacement, "silent": with_a_cut_cable}
+    for kind in chosen:
+        rows += sources[kind](times) if kind in sources else starts(("keepstep run", "torchrun"), times)
+    publish("nodes", verdicts(rows), [asdict(row) for row in rows], began_on=began_on)
+
+
+if __name__ == "__main__":
+    main()
