@@ -25,8 +25,8 @@ def _begin(run: Run, why: str) -> Run:
 def _trouble(run: Run) -> str:
     """What a node that runs ranks says of its checkpoints comes first: that is where the bytes are."""
     nodes = (node.report for node in run.members.nodes.values())
-    troubled = next((report for report in nodes if report.storage and report.attempt == run.attempt), None)
+    troubled = min(((report.node, report.storage) for report in nodes if report.storage and report.attempt == run.attempt), default=None)
     if troubled:
-        return f"{troubled.node}: {troubled.storage}"
+        return ": ".join(troubled)
     refused = next((ask for ask in run.asks if ask.refusals), None)
     return f"{type(refused.request).__name__}: {refused.why}" if refused else ""

@@ -38,6 +38,7 @@ class Orders:
     revision: int
     record: AttemptRecord | None  # of the attempt that is to run
     seats: Mapping[str, phases.Seat] | None  # None: each node keeps the seat that it has, which its own report says
+    places: Mapping[str, int]  # of nodes in the gang, where they keep their seats
     store: StoreAddress | None
     into: int  # the standby that becomes the attempt's ranks
     standby: Group | None
@@ -62,13 +63,14 @@ class Orders:
 def orders(run: Run) -> Orders:
     """What nodes should be doing now."""
     phase = run.phase
-    record, seats = _launched(phase)
+    record, seats, places = _launched(phase)
     request, why = _request(run) if record else (Request.NONE, "")
     return Orders(
         term=run.term,
         revision=run.revision,
         record=record,
         seats=seats,
+        places=places,
         store=_store(run, record) if record else None,
         into=phase.attempt.standby if isinstance(phase, (phases.Starting, phases.Training)) else 0,
         standby=run.standby.group if run.standby else None,
@@ -86,14 +88,14 @@ def orders(run: Run) -> Orders:
     )
 
 
-def _launched(phase: phases.Phase) -> tuple[AttemptRecord | None, Mapping[str, phases.Seat] | None]:
+def _launched(phase: phases.Phase) -> tuple[AttemptRecord | None, Mapping[str, phases.Seat] | None, Mapping[str, int]]:
     match phase:
         case phases.Starting(attempt=attempt) | phases.Training(attempt=attempt):
-            return attempt.record, attempt.seats
-        case phases.Adopting(record=record):
-            return record, None
+            return attempt.record, attempt.seats, {}
+        case phases.Adopting(record=record, places=places):
+            return record, None, places
         case _:
-            return None, None
+            return None, None, {}
 
 
 def directive(run: Run, node: str) -> Directive:
@@ -125,16 +127,16 @@ def _launch(told: Orders, run: Run, node: str) -> Launch | None:
     if told.seats is not None:
         seat = told.seats.get(node)
     else:
-        seat = _seat_held(run.members.report_of(node), record) if node in record.gang else None
+        seat = _seat_held(run.members.report_of(node), record, told.places)
     return _make(told, record, seat) if seat else None
 
 
-def _seat_held(report: AgentReport | None, record: AttemptRecord) -> phases.Seat | None:
+def _seat_held(report: AgentReport | None, record: AttemptRecord, places: Mapping[str, int]) -> phases.Seat | None:
     """While adopting, a node that runs the attempt keeps the seat that it has; the others are told when all are known."""
-    if report is None or report.attempt != record.attempt or not report.ranks:
+    if report is None or report.node not in places or report.attempt != record.attempt or not report.ranks:
         return None
     first_rank = min(rank.rank for rank in report.ranks)
-    return phases.Seat(group_rank=record.gang.index(report.node), first_rank=first_rank, num_ranks=len(report.ranks))
+    return phases.Seat(group_rank=places[report.node], first_rank=first_rank, num_ranks=len(report.ranks))
 
 
 def _make(told: Orders, record: AttemptRecord, seat: phases.Seat) -> Launch:

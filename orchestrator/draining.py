@@ -11,17 +11,23 @@ from . import asking, hangs, membership, pacing, phases, saves, verdict
 from .events import Commit, Event, LogQuarantine, Reported
 from .policy import restart_pause_s
 from .rewinds import is_wanted, rewind_past
-from .run import Failure, Run, ask, end, heard, progress_sentence, say, say_verdict, stop_now, wait
+from .run import Failure, Run, ask, concerned, end, heard, progress_sentence, say, say_verdict, stop_now, wait
 from .running import lost_evidence
 from .verdict import Evidence
 
 
 def advance_draining(run: Run, phase: phases.Draining, event: Event) -> Run:
-    phase = _weigh(run, _mourn(run, phase, event.report.buried), event) if isinstance(event, Reported) else _look_around(run, phase)
+    phase = _weigh(run, _mourn(run, phase, event.report.buried), event) if isinstance(event, Reported) else _look_around(run, phase, event)
     run = run if phase is run.phase else replace(run, phase=phase)
-    if not run.members.suspects.keys() <= phase.unseen or _may_still_commit(run, phase):
+    if not _are_unseen(run, phase) or _may_still_commit(run, phase):
         return run
     return _conclude(run, phase)
+
+
+def _are_unseen(run: Run, phase: phases.Draining) -> bool:
+    """Whether only nodes that cannot be observed may still run older ranks."""
+    suspects = run.members.suspects
+    return len(suspects) <= len(phase.unseen) and all(node in phase.unseen for node in suspects)
 
 
 def _weigh(run: Run, phase: phases.Draining, event: Reported) -> phases.Draining:
@@ -30,7 +36,7 @@ def _weigh(run: Run, phase: phases.Draining, event: Reported) -> phases.Draining
     seen_again = phase.unseen & {report.node}
     if seen_again:
         phase = replace(phase, unseen=phase.unseen - seen_again)
-    if report.node not in phase.record.gang or report.attempt != phase.record.attempt:
+    if report.attempt != phase.record.attempt or report.node not in (phase.seats or phase.record.gang):
         return phase
     if phase.stood:
         phase = replace(phase, stood=hangs.updated(phase.stood, report))
@@ -46,10 +52,12 @@ def _mourn(run: Run, phase: phases.Draining, buried: Iterable[str]) -> phases.Dr
     return phase
 
 
-def _look_around(run: Run, phase: phases.Draining) -> phases.Draining:
+def _look_around(run: Run, phase: phases.Draining, event: Event) -> phases.Draining:
     """Which nodes cannot be observed any more? Losing one explains more than a victim's complaint."""
-    lost = {node: found for node in phase.record.gang if (found := lost_evidence(run, node))}
-    unseen = frozenset(node for node in run.members.suspects if node in lost or lost_evidence(run, node))
+    lost = {node: found for node in concerned(event, phase.record.gang) if (found := lost_evidence(run, node))}
+    looked_at = concerned(event, run.members.suspects)
+    missing = frozenset(node for node in looked_at if node in lost or lost_evidence(run, node))
+    unseen = missing if looked_at is run.members.suspects else phase.unseen.difference(looked_at) | missing
     if unseen != phase.unseen:
         phase = replace(phase, unseen=unseen)
     for found in lost.values():

@@ -21,7 +21,7 @@ from .events import (
     Reported,
 )
 from .rewinds import ask_rewind
-from .run import Run, ask, drop_asks, end, enter, progress_sentence, say, stop_now, wait
+from .run import Run, ask, drop_asks, end, enter, names, progress_sentence, say, stop_now, wait
 from .standby import launch
 from .standing import standing
 
@@ -93,7 +93,7 @@ def _explain_waiting(run: Run, phase: phases.Waiting, ready: frozenset[str]) -> 
 
 
 def _names(nodes: frozenset[str]) -> str:
-    return ", ".join(sorted(nodes))
+    return names(sorted(nodes))
 
 
 # CHOOSING
@@ -146,7 +146,7 @@ def _ask_for_attempt(run: Run, phase: phases.Choosing, resume: Checkpoint | None
         overrides=run.overrides,
     )
     source = f"step {resume.step}" if resume else "scratch"
-    why = f"attempt {wanted.attempt} is to run on {', '.join(gang)} from {source}"
+    why = f"attempt {wanted.attempt} is to run on {names(gang)} from {source}"
     return ask(replace(run, phase=replace(phase, why=why, wanted=wanted)), wanted)
 
 
@@ -203,7 +203,7 @@ def seats(run: Run, record: AttemptRecord) -> dict[str, phases.Seat]:
 def _fencing_sentence(run: Run, record: AttemptRecord) -> str:
     if not run.members.suspects:
         return f"attempt {record.attempt} is logged"
-    return f"attempt {record.attempt} is logged and fences the older ones; {', '.join(sorted(run.members.suspects))} may still run one"
+    return f"attempt {record.attempt} is logged and fences the older ones; {names(sorted(run.members.suspects))} may still run one"
 
 
 def advance_fencing(run: Run, phase: phases.Fencing, event: Event) -> Run:

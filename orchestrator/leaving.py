@@ -11,8 +11,8 @@ from dataclasses import replace
 from functools import reduce
 
 from . import membership, phases
-from .events import Committed, Event, Reported
-from .run import Run, drain, progress_sentence, say
+from .events import Committed, Event
+from .run import Run, concerned, drain, progress_sentence, say
 from .verdict import Evidence
 
 
@@ -62,8 +62,8 @@ def _wanted(run: Run, phase: phases.Starting | phases.Training, event: Event) ->
     patient = run.now + run.policy.stop_grace_s
     if run.stop and (known is None or known.aim == "move"):
         yield phases.Departure(aim="stop", why=run.stop, until=patient)
-    for node in (event.report.node,) if isinstance(event, Reported) else gang:
-        if node in gang and (why := membership.why_going(run.members, node)):
+    for node in concerned(event, gang):
+        if why := membership.why_going(run.members, node):
             left_s = membership.leaves_in_s(run.members, node, run.now)
             yield phases.Departure(aim="move", why=f"{node}: {why}", until=patient if left_s is None else run.now + left_s)
     if known is None and (why := _why_resize(run, len(gang), event)):

@@ -62,7 +62,7 @@ from .forming import (
 from .leaving import moved
 from .policy import Policy
 from .rewinds import take_logged_rewind, take_rewind_asked, take_void_rewind
-from .run import Run, ask, drain, drop_asks, emit, enter, is_clean, say, wait
+from .run import Run, ask, drain, drop_asks, emit, enter, is_clean, names, say, wait
 from .running import advance_adopting, advance_running
 from .standby import advance_standby
 from .standing import resize, restored
@@ -202,8 +202,9 @@ def _begin_adoption(run: Run, event: Opened) -> Run:
         skips=event.skips,
         overrides=event.overrides,
     )
-    why = f"term {event.term} begins, attempt {record.attempt} may be running on {', '.join(record.gang)}"
-    run = enter(run, phases.Adopting(since=run.now, why=why, record=record, is_rewound=event.rewound))
+    why = f"term {event.term} begins, attempt {record.attempt} may be running on {names(record.gang)}"
+    places = {node: place for place, node in enumerate(record.gang)}
+    run = enter(run, phases.Adopting(since=run.now, why=why, record=record, places=places, is_rewound=event.rewound))
     older = membership.Suspect(attempt=record.attempt - 1, since=run.now, revision=run.revision, listens=False, fenced_at=run.now)
     return replace(run, members=membership.suspect(run.members, dict.fromkeys(record.unconfirmed, older)))
 

@@ -45,10 +45,10 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Members:
-    nodes: Map[str, Node] = Map()  # persistent maps: a report changes one of ten thousand entries
+    nodes: Map[str, Node] = field(default_factory=Map)  # persistent maps: a report changes one of ten thousand entries
     buried: frozenset[str] = frozenset()  # incarnations whose processes are confirmed dead
     proven: frozenset[str] = frozenset()  # those of them whose death the kernel told
-    suspects: Map[str, Suspect] = Map()
+    suspects: Map[str, Suspect] = field(default_factory=Map)
     strikes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by host: when it caused a failure
     drained: Mapping[str, str] = field(default_factory=dict)  # node or host -> why people want it empty
     seats: tuple[str, ...] = ()  # hosts of the newest gang, in seat order
@@ -88,10 +88,9 @@ def prove_dead(members: Members, name: str) -> Members:
 
 
 def _without(known: Map[str, T], names: Iterable[str]) -> Map[str, T]:
-    with known.mutate() as left:
-        for name in names:
-            left.pop(name, None)
-        return left.finish()
+    for name in names:
+        known = known.delete(name) if name in known else known
+    return known
 
 
 def lose_connection(members: Members, name: str, now: float) -> Members:
@@ -133,7 +132,8 @@ def absence(members: Members, policy: Policy, name: str, now: float, opened_at: 
 
 def forget_long_gone(members: Members, policy: Policy, now: float) -> Members:
     """Drops nodes that have been silent for ten leases: they come back as new ones, if at all."""
-    gone = {name for name, node in members.nodes.items() if now - node.heard_at > 10 * policy.lease_s} - members.suspects.keys()
+    silent = (name for name, node in members.nodes.items() if now - node.heard_at > 10 * policy.lease_s)
+    gone = [name for name in silent if name not in members.suspects]
     return replace(members, nodes=_without(members.nodes, gone)) if gone else members
 
 
@@ -153,7 +153,7 @@ def clear(members: Members, names: Iterable[str]) -> Members:
 def fence(members: Members, now: float) -> Members:
     """A newer attempt is in the log: whoever reads it stops, whoever cannot read it runs out of its lease."""
     fenced = {name: found if found.fenced_at is not None else replace(found, fenced_at=now) for name, found in members.suspects.items()}
-    return replace(members, suspects=fenced)
+    return replace(members, suspects=Map(fenced))
 
 
 def unasked(members: Members) -> tuple[tuple[str, int], ...]:
@@ -168,7 +168,7 @@ def note_alone(members: Members, asked: Iterable[tuple[str, int]], alone: frozen
     """What was found after the fence stays true: who says so later reads of the fence."""
     known = {(name, each.attempt): each for name, each in members.suspects.items() if each.fenced_at is not None}
     found = {name: replace(known[name, attempt], goes_alone=name in alone) for name, attempt in asked if (name, attempt) in known}
-    return replace(members, suspects={**members.suspects, **found})
+    return replace(members, suspects=members.suspects.update(found))
 
 
 def says_clean(report: AgentReport, found: Suspect, policy: Policy, *, term: int, now: float) -> bool:

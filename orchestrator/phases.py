@@ -26,6 +26,7 @@ class Attempt:
 
     record: AttemptRecord
     seats: Mapping[str, Seat]  # in seat order
+    standby: int = 0  # its ranks are those of this standby; 0: they are started for it
 
     @property
     def number(self) -> int:
@@ -69,6 +70,7 @@ class Adopting(_Phase):
     """A predecessor's attempt may be running: its nodes are expected to say so."""
 
     record: AttemptRecord
+    places: Mapping[str, int]  # of the gang's nodes in it
     is_rewound: bool = False  # the history has gone back since: its ranks are to end
 
 

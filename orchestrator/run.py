@@ -5,14 +5,18 @@ Every function takes a run and gives the next one; what is to be asked of the sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from . import asking, hangs, membership, phases, saves
-from .events import Asking, AttemptRecord, LogEnd, LogRewind, Outcome, Request, Say
+from .events import Asking, AttemptRecord, Died, Disconnected, Event, LogEnd, LogRewind, Outcome, Reported, Request, Say
+from .interval import Pace
 from .policy import Policy
 from .verdict import Evidence
 from .wire import AgentReport
+
+MAX_NAMES: Final = 16  # of nodes, in a sentence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,24 @@ class Degraded:
 
     why: str
     since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Who forms a standby, see standby.py."""
+
+    number: int  # unique within the term
+    seats: Mapping[str, phases.Seat]  # in seat order
+    world_size: int
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standby:
+    """One that is wanted."""
+
+    group: Group
+    ready: frozenset[str] = frozenset()  # nodes whose part waits for its launch, as they said last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +85,10 @@ class Run:
     short_since: float | None = None  # since when a full gang has been impossible
     degraded: Degraded | None = None
     committed_at: float | None = None  # when the newest commit of this term was heard of
+    pace: Pace = field(default_factory=Pace)  # how often attempts save
+    standby: Standby | None = None
+    standby_of: int = 0  # the newest attempt for which one was ordered, or was not to be had
+    standbys: int = 0  # ordered so far in this term
 
     out: tuple[Request, ...] = ()  # requests of the newest event
 
@@ -116,7 +142,8 @@ def wait(run: Run, why: str, pause_s: float = 0.0) -> Run:
 def start(run: Run, attempt: phases.Attempt) -> Run:
     """Launches the attempt. No rank of an older one may be alive."""
     assert not run.members.suspects
-    return enter(run, phases.Starting(since=run.now, why=launch_sentence(attempt.record), attempt=attempt))
+    into = f", in standby {attempt.standby}" if attempt.standby else ""
+    return enter(run, phases.Starting(since=run.now, why=launch_sentence(attempt.record) + into, attempt=attempt))
 
 
 def drain(run: Run, record: AttemptRecord, culprit: Evidence, seats: Mapping[str, phases.Seat]) -> Run:
@@ -126,6 +153,17 @@ def drain(run: Run, record: AttemptRecord, culprit: Evidence, seats: Mapping[str
     found = {node: _suspect(run, node, record.attempt) for node in record.gang}
     unclean = {node: suspect for node, suspect in found.items() if not is_clean(run, node, suspect)}
     return replace(run, members=membership.suspect(run.members, unclean))
+
+
+def concerned(event: Event, nodes: Collection[str]) -> Collection[str]:
+    """Those of the nodes that an event can have changed: one, or all of them where time went by or the log answered."""
+    match event:
+        case Reported(report=report):
+            return (report.node,) if report.node in nodes else ()
+        case Disconnected(node=node) | Died(node=node):
+            return (node,) if node in nodes else ()
+        case _:
+            return nodes
 
 
 def heard(run: Run, record: AttemptRecord) -> tuple[tuple[AgentReport, float], ...]:
@@ -158,9 +196,16 @@ def stop_now(run: Run) -> Run:
 # Sentences.
 
 
+def names(nodes: Iterable[str]) -> str:
+    """For people: the first of them, and how many more."""
+    listed = list(nodes)
+    more = len(listed) - MAX_NAMES
+    return ", ".join(listed[:MAX_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def launch_sentence(record: AttemptRecord) -> str:
     source = f"step {record.resume.step} ({record.resume.directory})" if record.resume else "scratch"
-    return f"attempt {record.attempt}: {record.world_size} ranks on {', '.join(record.gang)}, from {source}"
+    return f"attempt {record.attempt}: {record.world_size} ranks on {names(record.gang)}, from {source}"
 
 
 def progress_sentence(run: Run) -> str:

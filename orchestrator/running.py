@@ -5,7 +5,7 @@ Per report the work is in proportion to that report; only ticks look at the whol
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from keepstep.trainer.contract import Phase as RankPhase
@@ -14,7 +14,7 @@ from . import asking, hangs, membership, pacing, phases, saves, verdict
 from .events import AttemptRecord, Commit, Event, Reported
 from .forming import seats
 from .leaving import depart, moved
-from .run import Run, drain, end, enter, heard, launch_sentence, say, start
+from .run import Run, concerned, drain, end, enter, heard, launch_sentence, names, say, start
 from .verdict import Evidence
 from .wire import AgentReport, RankReport
 
@@ -28,9 +28,10 @@ def advance_adopting(run: Run, phase: phases.Adopting, event: Event) -> Run:
         return drain(run, record, moved(run, f"attempt {record.attempt} was rewound"), {})
     if run.rewind:
         return drain(run, record, moved(run, run.rewind.why), {})
-    if trouble := _trouble(run, record, event):
+    if trouble := _trouble(run, record, event, phase.places):
         return drain(run, record, trouble, {})
-    if any(node not in run.members.nodes for node in record.gang):
+    nodes = run.members.nodes
+    if len(nodes) < len(record.gang) or any(node not in nodes for node in record.gang):
         return run
     attempt = phases.Attempt(record=record, seats=seats(run, record))
     num_ranks = sum(seat.num_ranks for seat in attempt.seats.values())
@@ -44,7 +45,7 @@ def _adopt(run: Run, attempt: phases.Attempt) -> Run:
     """Whoever was launched is proof that the predecessor had made sure of the older ranks' deaths."""
     launched = [node for node in attempt.record.gang if _runs(run.members.nodes[node].report, attempt.number)]
     if run.members.suspects and not launched:
-        older = ", ".join(sorted(run.members.suspects))
+        older = names(sorted(run.members.suspects))
         why = f"attempt {attempt.number} is adopted, nobody runs it yet; {older} may still run an older one"
         return enter(run, phases.Fencing(since=run.now, why=why, attempt=attempt))
     run = replace(run, members=membership.clear(run.members, run.members.suspects))
@@ -70,7 +71,7 @@ def advance_running(run: Run, phase: phases.Starting | phases.Training, event: E
     attempt = phase.attempt
     if run.rewind:
         return drain(run, attempt.record, moved(run, run.rewind.why), attempt.seats)
-    if trouble := _trouble(run, attempt.record, event):
+    if trouble := _trouble(run, attempt.record, event, attempt.seats):
         return drain(run, attempt.record, trouble, attempt.seats)
     if isinstance(phase, phases.Starting) and len(phase.stepped) == len(attempt.seats):
         why = f"all {attempt.record.world_size} ranks of attempt {attempt.number} run"
@@ -113,12 +114,12 @@ def _has_stepped(rank: RankReport, resume_step: int, *, keeps_promises: bool) ->
 # What speaks against going on.
 
 
-def _trouble(run: Run, record: AttemptRecord, event: Event) -> Evidence | None:
+def _trouble(run: Run, record: AttemptRecord, event: Event, gang: Collection[str]) -> Evidence | None:
     if _is_all_persisted(run):
         return None  # what is left of the attempt needs no node any more
     if isinstance(event, Reported):
-        return _trouble_in(run, record, event.report)
-    return _absent(run, record.gang) or _late(run)
+        return _trouble_in(run, record, event.report, gang)
+    return _absent(run, concerned(event, gang)) or _late(run)
 
 
 def _is_all_persisted(run: Run) -> bool:
@@ -132,10 +133,10 @@ def _is_all_persisted(run: Run) -> bool:
     return asking.pending(run.asks, Commit) or (commit is not None and commit.step >= run.reached)
 
 
-def _trouble_in(run: Run, record: AttemptRecord, report: AgentReport) -> Evidence | None:
-    if report.buried and (found := _absent(run, (node for node in report.buried if node in record.gang))):
+def _trouble_in(run: Run, record: AttemptRecord, report: AgentReport, gang: Collection[str]) -> Evidence | None:
+    if report.buried and (found := _absent(run, (node for node in report.buried if node in gang))):
         return found
-    if report.node not in record.gang:
+    if report.node not in gang:
         return None
     if report.attempt == record.attempt:
         promises = run.policy.needs_final_commit
@@ -173,7 +174,7 @@ def _hanging(run: Run, record: AttemptRecord, report: AgentReport) -> Evidence |
 def _late(run: Run) -> Evidence | None:
     phase, policy = run.phase, run.policy
     if isinstance(phase, phases.Starting) and run.now - phase.since > policy.start_timeout_s:
-        slow = ", ".join(node for node in phase.attempt.seats if node not in phase.stepped)
+        slow = names(node for node in phase.attempt.seats if node not in phase.stepped)
         why = f"no first step within {policy.start_timeout_s:g} s on {slow}"
         return Evidence(kind="start-timeout", why=why, step=run.reached, detail="no first step in time", seen_at=run.now)
     if isinstance(phase, phases.Training) and phase.finished_at is not None and run.now - phase.finished_at > policy.stall_s:
