@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -42,6 +43,7 @@ WITHHELD_S = 4.0
 AWAY_S = 3.0
 POLL_S = 0.004
 DEADLINE_S = 90.0
+PAGE = re.compile(r"progress-(\d+)-\d+")
 CLI = "keepstep.orchestrator.cli"
 
 
@@ -78,7 +80,9 @@ class Watcher(threading.Thread):
 
     def _see(self, path: Path, content: bytes) -> None:
         phase, _, step, beats, at, *_ = PROGRESS.unpack_from(content)
-        attempt, rank = int(path.name.split("-")[1]), f"{path.parent.name}/{path.name}"
+        if not (name := PAGE.fullmatch(path.name)):
+            return
+        attempt, rank = int(name[1]), f"{path.parent.name}/{path.name}"
         seen = self.attempts.setdefault(attempt, Seen(resume=step))
         if beats and phase == Phase.LOAD:
             seen.loading_at.setdefault(rank, at)
@@ -118,6 +122,7 @@ class Story:
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
         self.ready_at: list[float] = []
         self.began_at = 0.0
+        self.attempts: list[tuple[int, float, float | None]] = []  # number, launched, killed
 
     # What is done to it.
 
@@ -176,13 +181,13 @@ def tell(story: Story) -> dict[str, float]:
     story.agent("node1")
     joined = story.until(lambda: 1 in story.watcher.attempts)  # both were ready a moment before
     truth["wait"] += joined - story.began_at
-    ended = [story.until_step(1, third + 3)]  # three steps after a checkpoint
+    story.until_step(1, third + 3)  # three steps after a checkpoint
 
     pids = story.pids()
     os.kill(story.pid_of(2), signal.SIGKILL)
     killed = time.monotonic()
     dead = story.until_dead(pids)
-    book_attempt(story, 1, joined, killed)
+    story.attempts.append((1, joined, killed))
     truth["stop"] += dead - killed
     story.slow.touch()
     launched = dead
@@ -191,7 +196,7 @@ def tell(story: Story) -> dict[str, float]:
     pids, stopped = story.pids(), time.monotonic()
     os.kill(story.pid_of(3), signal.SIGSTOP)
     dead = story.until(lambda: not all(_is_alive(pid) for pid in pids))
-    book_attempt(story, 2, launched, stopped)
+    story.attempts.append((2, launched, stopped))
     truth["detect"] += dead - stopped
     launched = dead
 
@@ -200,7 +205,7 @@ def tell(story: Story) -> dict[str, float]:
     os.killpg(story.agents["node1"].pid, signal.SIGKILL)
     story.agents["node1"].wait()
     dead = story.until_dead(pids)
-    book_attempt(story, 3, launched, killed)
+    story.attempts.append((3, launched, killed))
     truth["stop"] += dead - killed
     time.sleep(WITHHELD_S)
     story.agent("node1")
@@ -211,7 +216,7 @@ def tell(story: Story) -> dict[str, float]:
     opened.send_signal(signal.SIGTERM)
     opened.wait()
     gone = time.monotonic()
-    book_attempt(story, 4, joined, None)
+    story.attempts.append((4, joined, None))
     truth["finish"] += gone - max(story.seen(4).stepped_at.values(), default=left)
     for agent in story.agents.values():
         agent.wait()
@@ -224,11 +229,13 @@ def tell(story: Story) -> dict[str, float]:
     joined = story.until(lambda: 5 in story.watcher.attempts)
     truth["wait"] += joined - again
     opened.wait()
-    ended.append(time.monotonic())
-    book_attempt(story, 5, joined, None)
-    truth["finish"] += ended[-1] - max(story.seen(5).stepped_at.values())
+    ended = time.monotonic()
+    story.attempts.append((5, joined, None))
+    truth["finish"] += ended - max(story.seen(5).stepped_at.values())
     for agent in story.agents.values():
         agent.wait()
+    for attempt in story.attempts:
+        book_attempt(story, *attempt)
     return truth
 
 
@@ -241,8 +248,8 @@ def book_attempt(story: Story, attempt: int, launched: float, killed: float | No
     last = max(seen.stepped_at)
     stalls = [step for step in max(seen.saves.values(), key=len, default=[]) if step < last]
     truth["stall"] += STALL_S * len(stalls)
-    kept = last if killed is None else last // INTERVAL * INTERVAL
-    kept_s = seen.stepped_at[kept] - began - STALL_S * len([step for step in stalls if step < kept])
+    kept = last if killed is None else story.seen(attempt + 1).resume
+    kept_s = seen.stepped_at.get(kept, began) - began - STALL_S * len([step for step in stalls if step < kept])
     truth["productive"] += kept_s
     truth["redone"] += (seen.stepped_at[last] - began) - STALL_S * len(stalls) - kept_s
     if killed is not None:

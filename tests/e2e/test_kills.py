@@ -50,7 +50,13 @@ def test_ranks_an_agent_a_node_and_the_coordinator_are_killed_in_one_run(start: 
     assert [(failure["rank"], failure["attempt"]) for failure in of_ranks] == [(ranks[0]["rank"], 1), (ranks[1]["rank"], 2)]
     assert all("SIGKILL" in failure["why"] for failure in of_ranks)
     assert (of_agent["node"], of_node["node"]) == (agent["id"], node["id"])
-    assert run.result()["attempts"] == 5, "the ranks trained on without a coordinator"
+    result = run.result()
+    assert result["attempts"] == 5, "the ranks trained on without a coordinator"
+    assert sum(result["seconds"].values()) == pytest.approx(result["wall_s"], rel=0.001)
+    assert all(result["seconds"][name] > 0 for name in ("productive", "redone", "stop", "start", "restore", "finish"))
+    assert (result["recovery"]["attempt"], result["seconds"]["away"]) == (5, 0)
+    spans = [span["name"] for span in result["recovery"]["spans"]]
+    assert spans == ["detect", "stop", "wait", "choose", "fence", "launch", "join", "build", "restore", "step"]
 
 
 def test_the_same_command_continues_after_a_stop_and_after_everything_was_killed(

@@ -20,7 +20,7 @@ from keepstep.orchestrator.archive import read_events
 from keepstep.orchestrator.client import CoordinatorClient, CoordinatorRefused
 from keepstep.orchestrator.coordinator import Coordinator, NoAnswer
 from keepstep.orchestrator.errors import InputError
-from keepstep.orchestrator.lines import event_line, human_bytes
+from keepstep.orchestrator.lines import event_line, human_bytes, time_table
 from keepstep.orchestrator.link import Link
 from keepstep.orchestrator.logbook import opened_event
 from keepstep.orchestrator.roots import claim, token_of
@@ -329,7 +329,8 @@ def test_metrics_name_what_people_watch(tmp_path: Path) -> None:
             return (await client.get("/metrics")).decode()
 
     text = asyncio.run(story())
-    for name in ("keepstep_attempts_total", "keepstep_lost_steps_total", "keepstep_goodput_ratio", 'keepstep_phase{phase="WAITING"} 1.0'):
+    names = ("keepstep_attempts_total", "keepstep_lost_steps_total", "keepstep_goodput_ratio", "keepstep_last_recovery_seconds")
+    for name in (*names, 'keepstep_time_seconds{class="wait"}', 'keepstep_phase{phase="WAITING"} 1.0'):
         assert name in text
 
 
@@ -340,6 +341,17 @@ def test_lines_for_people() -> None:
     assert told.splitlines()[1:] == ["    | Traceback", "    | ValueError: x"]
     assert event_line({"kind": "waiting", "attempt": 0, "step": -1, "why": "w"}) == "waiting    w"
     assert (human_bytes(10), human_bytes(3 << 20)) == ("10 B", "3.0 MiB")
+
+
+def test_the_table_of_where_the_time_went_leaves_out_what_took_none() -> None:
+    assert time_table({"productive": 90.0, "redone": 0.0, "stall": 10.0, "away": 100.0}) == [
+        "where the time went    seconds    share",
+        "  productive              90.0   90.0 %",
+        "  stall                   10.0   10.0 %",
+        "  away                   100.0        -",
+        "  all                    200.0",
+    ]
+    assert time_table({"productive": 0.0}) == []
 
 
 def test_a_bug_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
