@@ -55,7 +55,8 @@ class Cadence:
                 assert_never(self.interval)
 
     def gap(self, told: Pacing) -> int:
-        """Of "auto": steps from the last save to the next. At 1, 2, 4, 8, ... steps of the attempt until that is rarer than the interval; as long as there is none, always."""
+        """Of "auto": steps from one save to the next. Undecided or "soon": after 1, 2, 4, 8, ... steps of the attempt, until that is rarer
+        than the interval."""
         doubled = max(1, self.saved_step - self.began_step)
         if told.every == 0:
             return doubled
