@@ -50,7 +50,7 @@ SHORT: Final = ("--quick",)
 SUITE: Final = (
     Script(name="recovery", minutes=5, quick_s=25),
     Script(name="nodes", minutes=4, quick_s=30),
-    Script(name="peers", minutes=8.5, quick_s=30),
+    Script(name="peers", minutes=9.5, quick_s=30),
     Script(name="throughput", minutes=3.5, quick_s=35),
     Script(name="storage", minutes=2.5, quick_s=25),
     Script(name="storage_s3", minutes=2.5, quick_s=25),

@@ -49,6 +49,7 @@ OURS: Final = {  # what a peer is compared with: as many agents; for nodes a rep
 OFTEN: Final = (
     "keepstep 2x2",
     "keepstep 2x2, spare",
+    "keepstep 2x2, hot",
     "keepstep 1x4",
     "torchrun 1x4",
     "torchrun 2x2",
@@ -57,6 +58,7 @@ OFTEN: Final = (
 )  # the others: one trial
 QUICK: Final = ("keepstep 2x2", "torchft 4x1")
 STEPS_BETWEEN: Final = 15  # more than the checkpoint interval
+BETWEEN_S: Final = 4.0  # and at least so long: what a restart used up is there again, as it is in life
 START_S, RECOVERY_S, POLL_S = 90.0, 60.0, 0.1  # all times are taken from the records
 COLD: Final[Mapping[str, tuple[type[Contender], type[Contender]]]] = {
     "1x4": (KeepstepOneNode, TorchrunSameScriptOneNode),
@@ -159,7 +161,8 @@ def go_on(folder: Path) -> list[Step]:
     while time.monotonic() < until:
         steps = read_steps(folder)
         if min(sum(each.rank == rank and each.at > began for each in steps) for rank in range(RANKS)) >= STEPS_BETWEEN:
-            return steps
+            time.sleep(max(0.0, began + BETWEEN_S - time.monotonic()))
+            return read_steps(folder)
         time.sleep(POLL_S)
     raise Stuck(f"no {STEPS_BETWEEN} steps within {START_S:.0f} s")
 
