@@ -134,6 +134,10 @@ class Contender(ABC):
     @abstractmethod
     def start(self) -> None: ...
 
+    def settle(self) -> bool:
+        """Returns when it is as it will be until something fails; whether it came to that."""
+        return True
+
     @abstractmethod
     def victim(self) -> int:
         """Pid of the last rank's living process."""
@@ -177,7 +181,19 @@ class KeepstepOneNode(Keepstep):
 
 
 class KeepstepHot(Keepstep):
+    """Every failure finds a standby ready, and steps are timed when none is forming beside them."""
+
     more = ("cluster.hot_standby=true",)
+    settled = 0
+
+    def settle(self) -> bool:
+        self.settled += 1
+        events, deadline = self.folder / "root" / "events.jsonl", time.monotonic() + START_TIMEOUT_S
+        while events.read_text().count('"standby-ready"') < self.settled:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(10 * POLL_S)
+        return True
 
 
 class Torchrun(Contender):
@@ -252,6 +268,8 @@ def trial(name: str, number: int, kills: int) -> Iterator[Row]:
         if generation.wait_stepped(START_TIMEOUT_S) is None:
             raise SystemExit(f"{name} did not start within {START_TIMEOUT_S:.0f} s, see {folder}/output-*.log")
         for kill in range(kills):
+            if not contender.settle():
+                raise SystemExit(f"{name} did not settle within {START_TIMEOUT_S:.0f} s, see {folder}/output-*.log")
             step_s = run_on(generation, STEPS_BETWEEN_KILLS, BETWEEN_KILLS_S)
             victim, load = contender.victim(), os.getloadavg()[0]
             assert victim > 1, "0 would be this script's own process group"

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from keepstep.storage.layout import rank_log_key, rank_stacks_key
 from keepstep.storage.store import Store
@@ -27,6 +26,7 @@ from .exits import Exit
 from .forked import Program
 from .forkserver import HostedStore
 from .hot import HotStandby
+from .localrank import LocalRank, Pace, autopsy_text, look, report
 from .oom import KernelLog, OomWitness
 from .patience import Patience, Watch
 from .progress import ProgressPage
@@ -34,14 +34,13 @@ from .ranklogs import RankLogs, tail
 from .ranks import GroupSpec, Launcher, RankGroup
 from .reserve import Reserve
 from .sections import RunConfig
-from .stacks import Stacks, Subject
+from .stacks import Subject
 from .tether import Tether
 from .wire import Launch, RankReport, Standby, StoreAddress
 
 KEEP_STACKS_S = 0.5  # how long the root may take to store stacks before the ranks are killed all the same
 TAIL_S = 0.1  # how long the end of a rank's log may take to be read
 SETTLED_S = 10.0  # ranks that say nothing of their steps count as settled after so long
-REMARKABLE = "TtD"  # states of a process: stopped, traced, in uninterruptible sleep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,40 +57,12 @@ class NodeSettings:
     config: RunConfig
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """What makes a report worth sending."""
-
-    phase: Phase
-    step: int
-    is_overdue: bool  # silent for longer than its agent expects
-
-
-@dataclass(slots=True, kw_only=True)
-class _Rank:
-    number: int
-    pid: int
-    page: ProgressPage
-    watch: Watch
-    log: Path
-    log_start: int  # bytes that were in the log before
-    answers: Path
-    stacks: Stacks | None = None
-    process: str = ""  # its state when its stacks were taken: what comes afterwards is our doing
-    tail: tuple[str, ...] = ()
-    exit: Exit | None = None
-    ended_at: float = 0.0
-    order: int | None = None
-    stopped: bool = False
-    blame: tuple[str, str] | None = None  # kind and reason, when the agent knows better than the exit code
-
-
 @dataclass(slots=True)
 class _Attempt:
     launch: Launch
     group: RankGroup
     ordered_at: float  # when the order to launch came
-    ranks: list[_Rank] = field(default_factory=list)
+    ranks: list[LocalRank] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     is_lost: bool = False  # a rank failed: the others must go
     in_autopsy: bool = False
@@ -195,7 +166,7 @@ class NodeRanks:
         if self._attempt is None:
             return ()
         ordered_at = self._attempt.ordered_at
-        return tuple(_report(rank, i, self._patience.step_s, ordered_at) for i, rank in enumerate(self._attempt.ranks))
+        return tuple(report(rank, i, self._patience.step_s, ordered_at) for i, rank in enumerate(self._attempt.ranks))
 
     @property
     def ordered_s(self) -> float:
@@ -209,7 +180,7 @@ class NodeRanks:
         if self._attempt and self._attempt.is_fresh and self._attempt.is_settled(now):
             self._attempt.is_fresh = False
             self.reserve.prepare(self._attempt.launch.num_ranks, in_time=True)
-        return tuple(_look(rank, now) for rank in self._attempt.ranks) if self._attempt else ()
+        return tuple(look(rank, now) for rank in self._attempt.ranks) if self._attempt else ()
 
     async def autopsy(self, attempt: int) -> None:
         """Takes the stacks of this attempt's ranks, all of them before any of them is killed; once. Who is dead already has none."""
@@ -230,7 +201,7 @@ class NodeRanks:
         attempt.in_autopsy = False
         for rank, found in zip(alive, taken, strict=True):
             rank.stacks = found
-        texts = {rank_stacks_key(attempt.launch.attempt, rank.number): _autopsy_text(rank, self.node) for rank in alive}
+        texts = {rank_stacks_key(attempt.launch.attempt, rank.number): autopsy_text(rank, self.node) for rank in alive}
         with contextlib.suppress(TimeoutError):  # hurts only who wants to read them: the report has the innermost lines
             async with asyncio.timeout(KEEP_STACKS_S):
                 await asyncio.to_thread(self.logs.write, texts)
@@ -276,7 +247,7 @@ class NodeRanks:
         self._patience.begin(launch.world_size)
         self._witness.watch(group.pids)
         self._attempt.ranks = [
-            _Rank(
+            LocalRank(
                 number=launch.first_rank + i,
                 pid=pid,
                 page=pages[i],
@@ -311,14 +282,14 @@ class NodeRanks:
             self._readings.add(reading)
             reading.add_done_callback(self._readings.discard)
 
-    async def _end_with_tail(self, attempt: _Attempt, rank: _Rank, found: Exit) -> None:
+    async def _end_with_tail(self, attempt: _Attempt, rank: LocalRank, found: Exit) -> None:
         """A failure is told with its last words. They may lie on a disk that hangs: a thread reads them, and is not waited for long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TAIL_S):
                 rank.tail = await asyncio.to_thread(tail, rank.log, rank.log_start)
         self._ended(attempt, rank, found)
 
-    def _ended(self, attempt: _Attempt, rank: _Rank, found: Exit) -> None:
+    def _ended(self, attempt: _Attempt, rank: LocalRank, found: Exit) -> None:
         rank.exit = found
         if all(other.exit is not None for other in attempt.ranks):
             attempt.ended.set()
@@ -398,66 +369,3 @@ def _close_pages(attempt: _Attempt) -> None:
     for rank in attempt.ranks:
         rank.page.close()
         rank.answers.unlink(missing_ok=True)
-
-
-def _autopsy_text(rank: _Rank, node: str) -> str:
-    seen, silence = rank.page.read(), rank.watch.silence
-    expected = f", {silence.limit_s:g} s were expected at most" if silence.limit_s else ""
-    quiet = f"silent for {silence.quiet_s:.1f} s{expected}"
-    where = f"rank {rank.number} on {node}: phase {seen.phase.name} at step {seen.step}, {quiet}, collective {seen.collective}"
-    return f"{where}\n{rank.stacks.text if rank.stacks else ''}\n"
-
-
-def _look(rank: _Rank, now: float) -> Pace:
-    seen = rank.page.read()
-    is_overdue = rank.exit is None and rank.watch.look(seen, now).is_too_long
-    return Pace(seen.phase, seen.step, is_overdue)
-
-
-def _since(ordered_at: float, at: float) -> float | None:
-    """None for what has not happened."""
-    return round(at - ordered_at, 4) if at else None
-
-
-def _report(rank: _Rank, local_rank: int, step_s: float, ordered_at: float) -> RankReport:
-    seen, silence = rank.page.read(), rank.watch.silence
-    common = {"rank": rank.number, "local_rank": local_rank, "pid": rank.pid}
-    pace = {
-        "phase": int(seen.phase),
-        "step": seen.step,
-        "beats": seen.beats,
-        "quiet_s": silence.quiet_s,
-        "limit_s": silence.limit_s,
-        "step_s": round(step_s, 4),
-        "collective": seen.collective,
-        "pulse_s": round(max(0.0, time.monotonic() - seen.pulse_at), 3) if seen.pulse_at else -1.0,
-        "marks_s": tuple(_since(ordered_at, at) for at in rank.page.marks()),
-        "stepped_s": _since(ordered_at, seen.stepped_at),
-        "stalled_s": round(seen.stalled_s, 4),
-        "costs": rank.page.costs(),
-        "stands_by": rank.page.stands_by,
-        "ended_s": _since(ordered_at, rank.ended_at),
-    }
-    process = rank.process or (stacks.state(rank.pid) if rank.exit is None else "")
-    stood: dict[str, Any] = {"process": process if process in REMARKABLE else ""}
-    if rank.stacks:
-        stood |= {"where": rank.stacks.where, "waits": rank.stacks.waits}
-    if rank.exit is None:
-        return RankReport(**common, **pace, **stood, state="running")
-    kind, why = rank.blame or (rank.exit.kind, rank.exit.why)
-    return RankReport(
-        **common,
-        **pace,
-        **stood,
-        state="exited",
-        exit_code=rank.exit.exit_code,
-        exit_order=rank.order,
-        stopped_by_agent=rank.stopped and rank.blame is None,
-        kind=kind,
-        why=why,
-        damaged=rank.exit.damaged,
-        bad_step=rank.exit.bad_step,
-        bad_ranks=rank.exit.bad_ranks,
-        skips=rank.exit.skips,
-        tail=rank.tail,
-    )
