@@ -6,10 +6,10 @@
 * spare: SIGKILL to the agent of a node and all its processes, ranks included; a warm spare (`cluster.spares`) takes its seat.
 * cold: the same without a spare; the node's agent is started again at the same instant, in a new interpreter.
 * silent: a host whose cable is cut (network namespaces, `keepstep.orchestrator.lab`): nothing tells of its end; a spare waits.
-* start: `keepstep run` from exec to the first finished step, beside torchrun of the same trainer and config, one after the other.
+* start: `keepstep run` from exec to the first finished step, beside torchrun of the same script, one after the other.
 
-Nodes are agents that this script starts itself, so that nobody else starts one again. Losses are timed by the ranks' own progress
-pages, starts by the first line of the step records; all clocks are the machine's monotonic one.
+Nodes are agents that this script starts itself, so that nobody else starts one again. All is timed by the ranks' own progress pages, on the
+machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 
 CONFIG = HERE / "recovery.toml"
+SCRIPT = HERE / "torchrun_train.py"
 STEPS_BETWEEN = 12  # more than the checkpoint interval
 PATIENCE_S = 90.0
 POLL_S = 0.005
@@ -221,50 +222,50 @@ def with_a_cut_cable(times: int) -> Iterator[Row]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_keepstep(folder: Path) -> tuple[list[str], Path]:
-    options = (f"run.root={folder / 'root'}", "cluster.nodes=1", f"cluster.ranks_per_node={RANKS}")
-    return keepstep("run", str(CONFIG), *(word for option in options for word in ("-o", option))), folder / "root"
+def start_keepstep(folder: Path, scratch: Path) -> list[str]:
+    options = (
+        f"run.root={scratch / 'root'}",
+        f"cluster.ranks_per_node={RANKS}",
+        f"train.script={SCRIPT}",
+        f"train.script_args=['{folder}']",
+    )
+    return keepstep("run", str(CONFIG), *(word for option in options for word in ("-o", option)))
 
 
-def start_torchrun(folder: Path) -> tuple[list[str], Path]:
-    """The same trainer with the same keys, its tokens prepared as keepstep does."""
-    config = folder / "run.toml"
-    config.write_text(CONFIG.read_text().partition("[cluster]")[0].replace("[run]", f'[run]\nroot = "{folder / "root"}"', 1))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    return [*torchrun, "-m", "keepstep.trainer", "--config", str(config)], folder / "root"
+def start_torchrun(folder: Path, _: Path) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", str(SCRIPT), str(folder)]
 
 
-def starts(kinds: Sequence[str], times: int) -> Iterator[Row]:
-    made = {"keepstep run": start_keepstep, "torchrun": start_torchrun}
+def starts(times: int) -> Iterator[Row]:
+    kinds = {"keepstep run": start_keepstep, "torchrun": start_torchrun}
     for number in range(times):
-        for kind in kinds if number % 2 == 0 else list(reversed(kinds)):
-            yield start(kind, *made[kind](folder := Path(tempfile.mkdtemp(prefix="ks-bench-"))), folder)
+        for kind in sorted(kinds, reverse=number % 2 == 1):
+            folder, scratch = Path(tempfile.mkdtemp(prefix="ks-bench-")), Path(tempfile.mkdtemp(prefix="ks-bench-"))
+            yield start(kind, kinds[kind](folder, scratch), folder, scratch)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def start(kind: str, command: Sequence[str], root: Path, folder: Path) -> Row:
-    """From exec to the first record of a step. The tokens lie there before: a data set is prepared once."""
-    options = (f"run.root={root}", "cluster.nodes=1", f"cluster.ranks_per_node={RANKS}")
-    prepare = keepstep("prepare", str(CONFIG), *(word for option in options for word in ("-o", option)))
-    subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
-    environment, load = {**os.environ, **QUIET, "KEEPSTEP_SCRATCH_BASE": str(folder / "s")}, os.getloadavg()[0]
-    with (folder / "log").open("wb") as log:
+def start(kind: str, command: Sequence[str], folder: Path, scratch: Path) -> Row:
+    """From exec to the first finished step of the last rank."""
+    environment, load = {**os.environ, **QUIET, "KEEPSTEP_SCRATCH_BASE": str(scratch / "s")}, os.getloadavg()[0]
+    generation = Generation(folder)
+    with (scratch / "log").open("wb") as log:
         at = time.monotonic()
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        try:
-            while not any(path.stat().st_size for path in (root / "steps").glob("*")) and time.monotonic() - at < PATIENCE_S:
-                if process.poll() is not None:
-                    raise SystemExit(f"{kind} ended with code {process.returncode}, see {folder}/log")
-                time.sleep(POLL_S)
-            seconds = time.monotonic() - at
-        finally:
-            end_session(process)
-    print(f"start {kind}: {seconds:.2f} s (load {load:.2f})", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    return Row(kind=kind, seconds=round(seconds, 3), step_s=0.0, load=round(load, 2))
+    try:
+        stepped_at = generation.wait_stepped(PATIENCE_S)
+    finally:
+        end_session(process)
+    if stepped_at is None:
+        raise SystemExit(f"{kind}: no step within {PATIENCE_S:g} s, see {scratch}/log")
+    print(f"start {kind}: {stepped_at - at:.2f} s (load {load:.2f})", flush=True)
+    return Row(kind=kind, seconds=round(stepped_at - at, 3), step_s=0.0, load=round(load, 2))
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
     """torchrun ends its workers when it is told to; of keepstep's processes none outlives the first."""
+    assert isinstance(process.args, list)
     process.send_signal(signal.SIGTERM if "torch.distributed.run" in process.args else signal.SIGKILL)
     process.wait()
 
@@ -280,7 +281,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     ours, theirs = found["keepstep run"], found["torchrun"]
     both = f"{spread(ours)}; torchrun {spread(theirs)}"
     met = median(ours) <= median(theirs) if ours and theirs else None
-    return [*made, Verdict(what="cold `keepstep run` -> first step, 1 x 4", target="<= torchrun of the same trainer", result=both, met=met)]
+    return [*made, Verdict(what="cold `keepstep run` -> first step, 1 x 4", target="<= torchrun of the same script", result=both, met=met)]
 
 
 def verdict(what: str, target: str, seconds: Sequence[float], limit_s: float) -> Verdict:
@@ -303,7 +304,7 @@ def main() -> None:
         chosen = [kind for kind in chosen if kind != "silent"]
     sources = {"spare": with_spare, "cold": with_cold_replacement, "silent": with_a_cut_cable}
     for kind in chosen:
-        rows += sources[kind](times) if kind in sources else starts(("keepstep run", "torchrun"), times)
+        rows += sources[kind](times) if kind in sources else starts(times)
     publish("nodes", verdicts(rows), [asdict(row) for row in rows], began_on=began_on)
 
 

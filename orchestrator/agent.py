@@ -24,14 +24,15 @@ from keepstep.trainer.contract import EXIT_BAD_INPUT, EXIT_OK, EXIT_REQUEUE
 from .client import CALL_TIMEOUT_S, CoordinatorRefused, CoordinatorUnreachable
 from .contact import Contact, address_towards
 from .forked import Program
-from .forkserver import count_gpus, forget_main_module, forkserver_pid, start_forkserver, wait_until_warm
+from .forkserver import count_gpus, forkserver_pid, start_forkserver, wait_until_warm
 from .going import Going, signal_grace_s
 from .link import Link
 from .lookout import Lookout, Sight
+from .meeting import meet
 from .node import NodeRanks, NodeSettings
 from .patience import PERIOD_S, Patience
 from .persisting import PersisterProcess
-from .processes import ENV_SCRATCH, adopt_orphans, bury, die_with_parent_if_told, kill, print_or_lose, strays, wait_ended
+from .processes import kill, strays, wait_ended
 from .scratch import Scratch
 from .sections import RunConfig
 from .tether import NoTether, tie
@@ -63,9 +64,7 @@ class Agent:
         self._report_s = REPORT_S
         self._retiring: list[asyncio.Task[None]] = []  # connections to coordinators that were succeeded
         self._address = address_towards(urlsplit(contact.url).hostname or "127.0.0.1")
-        self._persister = PersisterProcess(
-            scratch.staging_socket, config.run.root, config.storage.slow_s, self._changed, config.checkpoint
-        )
+        self._persister = PersisterProcess(scratch.staging_socket, config.run.root, config.storage.slow_s, self._changed, config.checkpoint)
         self._patience = Patience(config.cluster.hang_s)
         self._ranks = self._incarnate()
         self._news = asyncio.Event()
@@ -314,7 +313,7 @@ class Agent:
 
     async def _find_successor(self) -> None:
         """Reads the run log: proof that nothing newer than our attempt exists, and the address of whoever rules now."""
-        sight = await self._lookout.look(self._alone() if self._is_unanswered() else "")
+        sight = await self._lookout.look(self._alone() if self._is_unanswered() else "", has_ended=not self._ranks.running)
         if sight is not None:  # otherwise it cannot observe: the lease runs on
             await self._obey_log(sight)
 
@@ -328,6 +327,8 @@ class Agent:
     async def _obey_log(self, sight: Sight) -> None:
         if self._ranks.running and (why := replaced(self._lookout.log.lineage, self._ranks.attempt)):
             self._ranks.blame_all("fenced", why)
+            await self._ranks.stop()
+            self._doubt.set()  # whoever replaces us waits for our word, if we had said that we go on
             return
         if not self._ranks.running or sight.alone == self._alone():
             self._obeyed_at = max(self._obeyed_at, sight.began_at)
@@ -440,25 +441,8 @@ def bury_own(scratch: Path) -> None:
     kill(strays(scratch))
 
 
-def serve(name: str, contact: Contact, scratch_path: Path) -> int:
-    """The agent process. Raises InputError where the person who started it must do something."""
-    die_with_parent_if_told()
-    print_or_lose()
-    adopt_orphans()
-    scratch = Scratch(scratch_path)
-    os.environ[ENV_SCRATCH] = str(scratch.path)
-    scratch.lock()
-    bury(scratch.path)
-    scratch.gather_temporary_files()
-
-    forget_main_module()
-    start_forkserver(contact.root)
-    return asyncio.run(_serve(name, contact, scratch))
-
-
-async def _serve(name: str, contact: Contact, scratch: Scratch) -> int:
-    from .meeting import meet
-
+async def meet_and_run(name: str, contact: Contact, scratch: Scratch) -> int:
+    """From the forkserver's start to the agent's end; its exit code."""
     contact, config, store = await meet(contact, scratch.path)
     agent = Agent(name, contact, config, scratch, store)
     return await agent.run()

@@ -92,7 +92,7 @@ def coordinate(config: RunConfig, *, managed: bool) -> int:
 
 def serve_agent(*, url: str, root: str, node: str, scratch: str) -> int:
     """The whole of `keepstep agent`; its exit code."""
-    from .agent import serve
+    from .start import serve
 
     if not url and not root:
         raise InputError("keepstep agent needs --coordinator URL or --root ROOT: how else would it find its run?")

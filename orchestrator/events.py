@@ -162,11 +162,12 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class FoundAlone:
-    """Answer to FindAlone: those that had said so by then."""
+    """Answer to FindAlone: those that had said so by then, and those of them that have said since that their ranks are dead."""
 
     at: float
     request: FindAlone
     nodes: frozenset[str]
+    ended: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

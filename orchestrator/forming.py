@@ -223,7 +223,7 @@ def advance_fencing(run: Run, phase: phases.Fencing, event: Event) -> Run:
 
 
 def _ask_who_goes_alone(run: Run) -> Run:
-    suspects = membership.unasked(run.members)
+    suspects = membership.unasked(run.members, run.now)
     if not suspects or asking.pending(run.asks, FindAlone):
         return run
     return ask(run, FindAlone(fence=run.attempt, suspects=suspects))
@@ -231,7 +231,14 @@ def _ask_who_goes_alone(run: Run) -> Run:
 
 def take_found_alone(run: Run, found: FoundAlone) -> Run:
     run = replace(run, asks=asking.without(run.asks, lambda request: request == found.request))
-    return replace(run, members=membership.note_alone(run.members, found.request.suspects, found.nodes))
+    members = membership.note_alone(run.members, found.request.suspects, found.nodes, run.now)
+    ended = [node for node, attempt in found.request.suspects if node in found.ended and _may_run(members, node, attempt)]
+    return replace(run, members=membership.clear(members, ended))
+
+
+def _may_run(members: membership.Members, node: str, attempt: int) -> bool:
+    suspect = members.suspects.get(node)
+    return suspect is not None and suspect.attempt == attempt
 
 
 def _why_not_launch(run: Run, phase: phases.Fencing, event: Event) -> str:

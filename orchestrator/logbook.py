@@ -11,7 +11,7 @@ from typing import assert_never
 
 from keepstep.storage.errors import Fenced, StoreError
 from keepstep.storage.faults import fault_point
-from keepstep.storage.layout import ALONE, alone_key, log_key
+from keepstep.storage.layout import ALONE, ALONE_ENDED, alone_key, log_key
 from keepstep.storage.lineage import Lineage
 from keepstep.storage.manifest import Manifest
 from keepstep.storage.records import Attempt, Commit, Failed, Finished, Quarantine, Rewind
@@ -90,8 +90,10 @@ class Logbook:
         self._log.refresh()
         if (opened := self._log.newest_opened()) and opened.term > self._term:
             raise Fenced(opened)
-        alone = (node for node, attempt in request.suspects if alone_key(self._term, attempt, node) in said)
-        return ev.FoundAlone(time.monotonic(), request, frozenset(alone))
+        keys = {node: alone_key(self._term, attempt, node) for node, attempt in request.suspects}
+        alone = frozenset(node for node, key in keys.items() if key in said)
+        ended = frozenset(node for node in alone if store.get(keys[node]) == ALONE_ENDED)
+        return ev.FoundAlone(time.monotonic(), request, alone, ended)
 
     def _roll_forward(self) -> bool:
         self._log.refresh()

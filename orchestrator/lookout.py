@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, replace
 
 from keepstep.storage.errors import StoreError
+from keepstep.storage.layout import ALONE_ENDED
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 
@@ -35,16 +36,18 @@ class Lookout:
         self.log = RunLog(Store.open(config.run.root, options))
         self._patience_s = lease_s / 2
         self._reading: asyncio.Future[Sight] | None = None
-        self._alone = ""  # under which key we have said last that we go on alone
+        self._alone = ""  # under which key we have said last that we go on alone,
+        self._ended = ""  # and that this is over
 
-    async def look(self, alone: str = "") -> Sight | None:
+    async def look(self, alone: str = "", *, has_ended: bool = False) -> Sight | None:
         """Reads what is new; None: cannot observe, or not yet.
 
         Args:
             alone: the key under which to say first that we go on without our coordinator's answers; "": we need not.
+            has_ended: our ranks are dead: if we had said that, we take it back.
         """
         if self._reading is None:
-            self._reading = asyncio.ensure_future(asyncio.to_thread(self._read, alone))
+            self._reading = asyncio.ensure_future(asyncio.to_thread(self._read, alone, has_ended))
         done, _ = await asyncio.wait((self._reading,), timeout=self._patience_s)
         if not done:
             return None
@@ -54,11 +57,17 @@ class Lookout:
         except (StoreError, OSError):
             return None
 
-    def _read(self, alone: str) -> Sight:
-        if alone and alone != self._alone:
-            with contextlib.suppress(StoreError, OSError):  # it may be said or not: we do not count on it; whoever looks waits for longer
-                self.log.store.put(alone, b"")
-                self._alone = alone
+    def _read(self, alone: str, has_ended: bool) -> Sight:
+        with contextlib.suppress(StoreError, OSError):  # it may be said or not: we do not count on it; whoever looks waits for longer
+            self._say(alone, has_ended)
         sight = Sight(time.monotonic(), self._alone)
         self.log.refresh()
         return sight
+
+    def _say(self, alone: str, has_ended: bool) -> None:
+        if has_ended and alone == self._alone != self._ended:
+            self.log.store.put(alone, ALONE_ENDED)
+            self._ended = alone
+        elif not has_ended and alone not in ("", self._alone):
+            self.log.store.put(alone, b"")
+            self._alone = alone

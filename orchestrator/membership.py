@@ -20,6 +20,7 @@ from .wire import AgentReport
 T = TypeVar("T")
 
 MAX_STRIKES: Final = 16  # remembered of a host
+ASK_AGAIN_S: Final = 0.25  # whether a node that goes on without us still does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,7 @@ class Suspect:
     listens: bool  # it obeys our term: no predecessor can prolong its lease
     fenced_at: float | None = None  # when we knew that a newer attempt is in the log
     goes_alone: bool | None = None  # whether it had said, by then, that the log is enough for it; None: not known
+    asked_at: float = 0.0  # when that was last looked up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,18 +158,22 @@ def fence(members: Members, now: float) -> Members:
     return replace(members, suspects=Map(fenced))
 
 
-def unasked(members: Members) -> tuple[tuple[str, int], ...]:
-    """Fenced suspects, with their attempts, whose last sign of life ends their wait unless they go on without us."""
-    found = members.suspects.items()
-    return tuple(
-        sorted((name, each.attempt) for name, each in found if each.fenced_at is not None and each.listens and each.goes_alone is None)
-    )
+def unasked(members: Members, now: float) -> tuple[tuple[str, int], ...]:
+    """Fenced suspects, with their attempts, of which it is not known whether they go on without us, or whether they still do."""
+    return tuple(sorted((name, found.attempt) for name, found in members.suspects.items() if _is_unasked(found, now)))
 
 
-def note_alone(members: Members, asked: Iterable[tuple[str, int]], alone: frozenset[str]) -> Members:
+def _is_unasked(found: Suspect, now: float) -> bool:
+    if found.fenced_at is None or not found.listens or found.goes_alone is False:
+        return False
+    return found.goes_alone is None or now - found.asked_at >= ASK_AGAIN_S
+
+
+def note_alone(members: Members, asked: Iterable[tuple[str, int]], alone: frozenset[str], now: float) -> Members:
     """What was found after the fence stays true: who says so later reads of the fence."""
     known = {(name, each.attempt): each for name, each in members.suspects.items() if each.fenced_at is not None}
-    found = {name: replace(known[name, attempt], goes_alone=name in alone) for name, attempt in asked if (name, attempt) in known}
+    wanted = ((name, known[name, attempt]) for name, attempt in asked if (name, attempt) in known)
+    found = {name: replace(suspect, goes_alone=name in alone, asked_at=now) for name, suspect in wanted}
     return replace(members, suspects=members.suspects.update(found))
 
 

@@ -66,8 +66,8 @@ def _what(event: ev.Event) -> str:
             return f"died {node}"
         case ev.Found(resume=resume, rolled_forward=rolled_forward):
             return f"found {_source(resume)}{' and rolled it forward' if rolled_forward else ''}"
-        case ev.FoundAlone(nodes=nodes):
-            return f"go on without us: {', '.join(sorted(nodes)) or 'none'}"
+        case ev.FoundAlone(nodes=nodes, ended=ended):
+            return f"go on without us: {', '.join(sorted(nodes)) or 'none'}; no more: {', '.join(sorted(ended)) or 'none'}"
         case ev.Logged(record=record):
             return f"logged {_tell_record(record)}"
         case ev.LogFailed(request=request, why=why):

@@ -25,6 +25,7 @@ LOG: Final = "log"
 SNAPSHOTS: Final = "snapshots"
 DATA: Final = "data"
 ALONE: Final = "alone"
+ALONE_ENDED: Final = b"ended"  # what such an object holds when that node's ranks are dead
 STEPS: Final = "steps"
 LOGS: Final = "logs"
 PROBE: Final = "probe"

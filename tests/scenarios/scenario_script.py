@@ -93,7 +93,8 @@ class Script:
                 yield ev.Died(at, words[0])
             case "alone":
                 request = next(ask.request for ask in self.story.run.asks if isinstance(ask.request, ev.FindAlone))
-                yield ev.FoundAlone(at, request, frozenset(word for word in words if word != "nobody"))
+                ended = frozenset(word.removesuffix("=ended") for word in words if word.endswith("=ended"))
+                yield ev.FoundAlone(at, request, frozenset(word for word in words if word != "nobody") | ended, ended)
             case "found":
                 found = None if words[0] == "nothing" else self._checkpoint(int(words[0]))
                 yield ev.Found(at, found, rolled_forward="forward" in words)

@@ -275,7 +275,9 @@ class Agent:
         alone = (self._term, self.attempt)
         is_told = self._said_alone == alone or self.world.mutant == "goes-on-without-a-word"
         if self._running() and silent_s > self.policy.lease_s / 3 and not is_told:
-            self.world.storage(self.host, lambda: self.world.alone.add((*alone, self.id)), lambda _, why: self._have_said(alone, why))
+            self.world.storage(
+                self.host, lambda: self.world.alone.setdefault((*alone, self.id), False), lambda _, why: self._have_said(alone, why)
+            )
         if unproven or silent_s > self.policy.lease_s * (0.9 if trusts else 1 / 3):
             self.world.storage(self.host, self._read_log, self._take_log(self.world.now, self._said_alone))
         self.world.at(self.policy.lease_s / 6, self._keep_lease)
@@ -284,6 +286,12 @@ class Agent:
         """It is in storage that we go on without our coordinator's answers: what is read from now on prolongs the lease."""
         if not why:
             self._said_alone = alone
+
+    def _take_back(self) -> None:
+        """Our ranks are dead: whoever waits because we said that we go on need not wait any more."""
+        said = (*self._said_alone, self.id)
+        if said in self.world.alone:
+            self.world.storage(self.host, lambda: self.world.alone.update({said: True}), lambda *_: None)
 
     def _read_log(self) -> tuple[int, str]:
         return self.world.log.attempt, self.world.log.coordinator
@@ -295,7 +303,9 @@ class Agent:
             attempt, coordinator = found
             if self._running() and attempt > self.attempt:
                 self.world.tell(f"{self.id}: attempt {attempt} has replaced attempt {self.attempt}")
-                self._kill("fenced", False)
+                if self.world.mutant != "says-that-it-ended-and-goes-on":
+                    self._kill("fenced", False)
+                self._take_back()
             if not self._running() or alone == (self._term, self.attempt) or self.world.mutant == "goes-on-without-a-word":
                 self.obeyed_at = max(self.obeyed_at, began)
             if self._coordinator is None or self._coordinator.host != coordinator:

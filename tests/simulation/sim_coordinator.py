@@ -136,8 +136,9 @@ class Coordinator:
                 found = log.resume_of() if rolled_forward else self._find()
                 return ev.Found(at, found, rolled_forward=rolled_forward, quarantined=frozenset(log.quarantined))
             case ev.FindAlone():
-                said = self.world.alone
-                return ev.FoundAlone(at, request, frozenset(node for node, attempt in request.suspects if (term, attempt, node) in said))
+                said = {node: self.world.alone.get((term, attempt, node)) for node, attempt in request.suspects}
+                alone = frozenset(node for node, ended in said.items() if ended is not None)
+                return ev.FoundAlone(at, request, alone, frozenset(node for node in alone if said[node]))
             case ev.LogAttempt():
                 return self._log_attempt(request)
             case ev.LogQuarantine(directory=directory):

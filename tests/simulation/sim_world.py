@@ -196,7 +196,7 @@ class World:
         self.damaged: set[str] = set()
         self.blind_at: dict[str, float] = {}  # host -> when storage last refused it
         self.curse: Callable[[], str] | None = None  # a program error that comes back at every attempt
-        self.alone: set[tuple[int, int, str]] = set()  # term, attempt, node: "I go on without that term's coordinator"
+        self.alone: dict[tuple[int, int, str], bool] = {}  # (term, attempt, node) that goes on without that coordinator -> does no more
         self.poison: set[int] = set()  # positions of samples that spoil a step
         self.spoils_all = False  # whatever the samples, step after step is bad
         self.ambush: dict[str, Callable[[], None]] = {}  # what happens at the next "refused" or "rewound"

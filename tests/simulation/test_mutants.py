@@ -68,12 +68,13 @@ MUTANTS = [
     Mutant(name="no-term-check", why="reigns", faults=("second_coordinator", "kill_rank")),
     Mutant(name="trusts-unproven", why="lives on", faults=("second_coordinator",), steps=60),
     Mutant(name="goes-on-without-a-word", why="lives on", faults=("isolate_bit_by_bit",)),
+    Mutant(name="says-that-it-ended-and-goes-on", why="lives on", faults=("isolate_bit_by_bit",)),
     Mutant(name="proof-while-ranks-live", why="lives on", faults=("kill_agent",)),
     Mutant(
         name="nobody-is-asked-whether-it-goes-on",
         why="lives on",
         faults=("isolate_bit_by_bit",),
-        patch=(membership, "note_alone", lambda members, asked, _: _note_alone(members, asked, frozenset())),
+        patch=(membership, "note_alone", lambda members, asked, _, now: _note_alone(members, asked, frozenset(), now)),
     ),
     Mutant(
         name="no-fence-wait",
