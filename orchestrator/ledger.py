@@ -110,7 +110,7 @@ def settled(ledger: Ledger, timing: Timing | None, at: float) -> Ledger:
     if ledger.held is None:
         return _booked(ledger, now)
     timing = _shifted(timing, ledger.offset) if timing else ledger.held.known
-    if timing and timing.loaded is not None and timing.verdict is None:
+    if timing and timing.loaded is not None and timing.verdict is None and not timing.is_finishing:
         timing = replace(timing, last_step=now)  # it steps at this moment
     return _book_attempt(ledger, timing, now)
 

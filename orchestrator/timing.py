@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from keepstep.trainer.contract import MARKS
+from keepstep.trainer.contract import MARKS, Phase
 
 from . import phases
 from .events import Say
@@ -42,6 +42,7 @@ class Timing:
     ended: float | None = None  # what ended it happened: a death, or the last sign of progress before a silence
     verdict: float | None = None  # it was noticed
     is_orderly: bool = False  # the ranks were asked to save and leave
+    is_finishing: bool = False  # no rank will begin another step
 
     def fields(self) -> dict[str, Any]:
         """For an event; from_fields takes it back."""
@@ -201,6 +202,7 @@ def _filled(timing: Timing, run: Run) -> Timing:
         last_step=max((at.stepped for at in ranks if at.stepped is not None), default=None),
         step=max((at.report.step for at in ranks), default=timing.resume_step),
         stalled_s=max((at.report.stalled_s for at in ranks), default=0.0),
+        is_finishing=any(at.report.phase >= Phase.FINISH for at in ranks),
     )
 
 

@@ -169,8 +169,12 @@ def test_what_runs_now_is_booked_as_it_stands() -> None:
     run.spend("productive", 12.0)
     now = settled(run.ledger(), Timing.from_fields(timing), run.clock)
     assert totals(now, {1: None}, even_share) == pytest.approx(run.truth, abs=0.01)
+    run.spend("finish", 3.0)
+    timing |= {"last_step": run.clock - 3.0, "is_finishing": True}
+    finishing = settled(run.ledger(), Timing.from_fields(timing), run.clock)
+    assert totals(finishing, {1: None}, even_share) == pytest.approx(run.truth, abs=0.01)
     still = settled(run.ledger(), Timing(attempt=1, resume_step=0, launched=timing["launched"]), run.clock)
-    assert totals(still, {1: None}, even_share)["start"] == pytest.approx(13.25, abs=0.01)
+    assert totals(still, {1: None}, even_share)["start"] == pytest.approx(16.25, abs=0.01)
 
 
 def test_a_rewind_makes_steps_of_older_attempts_redone() -> None:
