@@ -9,7 +9,7 @@ rank is stopped until its silence is a hang (detect), and the whole run is ended
 comes from this script: when it did what, and what the ranks' progress pages showed when, read every few milliseconds. Target: no class
 differs by more than 3 % of the wall time.
 
-What the injector does not know: what saves cost beside the pause that it inflicts (truth: productive, ledger: stall), and that a coordinator
+What the injector does not know: what saves cost beside the inflicted pause (truth: productive, ledger: stall), and that a coordinator
 lingers after its last record until its agents know of the end (truth: finish, ledger: away).
 """
 
