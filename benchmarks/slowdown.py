@@ -46,7 +46,7 @@ VOCABULARY, SAMPLES = 512, 2
 NICE: Final = CheckpointSection().nice
 ALONE, POLITE, EAGER = "no save", f"niceness {NICE}", "niceness 0"
 DEADLINE_S: Final = 300.0
-ROUNDS, STEPS, QUICK_ROUNDS, QUICK_STEPS = 6, 15, 2, 6
+ROUNDS, STEPS, QUICK_ROUNDS, QUICK_STEPS = 4, 8, 1, 6
 
 Stretch = dict[str, list[float]]  # "step": seconds of each; "stall": of each save
 

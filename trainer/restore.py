@@ -194,12 +194,18 @@ def whole_chunk(entry: TensorEntry, target: Tensor) -> Part:
 
 def _uncut(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -> list[Part] | None:
     """Each local tensor is one saved chunk; None when one is not."""
-    chunks = {(entry.name, entry.starts, entry.shape): entry for entry in saved}
+    saved = list(saved)
+    whole = {entry.name: entry for entry in saved if entry.shape == entry.global_shape}
+    chunks = {(entry.name, entry.starts, entry.shape): entry for entry in saved if entry.shape != entry.global_shape}
     parts = []
     for name, tensor in flat.items():
+        if not isinstance(tensor, DTensor) and name in whole and tensor.numel():
+            parts.append(whole_chunk(whole[name], tensor))  # of the same shape: that was compared
+            continue
         shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         for starts, sizes in chunks_of(tensor) if shard.numel() else ():
-            if (entry := chunks.get((name, starts, sizes))) is None:
+            entry = chunks.get((name, starts, sizes)) or whole.get(name)
+            if entry is None or (entry.starts, entry.shape) != (starts, sizes):
                 return None
             parts.append(whole_chunk(entry, shard))
     return parts
