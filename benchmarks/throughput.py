@@ -1,6 +1,6 @@
 """Steps per second with everything switched on, beside bare torchrun with the same loop, model and batches: what a healthy run pays.
 
-    python benchmarks/throughput.py                results/throughput.json, some four minutes
+    python benchmarks/throughput.py                results/throughput.json, some three minutes
     python benchmarks/throughput.py --seconds 20   a look
 
 Three launches of 4 ranks live at once, and by turns two of them are stopped (SIGSTOP of all of their processes) while one trains for a
@@ -209,7 +209,7 @@ def toml_of(config: Figures) -> str:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--seconds", type=float, default=60.0, help="timed of each")
+    made.add_argument("--seconds", type=float, default=45.0, help="timed of each")
     made.add_argument("-o", dest="overrides", nargs="*", default=(), help="SECTION.KEY=VALUE for keepstep: to find what costs")
     made.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     options = made.parse_args()
