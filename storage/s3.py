@@ -18,7 +18,7 @@ from .uploads import PART_BYTES, Body, send_parts
 
 T = TypeVar("T")
 
-RUN_BYTES: Final = 16 << 20
+RUN_BYTES: Final = 32 << 20  # one thread reports after so many that it goes on
 CLEAN_UP_S: Final = 5.0  # for tidying up after an error: its cause is likely to be there still
 
 

@@ -23,17 +23,16 @@ from urllib.parse import SplitResult, urlsplit
 from botocore.exceptions import ClientError
 
 ERROR_BYTES: Final = 1 << 16  # of an error document that are looked at
-LEAST_S: Final = 0.001  # a socket that waits for 0 s does not wait at all, and says so in another way
 
 
 class _Plain(socket.socket):
-    """A socket whose every wait ends at `until`, and after `patience_s` without a byte."""
+    """A socket whose every wait ends at `until`, and for an answer after `patience_s` without a byte."""
 
     until = float("inf")
     patience_s = float("inf")
 
     def recv_into(self, *arguments: Any) -> int:
-        _arm(self)
+        _arm(self, self.patience_s)
         return super().recv_into(*arguments)
 
     def sendall(self, *arguments: Any) -> None:
@@ -48,7 +47,7 @@ class _Tls(ssl.SSLSocket):
     patience_s = float("inf")
 
     def recv_into(self, *arguments: Any) -> int:
-        _arm(self)
+        _arm(self, self.patience_s)
         return super().recv_into(*arguments)
 
     def send(self, *arguments: Any) -> int:
@@ -56,9 +55,12 @@ class _Tls(ssl.SSLSocket):
         return super().send(*arguments)
 
 
-def _arm(sock: _Plain | _Tls) -> None:
-    left_s = min(sock.patience_s, sock.until - time.monotonic())
-    sock.settimeout(max(LEAST_S, left_s) if left_s < float("inf") else None)
+def _arm(sock: _Plain | _Tls, patience_s: float = float("inf")) -> None:
+    left_s = sock.until - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError("no whole answer in time")
+    least_s = min(patience_s, left_s)
+    sock.settimeout(least_s if least_s < float("inf") else None)
 
 
 class _PlainConnection(http.client.HTTPConnection):
@@ -167,7 +169,9 @@ class Connections:
             connection.close()
 
     def _opened(self, parts: SplitResult, until: float) -> http.client.HTTPConnection:
-        timeout_s = max(LEAST_S, min(self._connect_timeout_s, until - time.monotonic()))
+        if (left_s := until - time.monotonic()) <= 0:
+            raise TimeoutError("no time is left to connect")
+        timeout_s = min(self._connect_timeout_s, left_s)
         connection: http.client.HTTPConnection
         if parts.scheme == "https":
             connection = http.client.HTTPSConnection(parts.netloc, timeout=timeout_s, context=self._trust)

@@ -45,7 +45,7 @@ class StorageOptions:
     read_timeout_s: float = 20.0
     """Between two pieces of an answer; a conditional write that meets a lock may wait a second, so stay well above 5."""
     deadline_s: float = 60.0
-    """Of a whole call, all its tries included; half of it for each, so that a part of 16 MiB needs 0.6 MB/s. A large file is many calls."""
+    """Of a whole call, all its tries included; half of it for each, so that a part of 32 MiB needs 1.1 MB/s. A large file is many calls."""
     max_connections: int = 16
     """Requests of one process at once; fewer while the store says that it is too much."""
 

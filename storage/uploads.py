@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -9,12 +10,15 @@ from typing import Any, Final
 
 from .errors import StoreError
 
-PART_BYTES: Final = 16 << 20
+PART_BYTES: Final = 32 << 20
 MAX_PARTS: Final = 10_000
 PARALLEL_PARTS: Final = 4  # of one object
+PARALLEL_PARTS_OF_ALL: Final = 8  # of this process: more of them share a slow line, and each must end within its deadline
 
 Body = Sequence[memoryview]  # one part, cut into the blocks that it was made of
 SendPart = Callable[[int, Body], dict[str, Any]]  # (number from 1, body) -> what the completion needs of it
+
+_places: Final = threading.BoundedSemaphore(PARALLEL_PARTS_OF_ALL)
 
 
 def send_parts(blocks: Iterable[bytes | memoryview], num_bytes: int, part_bytes: int, send: SendPart) -> Sequence[dict[str, Any]]:
@@ -32,7 +36,9 @@ def send_parts(blocks: Iterable[bytes | memoryview], num_bytes: int, part_bytes:
     with _sending() as pool:
         for number, body in enumerate(in_parts(blocks, max(part_bytes, -(-num_bytes // MAX_PARTS))), start=1):
             sent += sum(view.nbytes for view in body)
+            _places.acquire()  # ends: every send has a deadline
             parts.append(pool.submit(send, number, body))
+            parts[-1].add_done_callback(lambda _: _places.release())
             if len(parts) >= PARALLEL_PARTS:
                 parts[-PARALLEL_PARTS].result()  # as soon as one has failed, no more blocks are asked for
         if sent != num_bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,22 @@ class TestReading:
         direct.put("data/x", bytes(range(256)) * 100)
         proxy.script(On(fault, r"^GET .*/data/x", 1))
         assert store.get_range("data/x", 256, 5000) == (bytes(range(256)) * 100)[256:5256]
+
+    @pytest.mark.parametrize(
+        "fault", [None, ResetDownload(150_000), Dribble(0.5), SLOW_DOWN, ERROR_DOCUMENT], ids=lambda fault: type(fault).__name__
+    )
+    def test_a_span_is_one_request_and_after_a_fault_another_one_for_the_rest(
+        self, behind: Callable[..., S3Store], direct: Store, proxy: FaultProxy, fault: Fault | None
+    ) -> None:
+        body, memory = bytes(range(256)) * 1000, bytearray(300_000)
+        store = fitting(behind, fault or SLOW_DOWN)
+        direct.put("data/x", body)
+        proxy.script(*([On(fault, r"^GET .*/data/x", 1)] if fault else []))
+        with closing(store.open_span("data/x", 1000, 300_000)) as span:
+            counts = [span.read_into(1000 + at, memoryview(memory)[at : at + 50_000]) for at in range(0, 300_000, 50_000)]
+        assert counts == [50_000] * 5 + [5_000]
+        assert bytes(memory[:255_000]) == body[1000:]
+        assert proxy.num_seen("^GET .*/data/x") == (2 if fault else 1)
 
     @pytest.mark.parametrize("fault", [SLOW_DOWN, ResetDownload(20), LostAnswer()], ids=lambda fault: type(fault).__name__)
     def test_a_listing_is_whole(self, store: S3Store, direct: Store, proxy: FaultProxy, fault: Fault) -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepstep.storage.errors import NotFound, StoreUnavailable
+from keepstep.storage.errors import NotFound, StoreError, StoreUnavailable
 from keepstep.storage.retry import RetryBudget, RetryPolicy
 from keepstep.storage.throttle import Limit, Throttle
-from keepstep.storage.uploads import Body, in_parts, send_parts
+from keepstep.storage.uploads import PARALLEL_PARTS_OF_ALL, Body, in_parts, send_parts
 
 
 class TestLimit:
@@ -111,6 +111,32 @@ class TestParts:
         parts = list(in_parts([memoryview(memory)[:4], memoryview(memory)[4:]], 5))
         memory[:] = b"ghijkl"
         assert [b"".join(part) for part in parts] == [b"ghijk", b"l"]
+
+    def test_all_writers_together_send_no_more_parts_at_once_than_is_allowed(self) -> None:
+        sending, most, lock = 0, 0, threading.Lock()
+
+        def send(number: int, body: Body) -> dict[str, object]:
+            nonlocal sending, most
+            with lock:
+                sending += 1
+                most = max(most, sending)
+            with lock:
+                sending -= 1
+            return {}
+
+        with ThreadPoolExecutor(16) as writers:
+            sent = list(writers.map(lambda _: send_parts([bytes(200)], 200, 2, send), range(16)))
+        assert [len(parts) for parts in sent] == [100] * 16
+        assert most <= PARALLEL_PARTS_OF_ALL
+
+    def test_a_failed_send_gives_its_place_back(self) -> None:
+        def send(number: int, body: Body) -> dict[str, object]:
+            raise StoreError("no")
+
+        for _ in range(PARALLEL_PARTS_OF_ALL + 1):
+            with pytest.raises(StoreError, match="no"):
+                send_parts([bytes(40)], 40, 2, send)
+        assert self.sent([b"abc"], 3, 4) == {1: b"abc"}
 
     def sent(self, blocks: object, num_bytes: int, part_bytes: int) -> dict[int, bytes]:
         got: dict[int, bytes] = {}
