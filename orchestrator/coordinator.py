@@ -137,12 +137,12 @@ class Coordinator:
             self._ended.set_exception(error)
 
     async def _tick(self) -> None:
-        """They look at every node, so with thousands of them they come less often: they may take a tenth of the time."""
+        """They look at every node, so with thousands of them they come less often: they may take a twentieth of the time."""
         while True:
             began = time.monotonic()
             self._apply(ev.Tick(began))
             self._tell_progress()
-            await asyncio.sleep(max(TICK_S, 9 * (time.monotonic() - began)))
+            await asyncio.sleep(max(TICK_S, 19 * (time.monotonic() - began)))
 
     def _tell_progress(self) -> None:
         if (reached := slowest_step(self.run)) != self._told_step:

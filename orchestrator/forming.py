@@ -25,6 +25,8 @@ from .run import Run, ask, drop_asks, end, enter, names, progress_sentence, say,
 from .standby import launch
 from .standing import standing
 
+_MANY = 64  # nodes
+
 # WAITING
 
 
@@ -48,9 +50,11 @@ def advance_waiting(run: Run, phase: phases.Waiting, event: Event) -> Run:
 
 
 def _is_old_news(run: Run, phase: phases.Waiting, event: Event) -> bool:
-    """A report that changes nobody's fitness needs no look at all the others."""
+    """A report that changes nobody's fitness needs no look at all the others; where there are many of them, ticks look."""
     if not isinstance(event, Reported) or event.report.node not in run.members.nodes:
         return False
+    if len(run.members.nodes) > _MANY and run.now > phase.since:
+        return True
     fit = not membership.why_unfit(run.members, run.policy, event.report.node, run.now)
     return fit == (event.report.node in phase.ready)
 
