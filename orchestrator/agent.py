@@ -74,7 +74,7 @@ class Agent:
         self._slots = 0
         self._sequence = 0
         self._obeyed = 0
-        self._obeyed_at = time.monotonic()
+        self._obeyed_at = self._answered_at = time.monotonic()
         self._warm = asyncio.Event()
         self._going = Going(self._changed)
         self._signal_grace_s = signal_grace_s(config.cluster.stop_grace_s)
@@ -283,6 +283,7 @@ class Agent:
             self._obeyed = 0
         self._term = directive.term
         self._obeyed_at = max(self._obeyed_at, asked_at)
+        self._answered_at = max(self._answered_at, asked_at)
         self._persister.settle(directive)
         if directive != self._directive:
             self._directive = directive
@@ -307,7 +308,8 @@ class Agent:
         while True:
             await is_set_within(self._doubt, lease_s / 10)
             unproven = self._directive is not None and self._directive.unproven
-            if self._doubt.is_set() or unproven or self._is_unanswered():
+            patience_s = lease_s / 6 if self._is_unanswered() and self._ranks.running else lease_s / 3
+            if self._doubt.is_set() or unproven or time.monotonic() - self._obeyed_at > patience_s:
                 self._doubt.clear()
                 await self._find_successor()
 
@@ -318,7 +320,8 @@ class Agent:
             await self._obey_log(sight)
 
     def _is_unanswered(self) -> bool:
-        return time.monotonic() - self._obeyed_at > self.config.cluster.lease_s / 3
+        """By the coordinator; what the log says is no answer."""
+        return time.monotonic() - self._answered_at > self.config.cluster.lease_s / 3
 
     def _alone(self) -> str:
         """Whoever goes on although its coordinator does not answer says so first, under this key: the coordinator will look for it."""
@@ -356,7 +359,7 @@ class Agent:
                 await self._ranks.autopsy(directive.autopsy)
             await self._ranks.drop_standby(directive.term, directive.standby, directive.launch)
             await self._reconcile(directive.launch)
-            if directive.standby:
+            if directive.standby and self._warm.is_set():  # a forkserver that died took the attempt along: there will be another order
                 await self._ranks.stand_by(directive.term, directive.standby)
             if directive.term == self._term and directive.revision > self._obeyed:
                 self._obeyed = directive.revision
