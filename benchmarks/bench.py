@@ -92,7 +92,7 @@ def read(path: Path) -> Outcome:
 
 def run(script: Script, *, quick: bool, out: Path) -> Outcome:
     """Runs one script to its end, however that is."""
-    expected_s = script.quick_s if quick else 60 * script.minutes
+    expected_s = (quick and script.quick_s) or 60 * script.minutes
     command = [sys.executable, str(HERE / f"{script.name}.py"), *(SHORT if quick else script.options)]
     log, result = LOGS / f"{script.name}.log", out / f"{script.name}.json"
     result_before = result.stat().st_mtime_ns if result.exists() else 0
@@ -170,7 +170,7 @@ def markdown(outcomes: Sequence[Outcome], on: Mapping[str, Any]) -> str:
 
 def run_all(scripts: Sequence[Script], *, quick: bool, out: Path) -> list[Outcome]:
     """Shows where it is and how long it will take."""
-    expected = {script.name: script.quick_s / 60 if quick else script.minutes for script in scripts}
+    expected = {script.name: (quick and script.quick_s / 60) or script.minutes for script in scripts}
     outcomes = []
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("of about {task.fields[all]:.0f} min"))
     with bar:

@@ -141,7 +141,12 @@ def verdict(local: dict[str, Any]) -> Verdict:
     """From hint and snapshot, as every coordinator opens it."""
     seconds = local["seconds"][MODES[0]]
     result = spread(seconds, digits=3)
-    return Verdict(what=f"run log of {local['records']:,} records opens", target="< 1 s", result=result, met=max(seconds) < 1)
+    return Verdict(
+        what=f"run log of {local['records']:,} records opens",
+        target="< 1 s",
+        result=result,
+        met=max(seconds) < 1 if local["records"] >= 100_000 else None,
+    )
 
 
 def main() -> None:
@@ -150,10 +155,10 @@ def main() -> None:
     made.add_argument("--records", type=int, default=100_352, help="on the local disk")
     made.add_argument("--s3-records", type=int, default=5_120, help="on an S3 server; 0: none")
     options = made.parse_args()
-    rounds, s3_records = (1, 0) if options.quick else (options.rounds, options.s3_records)
+    rounds, records, s3_records = (1, 20_480, 0) if options.quick else (options.rounds, options.records, options.s3_records)
     began_on, results = machine(), []
     with tempfile.TemporaryDirectory(prefix="keepstep-") as folder:
-        results.append(run("local disk", Store.open(Path(folder) / "root"), at_most(options.records), rounds))
+        results.append(run("local disk", Store.open(Path(folder) / "root"), at_most(records), rounds))
     if s3_records:
         with running_s3_server() as server:
             store = Store.open(f"{server.url}/runlog", server.options)

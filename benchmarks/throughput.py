@@ -47,6 +47,7 @@ MODEL: Final = {"model": {"layers": 4, "width": 256, "heads": 4, "context": 256}
 START_S: Final = 120.0
 TURN_S: Final = 1.2  # the others stand still for twice as long, which is less than a lease or a hang
 POLL_S: Final = 0.01
+WARM_UP: Final = 8  # turns of each that are not counted
 GROUPS: Final = 6  # of turns, for the spread
 Figures = dict[str, Any]
 
@@ -155,8 +156,8 @@ def rate(turns: Sequence[Sequence[float]]) -> float:
     return (len(own) - 1) / (own[-1] - own[0]) if len(own) > 1 else math.nan
 
 
-def measure(seconds: float, warm_s: float, overrides: Sequence[str]) -> Figures:
-    """Rates over everything, and over each of GROUPS parts of it."""
+def measure(seconds: float, warm_up: int, overrides: Sequence[str]) -> Figures:
+    """Rates over everything, and over each of GROUPS parts of it. The first `warm_up` turns do not count."""
     launches = {name: Launch(name, overrides) for name in CONTENDERS}
     try:
         for launch in launches.values():
@@ -165,9 +166,12 @@ def measure(seconds: float, warm_s: float, overrides: Sequence[str]) -> Figures:
                 if time.monotonic() > until or launch.has_ended():
                     raise SystemExit(f"it does not train, see {launch.folder}/output.log")
                 time.sleep(0.05)
-        time.sleep(warm_s)  # all at once
         for launch in launches.values():
             launch.stop()
+        for _ in range(warm_up):
+            for launch in launches.values():
+                launch.turn(TURN_S)
+                launch.turns.clear()
         saves, rounds = launches["keepstep"].saves(), max(2, round(seconds / TURN_S))
         for _ in range(rounds):
             for launch in launches.values():
@@ -217,7 +221,7 @@ def main() -> None:
         bare(options.bare, options.bare.parent)
         return
     began_on = machine()
-    found = measure(*((5.0, 1.0) if options.quick else (options.seconds, 5.0)), options.overrides)
+    found = measure(*((5.0, 1) if options.quick else (options.seconds, WARM_UP)), options.overrides)
     table = Table("contender", "steps", "seconds", "steps/s", "in parts")
     for name in CONTENDERS:
         parts = ", ".join(f"{each:.3f}" for each in found["parts"][name])
