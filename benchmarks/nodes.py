@@ -1,4 +1,4 @@
-"""Loss of a node to the next finished step on all ranks, and a cold start to the first step, on 4 ranks (2 nodes x 2).
+"""Loss of a node to the next finished step on all ranks, 4 ranks (2 nodes x 2).
 
     python benchmarks/nodes.py              all, results/nodes.json; as root a cut cable, too
     python benchmarks/nodes.py --quick      one loss of each kind, no hosts
@@ -6,7 +6,8 @@
 * spare: SIGKILL to the agent of a node and all its processes, ranks included; a warm spare (`cluster.spares`) takes its seat.
 * cold: the same without a spare; the node's agent is started again at the same instant, in a new interpreter.
 * silent: a host whose cable is cut (network namespaces, `keepstep.orchestrator.lab`): nothing tells of its end; a spare waits.
-* start: `keepstep run` from exec to the first finished step, beside torchrun of the same script, one after the other.
+
+Cold starts of a whole run are measured by peers.py, beside torchrun's of the same script.
 
 Nodes are agents that this script starts itself, so that nobody else starts one again. All is timed by the ranks' own progress pages, on the
 machine's monotonic clock.
@@ -20,7 +21,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from common import HERE, Verdict, machine, median, parser, percentile, publish, spread
-from recovery import RANKS, Generation, keepstep, run_on
+from recovery import Generation, keepstep, run_on
 
 from keepstep.orchestrator.lab import Host, Lab
 from keepstep.orchestrator.processes import ENV_SCRATCH, marked
@@ -38,7 +38,7 @@ from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 
 CONFIG = HERE / "recovery.toml"
-SCRIPT = HERE / "torchrun_train.py"
+KINDS = ("spare", "cold", "silent")
 STEPS_BETWEEN = 12  # more than the checkpoint interval
 PATIENCE_S = 90.0
 POLL_S = 0.005
@@ -48,11 +48,11 @@ QUIET = {"OMP_NUM_THREADS": "1", "KEEPSTEP_FAULTS": ""}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One loss, or one start."""
+    """One loss."""
 
     kind: str
     seconds: float
-    step_s: float  # median before it, or 0
+    step_s: float  # before it
     load: float
 
 
@@ -222,66 +222,14 @@ def with_a_cut_cable(times: int) -> Iterator[Row]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_keepstep(folder: Path, scratch: Path) -> list[str]:
-    options = (
-        f"run.root={scratch / 'root'}",
-        f"cluster.ranks_per_node={RANKS}",
-        f"train.script={SCRIPT}",
-        f"train.script_args=['{folder}']",
-    )
-    return keepstep("run", str(CONFIG), *(word for option in options for word in ("-o", option)))
-
-
-def start_torchrun(folder: Path, _: Path) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", str(SCRIPT), str(folder)]
-
-
-def starts(times: int) -> Iterator[Row]:
-    kinds = {"keepstep run": start_keepstep, "torchrun": start_torchrun}
-    for number in range(times):
-        for kind in sorted(kinds, reverse=number % 2 == 1):
-            folder, scratch = Path(tempfile.mkdtemp(prefix="ks-bench-")), Path(tempfile.mkdtemp(prefix="ks-bench-"))
-            yield start(kind, kinds[kind](folder, scratch), folder, scratch)
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def start(kind: str, command: Sequence[str], folder: Path, scratch: Path) -> Row:
-    """From exec to the first finished step of the last rank."""
-    environment, load = {**os.environ, **QUIET, "KEEPSTEP_SCRATCH_BASE": str(scratch / "s")}, os.getloadavg()[0]
-    generation = Generation(folder)
-    with (scratch / "log").open("wb") as log:
-        at = time.monotonic()
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        stepped_at = generation.wait_stepped(PATIENCE_S)
-    finally:
-        end_session(process)
-    if stepped_at is None:
-        raise SystemExit(f"{kind}: no step within {PATIENCE_S:g} s, see {scratch}/log")
-    print(f"start {kind}: {stepped_at - at:.2f} s (load {load:.2f})", flush=True)
-    return Row(kind=kind, seconds=round(stepped_at - at, 3), step_s=0.0, load=round(load, 2))
-
-
-def end_session(process: subprocess.Popen[bytes]) -> None:
-    """torchrun ends its workers when it is told to; of keepstep's processes none outlives the first."""
-    assert isinstance(process.args, list)
-    process.send_signal(signal.SIGTERM if "torch.distributed.run" in process.args else signal.SIGKILL)
-    process.wait()
-
-
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    found = {kind: [row.seconds for row in rows if row.kind == kind] for kind in ("spare", "cold", "silent", "keepstep run", "torchrun")}
+    found = {kind: [row.seconds for row in rows if row.kind == kind] for kind in KINDS}
     limits = (
         ("spare", "SIGKILL of a node, a warm spare -> next finished step, 2 x 2", 1.0, "median <= 1 s"),
         ("cold", "SIGKILL of a node, immediate cold replacement -> next finished step, 2 x 2", 4.0, "median <= 4 s"),
         ("silent", "cut cable, a spare -> next finished step, 2 x 2", LEASE_S + 2, "median <= lease_s (5) + 2 s"),
     )
-    made = [verdict(what, target, found[kind], limit) for kind, what, limit, target in limits]
-    ours, theirs = found["keepstep run"], found["torchrun"]
-    both = f"{spread(ours)}; torchrun {spread(theirs)}"
-    met = median(ours) <= median(theirs) if ours and theirs else None
-    return [*made, Verdict(what="cold `keepstep run` -> first step, 1 x 4", target="<= torchrun of the same script", result=both, met=met)]
+    return [verdict(what, target, found[kind], limit) for kind, what, limit, target in limits]
 
 
 def verdict(what: str, target: str, seconds: Sequence[float], limit_s: float) -> Verdict:
@@ -292,19 +240,18 @@ def verdict(what: str, target: str, seconds: Sequence[float], limit_s: float) ->
 
 
 def main() -> None:
-    kinds = ("spare", "cold", "silent", "start")
     made = parser(__doc__)
-    made.add_argument("--times", type=int, default=5, help="losses or starts of each kind")
-    made.add_argument("--only", nargs="+", choices=kinds, default=None)
+    made.add_argument("--times", type=int, default=5, help="losses of each kind")
+    made.add_argument("--only", nargs="+", choices=KINDS, default=None)
     options = made.parse_args()
     began_on, rows = machine(), []
-    times, chosen = (1, options.only or kinds[:2]) if options.quick else (options.times, options.only or kinds)
+    times, chosen = (1, options.only or KINDS[:2]) if options.quick else (options.times, options.only or KINDS)
     if "silent" in chosen and (why := Lab.missing()):
         print(f"silent is left out: {why}")
         chosen = [kind for kind in chosen if kind != "silent"]
     sources = {"spare": with_spare, "cold": with_cold_replacement, "silent": with_a_cut_cable}
     for kind in chosen:
-        rows += sources[kind](times) if kind in sources else starts(times)
+        rows += sources[kind](times)
     publish("nodes", verdicts(rows), [asdict(row) for row in rows], began_on=began_on)
 
 

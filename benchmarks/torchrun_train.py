@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 LAYERS, WIDTH, HEADS, CONTEXT, VOCABULARY = 4, 128, 4, 128, 257
 BATCH_SAMPLES = 1024 // CONTEXT
 INTERVAL = 10
-PAGE = struct.Struct("<IIqQd")  # phase, request, step, beats, time.monotonic(): keepstep.trainer.contract.PROGRESS
+PAGE = struct.Struct("<IIqQd64x")  # phase, request, step, beats, time.monotonic(): keepstep.trainer.contract.PROGRESS
 
 
 class Model(nn.Module):
