@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ SCRIPT = """
 import json, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
+import ahead
 dist.init_process_group("gloo")
 total = torch.ones(1)
 dist.all_reduce(total)
@@ -30,6 +32,7 @@ if len(sys.argv) > 2 and dist.get_rank() == 1 and not marker.exists():
     raise ValueError("the third batch is broken")
 dist.barrier()
 facts = {"environment": dict(os.environ), "total": total.item(), "path": sys.path[0], "threads": torch.get_num_threads(), "argv": sys.argv}
+facts["ahead"] = [ahead.PID, ahead.PID == os.getpid(), ahead.SAW_RANK]
 (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(facts))
 print("rank", dist.get_rank(), "says hello")
 dist.destroy_process_group()
@@ -43,17 +46,19 @@ VARYING = {"MASTER_PORT", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ER
 def script(tmp_path: Path) -> Path:
     path = tmp_path / "my_train.py"
     path.write_text(SCRIPT)
+    (tmp_path / "ahead.py").write_text("import os\nPID, SAW_RANK = os.getpid(), 'RANK' in os.environ\n")
     return path
 
 
 def scripted(start: Start, script: Path, out: Path, *more: str) -> LiveRun:
     arguments = json.dumps([str(out), *more])
     out.mkdir()
-    return start(f"train.script={script}", f"train.script_args={arguments}")
+    preload = json.dumps(["ahead", "not.there"])
+    return start(f"train.script={script}", f"train.script_args={arguments}", f"train.preload={preload}")
 
 
-def facts_of(folder: Path, rank: int) -> dict[str, object]:
-    facts: dict[str, object] = json.loads((folder / f"rank{rank}.json").read_text())
+def facts_of(folder: Path, rank: int) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / f"rank{rank}.json").read_text())
     return facts
 
 
@@ -79,19 +84,21 @@ def test_a_script_has_torchruns_environment_and_one_that_fails_is_named_and_star
         assert mine["total"] == torchruns["total"] == 4.0
         assert "TORCHELASTIC_ERROR_FILE" in launch_environment(mine)
         assert (mine["path"], mine["threads"]) == (torchruns["path"], torchruns["threads"])
+        assert torchruns["ahead"][1:] == [True, True]
+        assert mine["ahead"] == [facts_of(tmp_path / "ours", rank - rank % 2)["ahead"][0], False, False], "once per node, before the ranks"
         ours, reference = launch_variables(mine), launch_variables(torchruns)
         assert ours.keys() == reference.keys()
         on_two_nodes = {"GROUP_RANK": str(rank // 2), "GROUP_WORLD_SIZE": "2", "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
         assert ours == reference | on_two_nodes
 
 
-def launch_environment(facts: dict[str, object]) -> dict[str, str]:
+def launch_environment(facts: dict[str, Any]) -> dict[str, str]:
     environment = facts["environment"]
     assert isinstance(environment, dict)
     return environment
 
 
-def launch_variables(facts: dict[str, object]) -> dict[str, str]:
+def launch_variables(facts: dict[str, Any]) -> dict[str, str]:
     environment = launch_environment(facts)
     inherited = set(environment) & {"PATH", "HOME"}
     assert inherited
