@@ -159,7 +159,7 @@ class Agent:
             await asyncio.to_thread(self._ranks.logs.ship)
             left_s = self._going.left_s
             await self._persister.stop(self.config.cluster.stop_grace_s if left_s is None else left_s)
-            await asyncio.to_thread(bury_own, self.scratch.path)
+            await asyncio.to_thread(lambda: kill(strays(self.scratch.path)))
 
     def _on_loop_end(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() and not self._exit.done():
@@ -437,11 +437,6 @@ def replaced(lineage: Lineage, attempt: int) -> str:
     if newest and newest.attempt == attempt and lineage.rewound:
         return f"attempt {attempt} was rewound: {lineage.rewound.why}"
     return f"the run is over: {lineage.outcome.why}" if lineage.outcome else ""
-
-
-def bury_own(scratch: Path) -> None:
-    """At the agent's own end: whatever it started and is still there."""
-    kill(strays(scratch))
 
 
 async def meet_and_run(name: str, contact: Contact, scratch: Scratch) -> int:
