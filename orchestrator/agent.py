@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import time
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from keepstep.storage.layout import alone_key

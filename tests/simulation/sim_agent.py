@@ -28,6 +28,7 @@ class Part:
     state: Literal["forming", "ready", "failed"] = "forming"
     why: str = ""
     is_joining: bool = False
+    was_ready: bool = False
 
     @property
     def key(self) -> tuple[int, int]:
@@ -268,6 +269,7 @@ class Agent:
         silent_s = self.world.now - self.obeyed_at
         if silent_s > self.policy.lease_s and self._running() and self.world.mutant != "no-lease":
             self.world.tell(f"{self.id}: lease ran out")
+            self.world.gangs[self.attempt].clear_case = False
             self._kill("lease", False)
             self.fail_standby("lease")
         trusts = self.world.mutant == "trusts-unproven"

@@ -291,7 +291,7 @@ class World:
 
     def _wait_there(self, part: Any, agent: Any) -> None:
         if part.state == "forming" and agent.part is part and agent.alive:
-            part.state = "ready"
+            part.state, part.was_ready = "ready", True
             agent.tell()
 
     def end_part(self, part: Any) -> None:
@@ -303,10 +303,11 @@ class World:
 
     def must_be_formed(self, part: Any, launch: Launch) -> None:
         """An attempt is launched into a standby that was ready on every node, and had the very same seats."""
-        if part is None or part.key not in self.parts:
+        formed_by = [each for each, _ in self.parts.get(part.key, [])] if part else []
+        if part is None or len(formed_by) < launch.num_nodes or not all(each.was_ready for each in formed_by):
             raise Violation(f"attempt {launch.attempt} is launched into standby {launch.standby}, which was never ready")
         self.hot.setdefault(part.key, launch.attempt)
-        seats = {each.order.first_rank: (each.host, each.order.num_ranks) for each, _ in self.parts[part.key]}
+        seats = {each.order.first_rank: (each.host, each.order.num_ranks) for each in formed_by}
         gang = [host for host, _ in (seats[first] for first in sorted(seats))]
         wanted = [node.partition("#")[0] for node in self.gang_of(launch.attempt).record.gang]
         formed = (part.order.first_rank, part.order.num_ranks, part.order.world_size, part.order.overrides, gang)

@@ -149,7 +149,7 @@ MUTANTS = [
     ),
     Mutant(
         name="chooses-before-it-went-back",
-        why="resumes from|skips",
+        why="not over|resumes from|skips",
         faults=("poison", "rewind"),
         patch=(forming, "ask_rewind", lambda run: replace(_ask_rewind(run), asks=run.asks)),
     ),
