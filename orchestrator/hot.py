@@ -79,8 +79,8 @@ class HotStandby:
     async def _form(self, group: GroupSpec, reserve: Reserve) -> None:
         try:
             launcher = await reserve.launcher(len(group.specs))
-        except (LauncherDied, OSError) as error:
-            self.fail(str(error))
+        except (LauncherDied, EOFError, OSError) as error:
+            self.fail(f"its ranks could not be forked: {error}")
             return
         if self._is_over or self._state == "failed":
             launcher.close()

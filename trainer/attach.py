@@ -35,6 +35,7 @@ attaches. Complete, and the same under plain torchrun, where nothing is saved:
     tensors = {"model": dict(model.named_parameters())}  # DTensors and plain tensors, in dictionaries
     registry = Registry(rank=me.rank, world_size=me.world_size)  # all else that must survive: a part each, and all of them or none
     registry.add(*rng.parts(), param_groups(optimizer), stateful("schedule", schedule), stateful("batches", batches, per_rank=True))
+    me.standby()  # all that needs no checkpoint is built: with cluster.hot_standby, a second group of ranks waits here for its turn
     saver = Checkpointer.of(me)
     step = 0
     if me.resume is not None:  # the one checkpoint that every rank of this attempt must load
