@@ -27,9 +27,9 @@ UNKNOWN: Final = "UNKNOWN"
 def live_status(run: Run, config: RunConfig, *, url: str) -> dict[str, Any]:
     """What the machine knows now; cheap."""
     phase, why = describe(run)
-    nodes = [_node(run, name) for name in run.members.nodes]
     attempt = getattr(run.phase, "attempt", None)
     record = attempt.record if isinstance(attempt, phases.Attempt) else getattr(run.phase, "record", None)
+    nodes = [_node(run, name) for name in _in_order(run, record.gang if record else ())]
     return {
         "run": config.run.name,
         "phase": phase,
@@ -56,6 +56,14 @@ def slowest_step(run: Run) -> int:
     """Steps that every rank of the current attempt has finished; between attempts, the newest that any rank had."""
     ranks = [rank for node in run.members.nodes.values() if node.report.attempt == run.attempt for rank in node.report.ranks]
     return min((rank.step for rank in ranks), default=max(run.reached, run.saves.committed_step, 0))
+
+
+def _in_order(run: Run, gang: tuple[str, ...]) -> list[str]:
+    """Those that are lost, the gang by its seats, then who waits: the map of members has no order of its own."""
+    others = sorted(set(run.members.nodes) - set(gang))
+    lost = [name for name in others if membership.absence(run.members, run.policy, name, run.now, run.opened_at)]
+    seated = [name for name in gang if name in run.members.nodes]
+    return [*lost, *seated, *(name for name in others if name not in lost)]
 
 
 def _node(run: Run, name: str) -> dict[str, Any]:
