@@ -42,6 +42,24 @@ def forked(run: LiveRun, node: Node, *, launches: bool) -> list[int]:
     return [pid for pid in children_of(run, helper(run, node, "multiprocessing.forkserver")) if bool(children_of(run, pid)) is launches]
 
 
+def launcher_of(run: LiveRun, node: Node) -> int:
+    """Of the ranks that train; another one has ranks that wait for the next attempt."""
+    return parent_of(node["ranks"][0]["pid"])
+
+
+def reserve_of(run: LiveRun, node: Node) -> int:
+    """The launcher of the ranks that wait, once all of them are forked."""
+    found: list[int] = []
+
+    def is_ready() -> bool:
+        others = (pid for pid in forked(run, node, launches=True) if pid != launcher_of(run, node))
+        found[:] = [pid for pid in others if len(children_of(run, pid)) == 2]
+        return bool(found)
+
+    poll_until(is_ready, "ranks are forked ahead", run.said)
+    return found[0]
+
+
 def attempt_of(run: LiveRun, status: dict[str, Any]) -> list[int]:
     """All ranks and their loader workers."""
     ranks = [rank["pid"] for node in status["nodes"] for rank in node["ranks"]]
@@ -64,6 +82,8 @@ def left_in(temporary: Path) -> list[Path]:
 
 def test_nothing_survives_whichever_process_is_killed(start: Start, undisturbed: Outcome, tmp_path: Path, short_folder: Path) -> None:
     """A loader worker, a store and a resource tracker, a rank, a launcher, a persister, a forkserver, an agent; then all at once.
+
+    A rank that is killed is replaced by one that was forked ahead; where the launcher of those is killed first, they die with it.
 
     Between the last two a scratch directory is cleared away under its agent.
     """
@@ -90,10 +110,16 @@ def test_nothing_survives_whichever_process_is_killed(start: Start, undisturbed:
 
     at_gate(lambda first, second: children_of(run, second["ranks"][0]["pid"])[0], opens=True)
     status = run.wait_at_gate()
+    waiting = [children_of(run, reserve_of(run, node)) for node in status["nodes"]]
     run.kill(*forked(run, status["nodes"][0], launches=False), helper(run, status["nodes"][0], "multiprocessing.resource_tracker"))
     run.open_gate()  # nobody needs them now
     at_gate(lambda first, second: int(first["ranks"][1]["pid"]))
-    at_gate(lambda first, second: forked(run, second, launches=True)[0])
+    status = run.wait_at_gate()
+    assert [[rank["pid"] for rank in node["ranks"]] for node in status["nodes"]] == [sorted(pids) for pids in waiting]
+    waiting = [children_of(run, reserve_of(run, status["nodes"][1]))]
+    run.kill(reserve_of(run, status["nodes"][1]))
+    poll_until(lambda: not any(map(is_alive, waiting[0])), "they die with their launcher", run.said)
+    at_gate(lambda first, second: launcher_of(run, second))
     at_gate(lambda first, second: helper(run, first, "keepstep.storage.persister"))
     at_gate(lambda first, second: helper(run, first, "multiprocessing.forkserver"))
     at_gate(lambda first, second: int(second["pid"]))
