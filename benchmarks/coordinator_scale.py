@@ -3,10 +3,10 @@
     python benchmarks/coordinator_scale.py            100, 1,000 and 10,000 agents, results/coordinator_scale.json
     python benchmarks/coordinator_scale.py --quick    100 and 2,000
 
-The coordinator is the real one (`keepstep coordinator`), bound to one core; the agents are connections of one process on the other core, which
-send real reports and obey directives as a node would: they join, launch, step, stop. What is measured: CPU time of the coordinator's process
-from /proc while reports come (all of them report every `report_s`, as it tells them), and, after one of them vanishes, the time until the
-last of the others has been told to stop, and until the last has been told to launch the next attempt, which a spare makes possible.
+The coordinator is the real one (`keepstep coordinator`), bound to one core; the agents are connections of one process on another core. They
+send real reports and obey directives as a node would: they join, launch, step, stop. Measured: CPU time of the coordinator's process from /proc
+while reports come (as often as it tells them to), and, after one node has died, the time until the last of the others has been told to stop,
+and until the last has been told to launch the next attempt, which a spare makes possible.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def config_of(folder: Path, agents: int) -> Path:
     path = folder / "run.toml"
     path.write_text(
         f'[run]\nname = "scale"\nroot = "{folder / "root"}"\nsteps = 1000000\n'
-        f'[cluster]\nnodes = {agents - SPARES}\nspares = {SPARES}\nranks_per_node = 1\nlease_s = 20\nstall_s = 600\nstart_timeout_s = 600\n'
+        f"[cluster]\nnodes = {agents - SPARES}\nspares = {SPARES}\nranks_per_node = 1\nlease_s = 20\nstall_s = 600\nstart_timeout_s = 600\n"
         f"[train]\nscript = {json.dumps(str(Path(__file__).resolve()))}\n"
     )
     return path
@@ -211,9 +211,7 @@ async def _steady(pid: int, crowd: Crowd, seconds: float) -> dict[str, Any]:
     return {"reports_per_s": told / wall, "core_share": used / wall, "us_per_report": 1e6 * used / max(told, 1)}
 
 
-async def _lose_one(
-    crowd: Crowd, found: list[SimulatedAgent], tasks: list[asyncio.Task[None]], url: str, token: str
-) -> dict[str, Any]:
+async def _lose_one(crowd: Crowd, found: list[SimulatedAgent], tasks: list[asyncio.Task[None]], url: str, token: str) -> dict[str, Any]:
     """All processes of one that trains die: the kernel closes its connections, and with its tether proves it."""
     victim = len(found) // 2
     tether = await tie(url, token, found[victim].node, within_s=30.0)

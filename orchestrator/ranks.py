@@ -72,14 +72,10 @@ class Launcher:
         self.pids: tuple[int, ...] = self._wait_forked(answer)
 
     def _wait_forked(self, answer: Connection) -> tuple[int, ...]:
-        try:
+        with answer, contextlib.suppress(EOFError):  # it died: said below
             if answer.poll(FORK_S):
                 pids: tuple[int, ...] = answer.recv()
                 return pids
-        except EOFError:
-            pass
-        finally:
-            answer.close()
         self._process.kill()
         raise LauncherDied(f"the launcher of {len(self.codes)} ranks died before it had forked them, or took over {FORK_S:g} s")
 

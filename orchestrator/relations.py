@@ -207,6 +207,6 @@ RULES = (
     ),
     Rule(
         lambda c: not _trains_lm(c) or not c.train.preload,
-        "<train.preload> is given, but <train.script> is empty: the LM trainer is imported ahead anyway",
+        "<train.preload> is given, but <train.script>: the LM trainer is imported ahead anyway",
     ),
 )

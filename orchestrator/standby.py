@@ -1,6 +1,6 @@
 """The hot standby: a second group of ranks, formed beside those that train, that waits with its memory for the next attempt. Pure.
 
-It is ordered once all ranks of an attempt have stepped, for the same nodes, seats, world size and overrides, and the next attempt is launched
+It is ordered once all ranks of an attempt have stepped, for the same nodes, seats, world size and overrides; the next attempt is launched
 into it where all of these are the same and every node said last that its part is ready. Otherwise its agents end it and launch as always.
 It holds nothing of the training and makes no step before that launch, so attempts are logged, fenced and known dead as without it. One that
 fails is told once and tried again for the next attempt only; a successor of the coordinator orders anew.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import uuid
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -145,6 +145,10 @@ class ObjectStore(Store):
             if isinstance(body, StoreError):
                 raise body
         return [line for body in bodies if isinstance(body, bytes) for line in body.split(b"\n")[:-1]]
+
+    def lines_backwards(self, key: str) -> Iterator[bytes]:
+        for segment in reversed(self.list(key)):
+            yield from reversed(self.get(segment).split(b"\n")[:-1])
 
     def _full(self, key: str) -> str:
         return f"{self._path}/{check_key(key)}" if self._path else check_key(key)

@@ -18,12 +18,7 @@ TORCH_FREE_TRAINER = ("contract", "config", "attach", "course")
 
 def torch_free_modules() -> list[str]:
     """The coordinator's image has no torch, and an agent must answer before torch is imported."""
-    own = [
-        path
-        for name in ("orchestrator", "storage")
-        for path in sorted((ROOT / name).glob("*.py"))
-        if path.stem not in {"__init__"}
-    ]
+    own = [path for name in ("orchestrator", "storage") for path in sorted((ROOT / name).glob("*.py")) if path.stem not in {"__init__"}]
     return [f"keepstep.{path.parent.name}.{path.stem}" for path in own] + [f"keepstep.trainer.{name}" for name in TORCH_FREE_TRAINER]
 
 

@@ -95,6 +95,10 @@ BREAKING: Mapping[str, tuple[str, str]] = {
     ),
     "checkpoint.interval": ('checkpoint.interval = "often"', 'checkpoint.interval = "often" must be a number of steps'),
     "train.script is Python": ('train.script = "a.sh"', 'train.script = "a.sh" must be a Python file'),
+    "train.preload needs train.script": (
+        'train.preload = ["json"]',
+        'train.preload = ["json"] is given, but train.script = "": the LM trainer is imported ahead anyway',
+    ),
     "train.script_args need train.script": ('train.script_args = ["x"]', 'train.script_args = ["x"] are given, but train.script = ""'),
 }
 
