@@ -3,10 +3,10 @@
     python benchmarks/coordinator_scale.py            100, 1,000 and 10,000 agents, results/coordinator_scale.json
     python benchmarks/coordinator_scale.py --quick    100 and 2,000
 
-The coordinator is the real one (`keepstep coordinator`), bound to one core; the agents are connections of one process on another core. They
-send real reports and obey directives as a node would: they join, launch, step, stop. Measured: CPU time of the coordinator's process from /proc
-while reports come (as often as it tells them to), and, after one node has died, the time until the last of the others has been told to stop,
-and until the last has been told to launch the next attempt, which a spare makes possible.
+The coordinator is the real one (`keepstep coordinator`), bound to one core; the agents are connections of one process on another core.
+They send real reports and obey directives as a node would: they join, launch, step, stop. Measured: CPU time of the coordinator's process
+from /proc while reports come (as often as it tells them to), and, after one node has died, the time until the last of the others has been
+told to stop, and until the last has been told to launch the next attempt, which a spare makes possible.
 """
 
 from __future__ import annotations
