@@ -266,7 +266,7 @@ class Coordinator:
             self._answer(poll.agent.id)
 
     def _answer_news(self) -> None:
-        """The long poll: who waits for news gets it at once."""
+        """What is new is pushed: who waits for news gets it at once."""
         run = self.run
         unproven = run.read_at is None or run.now - run.read_at > run.policy.lease_s
         news = (run.revision, run.saves.committed_step, phases.name_of(run.phase), unproven)
