@@ -71,7 +71,8 @@ def host_of(node: str) -> str:
 def hear(members: Members, report: AgentReport, now: float) -> Members:
     """A new report; the incarnations that it buries are gone for good."""
     heard = replace(members, nodes=members.nodes.set(report.node, Node(report=report, heard_at=now)))
-    return heard if members.buried.issuperset(report.buried) else _bury(heard, frozenset(report.buried))
+    is_known = all(name in members.buried and name not in members.nodes for name in report.buried)
+    return heard if is_known else _bury(heard, frozenset(report.buried))
 
 
 def _bury(members: Members, dead: frozenset[str]) -> Members:
