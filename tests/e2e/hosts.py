@@ -9,16 +9,12 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from e2e.parts import CLI, PartedRun
 from keepstep.orchestrator.lab import Host, Lab
-
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-
 
 PACES = {"slow": 0.7, "crawl": 2.0}  # seconds that a step takes longer; they add up
 Status = Mapping[str, Any]
@@ -73,7 +69,6 @@ class RankProcess:
 
     rank: int
     pid: int
-    begun_at: float
     ended_at: float = math.inf
 
     @property
@@ -87,15 +82,8 @@ def ranks_of(status: Mapping[str, Any], hosts: Iterable[Host]) -> list[RankProce
     for host in hosts:
         node = next((node for node in status["nodes"] if node["host"] == host.name and node["ranks"]), None)
         for rank in node["ranks"] if node else ():
-            pid = host.pid_here(rank["pid"])
-            found.append(RankProcess(rank["rank"], pid, begun_at(pid)))
+            found.append(RankProcess(rank["rank"], host.pid_here(rank["pid"])))
     return found
-
-
-def begun_at(pid: int) -> float:
-    """The kernel counts from its boot, and goes on where a machine is suspended."""
-    asleep_s = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-    return -asleep_s + int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / TICKS_PER_S
 
 
 def watch_deaths(watched: Iterable[RankProcess]) -> None:

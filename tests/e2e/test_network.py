@@ -179,13 +179,14 @@ def attempts_committed_since(run: HostedRun, number: int) -> set[int]:
 
 
 def assert_replaced(run: HostedRun, status: Status, hosts: Sequence[Host], lost: Host, broken_at: float) -> None:
-    """Found in time, and its ranks were dead before those of the next attempt began."""
+    """Found in time, and its ranks were dead before the next attempt was launched (its processes may have waited for that)."""
     old = ranks_of(status, [lost])
     watch_deaths(old)
     now = run.wait_for_step(status["step"], attempt=status["attempt"] + 1)
     new = ranks_of(now, [host for host in hosts if host is not lost])
     assert len(new) == 4
-    assert all(rank.ended_at <= min(other.begun_at for other in new) for rank in old), "two attempts at once"
+    (launched,) = (event for event in run.told("starting") if event["attempt"] == status["attempt"] + 1)
+    assert all(rank.ended_at <= launched["at_s"] for rank in old), "two attempts at once"
     assert_found_in_time(run, lost, broken_at)
 
 

@@ -43,5 +43,5 @@ def test_a_killed_rank_a_killed_node_and_kills_during_saves(on_s3: Start, undist
     assert run.wait() == 0, run.said()
     run.check_what_always_holds()
     assert run.outcome() == undisturbed
-    assert run.result()["attempts"] == 4
+    assert run.result()["attempts"] == 4, run.said()
     assert all(marker.exists() for marker in points.values())
