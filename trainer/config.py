@@ -153,8 +153,8 @@ class CheckpointSection(Section):
     keep_every: int = Field(0, ge=0)
     """Of every so many steps one checkpoint stays for ever; 0: none does."""
     nice: int = Field(0, ge=0, le=19)
-    """Niceness of the process that writes and hashes checkpoints: how far training goes before it. 0: they compete. Where ranks keep all cores
-    busy, a nice persister may be starved, and commits come late."""
+    """Niceness of the process that writes and hashes checkpoints: how far training goes before it. 0: they compete. Where ranks keep all
+    cores busy, a nice persister may be starved, and commits come late."""
     write_mb_per_s: float = Field(0, ge=0)
     """A node writes checkpoints with at most so many megabytes per second, the last one of a run excepted; 0: as fast as it goes."""
     scrub: bool = True
