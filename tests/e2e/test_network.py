@@ -11,7 +11,7 @@ import pytest
 from s3server import running_s3_server
 
 from e2e.hosts import HostedRun, Status, lab_or_skip, ranks_of, watch_deaths
-from e2e.live import POLL, Outcome
+from e2e.live import POLL, Outcome, poll_until
 from keepstep.orchestrator.lab import Host, Lab
 from keepstep.storage.records import Attempt, Commit
 from keepstep.storage.runlog import RunLog
@@ -185,8 +185,9 @@ def assert_replaced(run: HostedRun, status: Status, hosts: Sequence[Host], lost:
     now = run.wait_for_step(status["step"], attempt=status["attempt"] + 1)
     new = ranks_of(now, [host for host in hosts if host is not lost])
     assert len(new) == 4
-    (launched,) = (event for event in run.told("starting") if event["attempt"] == status["attempt"] + 1)
-    assert all(rank.ended_at <= launched["at_s"] for rank in old), "two attempts at once"
+    launches = lambda: [event["at_s"] for event in run.told("starting") if event["attempt"] == now["attempt"]]  # noqa: E731
+    poll_until(lambda: bool(launches()), "the launch is in the event file", run.said)
+    assert all(rank.ended_at <= min(launches()) for rank in old), "two attempts at once"
     assert_found_in_time(run, lost, broken_at)
 
 
