@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from common import spread
+from common import Verdict, machine, parser, publish, spread
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
@@ -29,7 +31,9 @@ from keepstep.storage.layout import MANIFEST_NAME, checkpoint_directory, rank_in
 from keepstep.storage.manifest import RankIndex, merge
 from keepstep.storage.store import ENV_OPTIONS, StorageOptions, Store
 from keepstep.storage.verify import CheckpointReader, read_manifest
+from keepstep.trainer.attach import Attached
 from keepstep.trainer.checkpoint import Checkpointer
+from keepstep.trainer.parallel import join
 from keepstep.trainer.restore import restore
 
 BIG, SMALL = "64 x 4 MiB", "2,000 x 16 KiB"
@@ -187,3 +191,29 @@ def show(title: str, measured: Measured, num_bytes: int) -> None:
         milliseconds = [1e3 * seconds for seconds in measured[name]]
         table.add_row(who, f"{kind}: {what}", spread(milliseconds, "ms", 0), f"{num_bytes / 1e3 / statistics.median(milliseconds):.0f}")
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def compare(
+    description: str | None,
+    name: str,
+    open_place: Callable[[], contextlib.AbstractContextManager[Place]],
+    verdicts: Callable[[Mapping[str, Measured]], list[Verdict]],
+    *,
+    rounds: int,
+    quick_rounds: int,
+) -> None:
+    """A whole script: its options, every shape with a table, results/NAME.json with the verdicts."""
+    arguments = parser(description)
+    arguments.add_argument("--rounds", type=int, default=0, help=f"that count; {rounds}, quick {quick_rounds}")
+    options = arguments.parse_args()
+    rounds = options.rounds or (quick_rounds if options.quick else rounds)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    join(Attached(None))
+    began_on, measured = machine(), dict[str, dict[str, list[float]]]()
+    with open_place() as place:
+        for shape, (number, each) in SHAPES.items():
+            measured[shape], num_bytes = measure(place, shape, rounds), 4 * number * each
+            show(f"{place.name}, {shape} ({num_bytes / 1e6:.0f} MB), {rounds} rounds", measured[shape], num_bytes)
+    publish(name, verdicts(measured), measured, began_on=began_on)
+    dist.destroy_process_group()

@@ -15,17 +15,13 @@ import os
 import shutil
 import statistics
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from common import Verdict, machine, parser, publish
-from saving import BIG, SHAPES, SMALL, Contender, Dcp, Keepstep, Measured, Place, State, Times, measure, only_rank, ratios, show, timed
+from common import Verdict, spread
+from saving import BIG, SMALL, Contender, Dcp, Keepstep, Measured, Place, State, Times, compare, only_rank, ratios, timed
 
-from keepstep.trainer.attach import Attached
-from keepstep.trainer.parallel import join
 from keepstep.trainer.state import byte_view
 
 WRITE_BYTES = 16 << 20
@@ -107,34 +103,13 @@ def verdicts(measured: Mapping[str, Measured]) -> list[Verdict]:
 
 def _at_most(what: str, shape: str, found: list[float], limit: float) -> Verdict:
     middle = statistics.median(found)
-    return Verdict(what=f"{what}, {shape}", target=f"<= {limit:g} x", result=_told(found), met=middle <= limit)
+    return Verdict(what=f"{what}, {shape}", target=f"<= {limit:g} x", result=spread(found, "x"), met=middle <= limit)
 
 
 def _at_least(what: str, found: list[float], limit: float, peer: str) -> Verdict:
     middle = statistics.median(found)
-    return Verdict(what=f"{what}, {SMALL}", target=f">= {limit:g} x as fast as {peer}", result=_told(found), met=middle >= limit)
-
-
-def _told(found: list[float]) -> str:
-    return f"{statistics.median(found):.2f} x ({min(found):.2f} to {max(found):.2f}, n = {len(found)})"
-
-
-def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--rounds", type=int, default=0, help=f"that count; {ROUNDS}, quick {QUICK_ROUNDS}")
-    options = arguments.parse_args()
-    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    join(Attached(None))
-    began_on, measured = machine(), dict[str, dict[str, list[float]]]()
-    with local() as place:
-        for shape, (number, each) in SHAPES.items():
-            measured[shape] = measure(place, shape, rounds)
-            show(f"local, {shape} ({4 * number * each / 1e6:.0f} MB), {rounds} rounds", measured[shape], 4 * number * each)
-    publish("storage", verdicts(measured), measured, began_on=began_on)
-    dist.destroy_process_group()
+    return Verdict(what=f"{what}, {SMALL}", target=f">= {limit:g} x as fast as {peer}", result=spread(found, "x"), met=middle >= limit)
 
 
 if __name__ == "__main__":
-    main()
+    compare(__doc__, "storage", local, verdicts, rounds=ROUNDS, quick_rounds=QUICK_ROUNDS)

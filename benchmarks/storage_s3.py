@@ -14,18 +14,13 @@ import os
 import statistics
 import sys
 import urllib.parse
-import warnings
 from collections.abc import Iterator, Mapping
 
 import s3fs
-import torch
-import torch.distributed as dist
-from common import HERE, Verdict, machine, parser, publish
-from saving import SHAPES, Contender, Dcp, Keepstep, Measured, Place, State, Times, measure, only_rank, ratios, show, timed
+from common import HERE, Verdict, spread
+from saving import Contender, Dcp, Keepstep, Measured, Place, State, Times, compare, only_rank, ratios, timed
 
 from keepstep.storage.store import ENV_OPTIONS, Store
-from keepstep.trainer.attach import Attached
-from keepstep.trainer.parallel import join
 from keepstep.trainer.state import byte_view
 
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -103,28 +98,11 @@ def _at_least(shape: str, runs: Measured, what: str, limit: float, peer: str, th
     return Verdict(
         what=f"{what}, S3 on loopback, {shape}",
         target=f">= {limit:g} x as fast as {peer}",
-        result=f"{middle:.2f} x ({min(found):.2f} to {max(found):.2f}, n = {len(found)})",
+        result=spread(found, "x"),
         met=middle >= limit,
         note=f"{floor.rpartition(': ')[2]} of the same bytes and nothing else: {best:.1f} x",
     )
 
 
-def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--rounds", type=int, default=0, help=f"that count; {ROUNDS}, quick {QUICK_ROUNDS}")
-    options = arguments.parse_args()
-    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    join(Attached(None))
-    began_on, measured = machine(), dict[str, dict[str, list[float]]]()
-    with s3() as place:
-        for shape, (number, each) in SHAPES.items():
-            measured[shape] = measure(place, shape, rounds)
-            show(f"S3, {shape} ({4 * number * each / 1e6:.0f} MB), {rounds} rounds", measured[shape], 4 * number * each)
-    publish("storage_s3", verdicts(measured), measured, began_on=began_on)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    compare(__doc__, "storage_s3", s3, verdicts, rounds=ROUNDS, quick_rounds=QUICK_ROUNDS)

@@ -187,7 +187,8 @@ class Coordinator:
     def _anybody_there(self) -> bool:
         now = time.monotonic()
         members = self.run.members
-        untold = (node for name, node in members.nodes.items() if name not in self._seen_off | members.buried)
+        told = self._seen_off | members.buried
+        untold = (node for name, node in members.nodes.items() if name not in told)
         return any(node.broken_at is None and now - node.heard_at < 2 * self.report_s for node in untold)
 
     # --- events in, requests out ------------------------------------------------------------------------------------
@@ -196,8 +197,7 @@ class Coordinator:
         self.run, requests = step(self.run, event)
         for request in requests:
             self._carry_out(request)
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        self._news.set()
         if (current := orders(self.run)) != self._orders:
             self._orders = current
             for link in self._links.values():
@@ -370,6 +370,7 @@ class Coordinator:
         self._apply(ev.RewindAsked(at=time.monotonic(), to=wanted.to, skips=tuple(skip), overrides=tuple(override), why=wanted.why))
         deadline = time.monotonic() + REWIND_WAIT_S
         while self._rewind_answer is None and rewinds.is_wanted(self.run) and (left := deadline - time.monotonic()) > 0:
+            self._news.clear()
             await is_set_within(self._news, left)
         return self._explain_rewind(rewinding.where_to(lineage.newest_until(wanted.to), wanted))
 

@@ -120,10 +120,15 @@ def hash_block(*pieces: bytes | memoryview) -> str:
     """xxh3-64 of bytes that follow each other, as 16 hex digits."""
     if len(pieces) == 1:
         return xxhash.xxh3_64_hexdigest(pieces[0])
-    state = xxhash.xxh3_64()
+    hasher = block_hasher()
     for piece in pieces:
-        state.update(piece)
-    return state.hexdigest()
+        hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def block_hasher() -> xxhash.xxh3_64:
+    """`hash_block` for bytes that come one after the other: `update`, in the end `hexdigest`."""
+    return xxhash.xxh3_64()
 
 
 def split_blocks(data: memoryview, block_bytes: int = BLOCK_BYTES) -> Iterator[memoryview]:

@@ -17,13 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
-import xxhash
-
 from .canonical import sha256_hex
 from .collector import collector_paused
 from .errors import DamagedCheckpoint, IncompleteCheckpoint, NotFound, StoreError
 from .layout import MANIFEST_NAME, rank_index_name
-from .manifest import FileEntry, Manifest
+from .manifest import FileEntry, Manifest, block_hasher
 from .store import OpenFile, Store
 
 
@@ -309,15 +307,15 @@ class CheckpointReader:
 
     def _fill(self, file: OpenFile, block: _Block, views: Sequence[memoryview], step: int) -> str:
         """Reads a block; what is wrong with it, as a sentence, "" when it is right."""
-        hashed, at = xxhash.xxh3_64(), block.start
+        hasher, at = block_hasher(), block.start
         for group in _steps(views, step):
             count, wanted = file.read_into(at, *group), sum(view.nbytes for view in group)
             at += count
             if count != wanted:
                 return f"ends at byte {at}, {block.file.num_bytes} were written"
             for view in group:
-                hashed.update(view)
-        if hashed.hexdigest() != block.expected:
+                hasher.update(view)
+        if hasher.hexdigest() != block.expected:
             return f"block {block.index} (from byte {block.start}) does not have the hash that was written"
         return ""
 
