@@ -41,7 +41,6 @@ from .wire import AgentReport, Directive, Launch
 
 REPORT_S = 1.0  # the floor, until the coordinator names another; changes are reported at once
 STEP_NEWS = 0.25  # news that is only "a step further" waits for this share of that time for company
-RETIRE_S = 3.0  # until a coordinator that was succeeded has read the log; closed before, our turning away would look like our death
 RETRY_S = 0.1
 TIE_S = 1.0  # how long the coordinator may take to accept a tether; without one its lease says when a node is dead
 LOG_PERIOD_S = 5.0  # how often the ranks' output goes to a remote root
@@ -61,7 +60,6 @@ class Agent:
         self._token = contact.token
         self._url = contact.url.rstrip("/")
         self._report_s = REPORT_S
-        self._retiring: list[asyncio.Task[None]] = []  # connections to coordinators that were succeeded
         self._address = address_towards(urlsplit(contact.url).hostname or "127.0.0.1")
         self._persister = PersisterProcess(scratch.staging_socket, config.run.root, config.storage.slow_s, self._changed, config.checkpoint)
         self._patience = Patience(config.cluster.hang_s)
@@ -150,9 +148,9 @@ class Agent:
         try:
             return await self._exit
         finally:
-            for task in (*tasks, *self._retiring):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, *self._retiring, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._ranks.stop()
             await self._ranks.drop_standby(0, None)
             await asyncio.to_thread(self._ranks.logs.ship)
@@ -220,7 +218,7 @@ class Agent:
                 try:
                     await self._talk(link, self.id)
                 finally:
-                    await self._hang_up(link)
+                    await link.close()
             except CoordinatorUnreachable:
                 self._doubt.set()
                 await asyncio.sleep(RETRY_S)
@@ -229,7 +227,10 @@ class Agent:
                 await asyncio.sleep(RETRY_S)
 
     async def _talk(self, link: Link, node: str) -> None:
-        """Tells whatever is new, and the whole state at least every `report_s`, until somebody else is to be told, or tells."""
+        """Tells whatever is new, and the whole state at least every `report_s`, until somebody else is to be told, or tells.
+
+        A node that lives on and turns away says so: it must not be taken for dead.
+        """
         listening = asyncio.create_task(self._listen(link))
         listening.add_done_callback(lambda _: self._changed())
         try:
@@ -239,6 +240,11 @@ class Agent:
                 self._news.clear()
                 await link.tell(self._report())
                 await is_set_within(self._news, min(self._report_s, self._patience_s))
+            if node == self.id:
+                await link.part()
+        except CoordinatorUnreachable:
+            await link.part()
+            raise
         finally:
             listening.cancel()
             await asyncio.gather(listening, return_exceptions=True)
@@ -255,12 +261,6 @@ class Agent:
             if heard:
                 self._heard = heard
                 self._answered.set()
-
-    async def _hang_up(self, link: Link) -> None:
-        if link.url == self._url:
-            await link.close()
-        else:
-            self._retiring.append(asyncio.create_task(link.retire(RETIRE_S)))
 
     @property
     def _patience_s(self) -> float:

@@ -320,12 +320,14 @@ class Coordinator:
         """A node speaks to us over this connection from now on."""
         self._links[link.node] = link
 
-    def leave(self, link: Listener) -> None:
-        """A connection ended. Where it was the node's newest, its agent died, or has found our successor: the log says which, before
-        drop_grace_s is over."""
-        if self._links.get(link.node) is link:
-            del self._links[link.node]
-            self._doubt.set()
+    def leave(self, link: Listener, *, alive: bool) -> None:
+        """A connection ended. Where it was the node's newest, its agent died, or has found our successor (the log says which, before
+        drop_grace_s is over), or says that it lives and begins another."""
+        if self._links.get(link.node) is not link:
+            return
+        del self._links[link.node]
+        self._doubt.set()
+        if not alive:
             self._apply(ev.Disconnected(time.monotonic(), link.node))
 
     def seen_off(self, node: str) -> None:

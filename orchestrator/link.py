@@ -8,15 +8,17 @@ would be answered after 3. A new connection is answered at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Final
 
 import aiohttp
 
 from .client import CoordinatorRefused, CoordinatorUnreachable, abrupt_connector, refusal
-from .wire import AGENT_PATH, REFUSED, AgentReport, Answer, Directive
+from .wire import AGENT_PATH, PARTING, REFUSED, AgentReport, Answer, Directive
 
 MAX_ANSWER_BYTES: Final = 64 << 20
+WORD_S: Final = 0.1  # for the last word to whoever does not listen
 
 
 class Link:
@@ -93,10 +95,9 @@ class Link:
         """At once, without a word."""
         await self._session.close()
 
-    async def retire(self, after_s: float) -> None:
-        """Closes when a coordinator that was succeeded has had time to read the log: before that it would take our turning away for our
-        death, and drain the attempt."""
-        try:
-            await asyncio.sleep(after_s)
-        finally:
-            await self.close()
+    async def part(self) -> None:
+        """Closes like `close`, with a word before it where one can be sent: a connection that just ends is the sign of a dead agent."""
+        with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+            async with asyncio.timeout(WORD_S):
+                await self._socket.send_frame(PARTING.to_bytes(2, "big"), aiohttp.WSMsgType.CLOSE)
+        await self.close()

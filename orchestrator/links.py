@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from .coordinator import Coordinator, NoAnswer
 from .directives import Orders
-from .wire import REFUSED, AgentReport, Answer, Directive
+from .wire import PARTING, REFUSED, AgentReport, Answer, Directive
 
 MAX_REPORT_BYTES: Final = 64 << 20
 IDLE_S: Final = 15.0  # who has been silent for so long is closed; agents report every few seconds at the least
@@ -32,9 +32,10 @@ class AgentLink:
     def __init__(self, coordinator: Coordinator) -> None:
         self.node = ""
         self._coordinator = coordinator
-        self._socket = web.WebSocketResponse(compress=False, max_msg_size=MAX_REPORT_BYTES, receive_timeout=self._idle_s())
+        self._socket = web.WebSocketResponse(compress=False, autoclose=False, max_msg_size=MAX_REPORT_BYTES, receive_timeout=self._idle_s())
         self._heard = -1
         self._said_heard = -1
+        self._parted = False
         self._orders: Orders | None = None  # those that the newest directive was made of
         self._said: Directive | None = None
         self._news = asyncio.Event()
@@ -43,9 +44,12 @@ class AgentLink:
     def _idle_s(self) -> float:
         return max(IDLE_S, 3 * self._coordinator.config.cluster.lease_s)
 
-    async def serve(self, request: web.Request) -> web.WebSocketResponse:
+    async def serve(self, request: web.Request) -> web.StreamResponse:
         """Until it ends, or we do. A broken connection is the fastest sign of a dead agent."""
-        await self._socket.prepare(request)
+        try:
+            await self._socket.prepare(request)
+        except ConnectionError:  # it was not answered in time and has begun again
+            return web.Response()
         request.app[OPEN].add(self)
         self._task = asyncio.current_task()
         speaking = asyncio.create_task(self._speak())
@@ -54,7 +58,7 @@ class AgentLink:
         finally:
             speaking.cancel()
             request.app[OPEN].discard(self)
-            self._coordinator.leave(self)
+            self._coordinator.leave(self, alive=self._parted)
         return self._socket
 
     def hang_up(self) -> None:
@@ -68,8 +72,10 @@ class AgentLink:
 
     async def _listen(self) -> None:
         with contextlib.suppress(TimeoutError):
-            async for message in self._socket:
+            while True:
+                message = await self._socket.receive()
                 if message.type != WSMsgType.TEXT:
+                    self._parted = message.type == WSMsgType.CLOSE and message.data == PARTING
                     return
                 try:
                     report = AgentReport.model_validate_json(message.data)

@@ -61,7 +61,7 @@ class _Views:
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
 
-    async def agent(self, request: web.Request) -> web.WebSocketResponse:
+    async def agent(self, request: web.Request) -> web.StreamResponse:
         return await AgentLink(self._coordinator).serve(request)
 
     async def tether(self, request: web.Request) -> web.StreamResponse:

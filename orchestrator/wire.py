@@ -10,6 +10,7 @@ from keepstep.trainer.contract import Pacing, SaveCosts
 
 AGENT_PATH: Final = "/v1/agent"  # of the WebSocket between an agent and the coordinator
 REFUSED: Final = 4009  # its close code where the coordinator does not want the agent, with the reason
+PARTING: Final = 4010  # where a living agent turns away: it heard nothing for too long, or follows another coordinator
 
 
 class Message(BaseModel):

@@ -299,6 +299,23 @@ def test_the_end_of_a_connection_that_was_given_up_is_no_news(tmp_path: Path) ->
     asyncio.run(story())
 
 
+def test_a_node_that_turns_away_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """On a machine with too much to do an agent is not answered in time: it begins another connection, and nothing else happens."""
+
+    async def story() -> None:
+        async with reigning(tmp_path) as (coordinator, client, _):
+            for node in NODES:
+                await client.report(report(node, 1))
+            await client.links[NODES[0]].part()
+            while NODES[0] in coordinator._links:
+                await asyncio.sleep(0)
+            assert coordinator.run.members.nodes[NODES[0]].broken_at is None
+            await client.connect(NODES[0])
+            await client.report(report(NODES[0], 2))
+
+    asyncio.run(story())
+
+
 def test_an_agent_of_another_version_or_run_is_refused(tmp_path: Path) -> None:
     async def story() -> None:
         async with reigning(tmp_path) as (_, client, _):
