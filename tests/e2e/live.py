@@ -158,7 +158,7 @@ class LiveRun:
             if self.process and self.process.poll() is not None:
                 break
             POLL.wait(0.02)
-        raise AssertionError("it never came to that; the run said:\n" + "\n".join(self.output[-40:]) + self.logs())
+        raise AssertionError(f"it never came to that; the run said:\n{self.said()}")
 
     def wait_for_step(self, step: int, *, attempt: int = 1) -> dict[str, Any]:
         return self.wait_until(lambda s: s["phase"] == "TRAINING" and s["attempt"] >= attempt and s["step"] >= step)
@@ -182,7 +182,7 @@ class LiveRun:
 
     def said(self) -> str:
         """For a failing test's message."""
-        return "\n".join(self.output[-40:]) + self.logs()
+        return "\n".join([line for line in self.output if not line.startswith("step ")][-80:]) + self.logs()
 
     def marked(self) -> list[int]:
         """Every living process that descends from this run, our own excepted."""
