@@ -7,6 +7,7 @@ one run of it; nothing here measures.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import platform
 import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -120,6 +121,15 @@ def table_of(verdicts: Sequence[Verdict]) -> Table:
     for each in verdicts:
         table.add_row(each.what, each.target, each.result, marks[each.met], each.note)
     return table
+
+
+def progress_pages(folder: Path) -> Iterator[tuple[Path, bytes]]:
+    """Every rank's page below a folder and what it holds. Ranks come and go meanwhile: what has vanished is left out."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if name.startswith("progress-"):
+                with contextlib.suppress(FileNotFoundError):
+                    yield (path := Path(place, name)), path.read_bytes()
 
 
 def wait_until_quiet(below: float = 1.0, patience_s: float = 120.0) -> float:

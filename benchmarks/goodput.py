@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import HERE, Verdict, machine, parser, publish
+from common import HERE, Verdict, machine, parser, progress_pages, publish
 from live import make_folder
 
 from keepstep.orchestrator import config as configs
@@ -72,11 +72,7 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         while True:
-            for path in self._folder.glob("**/progress-*"):
-                try:
-                    content = path.read_bytes()
-                except OSError:
-                    continue
+            for path, content in progress_pages(self._folder):
                 if len(content) >= PROGRESS.size:
                     self._see(path, content)
             time.sleep(POLL_S)

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
-from common import RESULTS, Verdict, machine, median, parser, percentile, publish, spread
+from common import RESULTS, Verdict, machine, median, parser, percentile, progress_pages, publish, spread
 from live import Live, RunBroke, make_folder
 from recovery import Generation
 from rich.console import Console
@@ -245,11 +245,9 @@ class Killed:
     async def _look(self) -> None:
         """At what rank 0 has measured."""
         while True:
-            for path in (self.run.folder / "s").rglob("progress-*-0"):
-                try:
-                    self._costs = SaveCosts.read(path.read_bytes()) or self._costs
-                except (OSError, ValueError):  # cleared away between the listing and the reading
-                    continue
+            for path, content in progress_pages(self.run.folder / "s"):
+                if path.name.endswith("-0"):
+                    self._costs = SaveCosts.read(content) or self._costs
             await asyncio.sleep(LOOK_S)
 
     def _committed(self) -> int:

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import HERE, Verdict, machine, median, parser, percentile, publish, spread
+from common import HERE, Verdict, machine, median, parser, percentile, progress_pages, publish, spread
 
 from keepstep.trainer.contract import PROGRESS, Phase
 
@@ -54,12 +54,10 @@ class Page:
 def pages(folder: Path) -> dict[Path, Page]:
     """Every progress page below a folder, of living and dead ranks."""
     found = {}
-    for path in (Path(place, name) for place, _, names in os.walk(folder) for name in names if name.startswith("progress-")):
-        with contextlib.suppress(FileNotFoundError):  # a dead rank's page was cleared away between the listing and the reading
-            content = path.read_bytes()
-            if len(content) >= PROGRESS.size:
-                phase, _, step, _, at, *_ = PROGRESS.unpack_from(content)
-                found[path] = Page(phase, step, at)
+    for path, content in progress_pages(folder):
+        if len(content) >= PROGRESS.size:
+            phase, _, step, _, at, *_ = PROGRESS.unpack_from(content)
+            found[path] = Page(phase, step, at)
     return found
 
 
