@@ -119,8 +119,8 @@ class TestTheSentence:
     def test_small_changes_are_no_news(self) -> None:
         assert not decided(TOY, History()).is_news(decided(TOY, History()).steps)
         assert replace(decided(TOY, History()), steps=2).is_news(1)
-        assert not replace(decided(TOY, History()), steps=110).is_news(100)
-        assert replace(decided(TOY, History()), steps=80).is_news(100)
+        assert not replace(decided(TOY, History()), steps=125).is_news(100)
+        assert replace(decided(TOY, History()), steps=79).is_news(100)
 
 
 class TestPace:
