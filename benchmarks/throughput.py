@@ -3,8 +3,8 @@
     python benchmarks/throughput.py                results/throughput.json, some three minutes
     python benchmarks/throughput.py --seconds 20   a look
 
-Three launches of 4 ranks live at once, and by turns two of them are stopped (SIGSTOP of all of their processes) while one trains for a
-second: what drifts on the machine hits all alike. They are bare torchrun, keepstep, and bare torchrun again: what the two bare ones differ
+Three launches of 4 ranks live at once, and by turns two of them are stopped (SIGSTOP of all of their processes) while one trains for two
+seconds: what drifts on the machine hits all alike. They are bare torchrun, keepstep, and bare torchrun again: what the two bare ones differ
 by is the noise. A rate is steps finished per second of a launch's own turns.
 
 keepstep hashes and commits its checkpoints, as often as `checkpoint.interval = "auto"` says, writes step records and layers, beats, watches
@@ -45,9 +45,9 @@ TARGET: Final = 0.99
 # A step of about a second on 2 cores: a model of 3.4 million parameters, 4,096 tokens.
 MODEL: Final = {"model": {"layers": 4, "width": 256, "heads": 4, "context": 256}, "train": {"batch_tokens": 4096}}
 START_S: Final = 120.0
-TURN_S: Final = 1.2  # the others stand still for twice as long, which is less than a lease or a hang
+TURN_S: Final = 2.0  # the others stand still for twice as long, which is less than a lease or a hang
 POLL_S: Final = 0.01
-WARM_UP: Final = 8  # turns of each that are not counted
+WARM_UP: Final = 12  # turns of each that are not counted
 GROUPS: Final = 6  # of turns, for the spread
 Figures = dict[str, Any]
 

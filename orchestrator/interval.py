@@ -5,9 +5,9 @@ costs, half an interval of work on average. The interval that loses least is Dal
 interval for restart dumps", 2006), Young's sqrt(2 cost M) in the first order, M being the mean time between failures of this job.
 
 M is estimated as the failures come. Failures of processes come in proportion to ranks, failures of nodes in proportion to nodes; each kind
-is a Poisson process whose rate has a gamma prior, so a resized run carries over what it has learnt. The prior stands for half a failure of
-each kind within `PRIOR_S`: a job that has not run yet is most likely to fail at once, by its own mistakes or on its first contact with the
-machines, and to expect that costs little, since the share of saves is bounded. Every quiet hour says otherwise: M grows with the run's age,
+is a Poisson process whose rate has a gamma prior, so a resized run carries over what it has learnt. The prior stands for half a failure,
+of either kind, within `PRIOR_S`: a job that has not run yet is most likely to fail at once, by its own mistakes or on its first contact
+with the machines, and to expect that costs little, since the share of saves is bounded. Every quiet hour says otherwise: M grows with the run's age,
 and after minutes the prior has no weight. Only the newest failures of a kind count, so that a run can change its habits.
 """
 
@@ -22,7 +22,7 @@ from keepstep.trainer.contract import SaveCosts
 
 Kind: TypeAlias = Literal["process", "node"]
 
-PRIOR_FAILURES: Final = 0.5  # of each kind
+PRIOR_FAILURES: Final = 0.25  # of each kind: half a failure in all, as Jeffreys' prior has it for one Poisson process
 PRIOR_S: Final = 120.0
 MIN_S: Final = 1.0  # every save becomes a record in the log and a manifest, however cheap it is for the ranks
 MAX_S: Final = 1800.0  # what a mistake of the estimate may cost; a save that needs longer to be written, or worth it, has longer
