@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from keepstep.storage.canonical import sha256_hex
 from keepstep.storage.errors import IncompleteCheckpoint, NotFound, StoreError
@@ -36,11 +36,11 @@ def write_manifest(store: Store, request: ev.Commit) -> Manifest:
         StoreError: the storage was in the way.
     """
     fault_point("coordinator.manifest.before", step=request.step)
-    indexes = _read_indexes(store, request.directory, [part.rank for part in request.indexes])
-    for part, index in zip(request.indexes, indexes, strict=True):
-        if sha256_hex(index.body()) != part.index_sha256:
-            raise InvalidCheckpoint(f"{request.directory}/{rank_index_name(part.rank)} is not what rank {part.rank} reported")
-    manifest = _put_manifest(store, indexes)
+    bodies = _read_indexes(store, request.directory, [part.rank for part in request.indexes])
+    for part, (key, body) in zip(request.indexes, bodies.items(), strict=True):
+        if sha256_hex(body) != part.index_sha256:
+            raise InvalidCheckpoint(f"{key} is not what rank {part.rank} reported")
+    manifest = _put_manifest(store, bodies)
     fault_point("coordinator.manifest.after", step=request.step)
     return manifest
 
@@ -78,28 +78,30 @@ def _whole_directories(store: Store, attempt: Attempt, after_step: int) -> Itera
             yield directory
 
 
-def _read_indexes(store: Store, directory: str, ranks: Iterable[int]) -> list[RankIndex]:
+def _read_indexes(store: Store, directory: str, ranks: Iterable[int]) -> dict[str, bytes]:
+    """By key, in the order of `ranks`."""
     keys = [f"{directory}/{rank_index_name(rank)}" for rank in ranks]
-    return [_parsed(body, key) for body, key in zip(store.get_many(keys), keys, strict=True)]
+    return {key: _found(body, key) for body, key in zip(store.get_many(keys), keys, strict=True)}
 
 
-def _parsed(body: bytes | StoreError, key: str) -> RankIndex:
+def _found(body: bytes | StoreError, key: str) -> bytes:
     if isinstance(body, NotFound):
         raise InvalidCheckpoint(f"{key} is gone")
     if isinstance(body, StoreError):
         raise body
+    return body
+
+
+def _parsed(body: bytes, key: str) -> RankIndex:
     try:
-        index = RankIndex.parse(body)
+        return RankIndex.parse(body)
     except ValueError as error:
         raise InvalidCheckpoint(f"{key}: {error}") from error
-    if index.body() != body:
-        raise InvalidCheckpoint(f"{key} is not spelled as it was written")
-    return index
 
 
-def _put_manifest(store: Store, indexes: list[RankIndex]) -> Manifest:
+def _put_manifest(store: Store, bodies: Mapping[str, bytes]) -> Manifest:
     try:
-        manifest = merge(indexes)
+        manifest = merge([_parsed(body, key) for key, body in bodies.items()])
     except IncompleteCheckpoint as error:
         raise InvalidCheckpoint(str(error)) from error
     key = f"{manifest.directory}/{MANIFEST_NAME}"

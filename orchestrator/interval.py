@@ -7,8 +7,9 @@ interval for restart dumps", 2006), Young's sqrt(2 cost M) in the first order, M
 M is estimated as the failures come. Failures of processes come in proportion to ranks, failures of nodes in proportion to nodes; each kind
 is a Poisson process whose rate has a gamma prior, so a resized run carries over what it has learnt. The prior stands for half a failure,
 of either kind, within `PRIOR_S`: a job that has not run yet is most likely to fail at once, by its own mistakes or on its first contact
-with the machines, and to expect that costs little, since the share of saves is bounded. Every quiet hour says otherwise: M grows with the run's age,
-and after minutes the prior has no weight. Only the newest failures of a kind count, so that a run can change its habits.
+with the machines, and to expect that costs little, since the share of saves is bounded. Every quiet hour says otherwise: M grows with
+the run's age, and after minutes the prior has no weight. Only the newest failures of a kind count, so that a run can change its
+habits.
 """
 
 from __future__ import annotations

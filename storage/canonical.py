@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from .errors import CorruptRecord
 
@@ -23,20 +23,29 @@ def sha256_hex(body: bytes) -> str:
 
 
 def seal(fields: Mapping[str, Any]) -> bytes:
-    """The fields with their check, canonical JSON with a newline at the end."""
-    return canonical_json({**fields, "check": sha256_hex(canonical_json(fields))}) + b"\n"
+    """Canonical JSON of the fields, of which there are some, with a check over its bytes as the last member; a newline at the end."""
+    body = canonical_json(fields)
+    return body[:-1] + _check_of(body) + b"\n"
 
 
 def unseal(body: bytes, what: str) -> dict[str, Any]:
     """The fields that were sealed; `what` is their name in messages. Raises CorruptRecord, whatever the bytes are."""
     try:
         fields = json.loads(body)
-        if not isinstance(fields, dict):
-            raise CorruptRecord(f"{what} is no JSON object")
-        check = fields.pop("check", None)
-        is_right = check == sha256_hex(canonical_json(fields))
-    except (ValueError, RecursionError) as error:  # no JSON; or NaN, infinities, half characters, brackets without end
+    except (ValueError, RecursionError) as error:  # no JSON; or brackets without end
         raise CorruptRecord(f"{what} is no JSON: {error}") from None
-    if not is_right:
+    if not isinstance(fields, dict):
+        raise CorruptRecord(f"{what} is no JSON object")
+    line = body.removesuffix(b"\n")
+    payload, check = line[:-_CHECK_BYTES] + b"}", line[-_CHECK_BYTES:]
+    if check != _check_of(payload):
         raise CorruptRecord(f"{what}: its check does not fit its bytes")
+    del fields["check"]
     return fields
+
+
+def _check_of(body: bytes) -> bytes:
+    return b',"check":"%s"}' % sha256_hex(body).encode()
+
+
+_CHECK_BYTES: Final = len(_check_of(b""))

@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final, TypeVar
 
 import xxhash
@@ -79,7 +80,7 @@ class RankIndex:
         return _parse_rank(_of_format(fields, "rank index"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All rank indexes of a checkpoint, in rank order, known to be complete."""
 
@@ -98,11 +99,15 @@ class Manifest:
         return {file.name: file for rank in self.ranks for file in rank.files}
 
     def body(self) -> bytes:
+        return self._body
+
+    @cached_property
+    def _body(self) -> bytes:
         head = {"format": FORMAT, "attempt": self.attempt, "step": self.step, "directory": self.directory, "world_size": self.world_size}
         return canonical_json(head | {"ranks": [_rank_fields(rank) for rank in self.ranks]}) + b"\n"
 
     def sha256(self) -> str:
-        return sha256_hex(self.body())
+        return sha256_hex(self._body)
 
     @staticmethod
     def parse(body: bytes) -> Manifest:

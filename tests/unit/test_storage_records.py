@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepstep.storage.canonical import canonical_json, sha256_hex
+from keepstep.storage.canonical import seal, sha256_hex
 from keepstep.storage.errors import CorruptRecord
 from keepstep.storage.records import (
     KINDS,
@@ -48,8 +48,7 @@ def body_of(record: Record, sequence: int = 5) -> bytes:
 
 
 def with_check(envelope: dict[str, object]) -> bytes:
-    envelope = {key: value for key, value in envelope.items() if key != "check"}
-    return canonical_json(envelope | {"check": sha256_hex(canonical_json(envelope))})
+    return seal({key: value for key, value in envelope.items() if key != "check"})
 
 
 @pytest.mark.parametrize("record", EXAMPLES, ids=lambda record: type(record).__name__)
