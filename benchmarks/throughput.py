@@ -1,15 +1,18 @@
 """Steps per second with everything switched on, beside bare torchrun with the same loop, model and batches: what a healthy run pays.
 
-    python benchmarks/throughput.py                results/throughput.json, some three minutes
-    python benchmarks/throughput.py --seconds 20   a look
+    python benchmarks/throughput.py                                   results/throughput.json, some three minutes
+    python benchmarks/throughput.py --seconds 20                      a look
+    python benchmarks/throughput.py -o checkpoint.interval=\'"auto"\'   what the first minute of a run pays
 
 Three launches of 4 ranks live at once, and by turns two of them are stopped (SIGSTOP of all of their processes) while one trains for two
 seconds: what drifts on the machine hits all alike. They are bare torchrun, keepstep, and bare torchrun again: what the two bare ones differ
 by is the noise. A rate is steps finished per second of a launch's own turns.
 
-keepstep hashes and commits its checkpoints, as often as `checkpoint.interval = "auto"` says, writes step records and layers, beats, watches
-for hangs and holds its next ranks ready. The bare loop (in this file) is forward, backward, one all-reduce of two numbers, clipping and
-update, by the same model and kernels; it saves and writes nothing.
+keepstep hashes, commits and reads back a checkpoint every 30 steps, which is half a minute and what "auto" comes to for this model after an
+hour without failure (a young run expects to fail soon and saves more often). It writes step records and layers, beats, watches for hangs
+and holds its next ranks ready. Its lease is longer than a turn of the others, or else standing still would be taken for silence. The bare
+loop (in this file) is forward, backward, one all-reduce of two numbers, clipping and update, by the same model and kernels; it saves and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -45,9 +48,10 @@ TARGET: Final = 0.99
 # A step of about a second on 2 cores: a model of 3.4 million parameters, 4,096 tokens.
 MODEL: Final = {"model": {"layers": 4, "width": 256, "heads": 4, "context": 256}, "train": {"batch_tokens": 4096}}
 START_S: Final = 120.0
-TURN_S: Final = 2.0  # the others stand still for twice as long, which is less than a lease or a hang
+SAVE_EVERY: Final = 30  # steps: sqrt(2 x 0.05 s x 9,000 s), Young's formula; see orchestrator/interval.py
+TURN_S: Final = 2.0
 POLL_S: Final = 0.01
-WARM_UP: Final = 12  # turns of each that are not counted
+WARM_UP: Final = 6  # turns of each that are not counted
 GROUPS: Final = 6  # of turns, for the spread
 Figures = dict[str, Any]
 
@@ -55,8 +59,8 @@ Figures = dict[str, Any]
 def config_of(root: Path) -> Figures:
     """run.toml of both; what the bare loop does not know it leaves alone."""
     config: Figures = tomllib.loads((HERE / "recovery.toml").read_text())
-    config["checkpoint"] = {}  # defaults
-    return config | MODEL | {"run": {**config["run"], "root": str(root)}, "cluster": {"nodes": 1, "ranks_per_node": RANKS}}
+    config["checkpoint"] = {"interval": SAVE_EVERY}
+    return config | MODEL | {"run": {**config["run"], "root": str(root)}, "cluster": {"nodes": 1, "ranks_per_node": RANKS, "lease_s": 60}}
 
 
 def bare(config_path: Path, folder: Path) -> None:
@@ -133,8 +137,9 @@ class Launch:
         return self._process.poll() is not None
 
     def saves(self) -> int:
-        """Checkpoints that it has now, and has retired."""
-        return len(list((self.folder / "root").glob("data/*/*")))
+        """Commits so far."""
+        events = self.folder / "root" / "events.jsonl"
+        return sum(json.loads(line)["kind"] == "committed" for line in events.read_text().splitlines())
 
     def end(self) -> None:
         signal_all(self._tree(), signal.SIGKILL)
