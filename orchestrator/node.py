@@ -31,7 +31,7 @@ from .oom import KernelLog, OomWitness
 from .patience import Patience, Watch
 from .progress import ProgressPage
 from .ranklogs import RankLogs, tail
-from .ranks import GroupSpec, Launcher, RankGroup
+from .ranks import UNKNOWN_CODE, GroupSpec, Launcher, RankGroup
 from .reserve import Reserve
 from .sections import RunConfig
 from .stacks import Subject
@@ -245,7 +245,7 @@ class NodeRanks:
         if old is not None:
             _close_pages(old)
         self._patience.begin(launch.world_size)
-        self._witness.watch(group.pids)
+        self._witness.watch((*group.pids, group.launcher_pid))
         self._attempt.ranks = [
             LocalRank(
                 number=launch.first_rank + i,
@@ -270,7 +270,7 @@ class NodeRanks:
         rank.ended_at = time.monotonic()
         rank.stopped = attempt.group.was_stopped(local_rank) and found.kind == "signal"  # else it failed before we could stop it
         rank.order = sum(other.order is not None for other in attempt.ranks)
-        if found.exit_code == -signal.SIGKILL and not rank.stopped and (why := self._witness.verdict(rank.pid)):
+        if not rank.stopped and (why := self._why_out_of_memory(attempt.group, rank, found)):
             found = replace(found, kind="oom", why=why)
         attempt.is_lost |= found.exit_code != 0
         if attempt.is_lost and not attempt.in_autopsy:
@@ -281,6 +281,14 @@ class NodeRanks:
             reading = asyncio.get_running_loop().create_task(self._end_with_tail(attempt, rank, found))
             self._readings.add(reading)
             reading.add_done_callback(self._readings.discard)
+
+    def _why_out_of_memory(self, group: RankGroup, rank: LocalRank, found: Exit) -> str:
+        """Of its own death, or of that of its launcher, which takes its ranks along; "" if it was something else."""
+        if found.exit_code == -signal.SIGKILL:
+            return self._witness.verdict(rank.pid)
+        if found.exit_code != UNKNOWN_CODE or found.kind != "signal":
+            return ""
+        return self._witness.verdict(rank.pid) or self._witness.verdict(group.launcher_pid)
 
     async def _end_with_tail(self, attempt: _Attempt, rank: LocalRank, found: Exit) -> None:
         """A failure is told with its last words. They may lie on a disk that hangs: a thread reads them, and is not waited for long."""

@@ -80,6 +80,11 @@ class Launcher:
         raise LauncherDied(f"the launcher of {len(self.codes)} ranks died before it had forked them, or took over {FORK_S:g} s")
 
     @property
+    def pid(self) -> int:
+        assert self._process.pid
+        return self._process.pid
+
+    @property
     def is_whole(self) -> bool:
         """All of its ranks live and wait."""
         return not wait(self.codes, timeout=0)
@@ -101,6 +106,7 @@ class RankGroup:
         self.pids = launcher.pids
         self._launcher = launcher
         self._codes = launcher.codes
+        self.launcher_pid = launcher.pid
         self._exits: dict[int, Exit] = {}
         self._stopped: set[int] = set()
         begin_ranks(group, launcher, tether)

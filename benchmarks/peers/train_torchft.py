@@ -27,7 +27,7 @@ def load(saved: dict[str, dict[str, object]]) -> None:
 
 store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 manager = Manager(
-    pg=ProcessGroupGloo(timeout=timedelta(seconds=2)),
+    pg=ProcessGroupGloo(timeout=timedelta(seconds=10)),  # a killed peer is noticed at once; shorter, busy survivors lose each other
     min_replica_size=REPLICAS,  # never with fewer: the losses stay those of an undisturbed run
     load_state_dict=load,
     state_dict=state,

@@ -20,7 +20,7 @@ from keepstep.orchestrator.exits import Exit
 from keepstep.orchestrator.forked import Program
 from keepstep.orchestrator.node import NodeRanks, NodeSettings
 from keepstep.orchestrator.patience import Patience
-from keepstep.orchestrator.ranks import GroupSpec
+from keepstep.orchestrator.ranks import UNKNOWN_CODE, GroupSpec
 from keepstep.orchestrator.sections import RunConfig
 from keepstep.orchestrator.stacks import answer_path, state
 from keepstep.orchestrator.wire import Launch, RankReport, StoreAddress
@@ -60,6 +60,8 @@ class Group:
         self.pids = tuple(process.pid for process in self.processes)
         self.sentinels = {os.pidfd_open(pid): i for i, pid in enumerate(self.pids)}
         self.stopped: set[int] = set()
+        self.launcher_pid = 1
+        self.lost_launcher = False
         newest.append(self)
 
     def _start(self, scratch: str, attempt: int, local_rank: int, log: str) -> subprocess.Popen[str]:
@@ -78,6 +80,8 @@ class Group:
 
     def ended(self, local_rank: int) -> Exit | None:
         code = self.processes[local_rank].poll()
+        if self.lost_launcher:
+            return Exit(UNKNOWN_CODE, "signal", "the death of its launcher", "")
         return None if code is None else Exit(code, ("" if code == 0 else "signal" if code < 0 else "exit"), f"exit code {code}", "")
 
     def kill(self) -> None:
@@ -185,6 +189,17 @@ async def test_no_rank_is_killed_before_all_stacks_are_taken(node: NodeRanks, tm
     assert "rank 4 on n#1: phase INIT at step 0" in first
     assert "state T" in first
     assert "wait_for_orders" in second
+
+
+async def test_a_launcher_that_ran_out_of_memory_is_why_its_ranks_died(node: NodeRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The OOM killer may choose the process that would have told how its rank ended."""
+    group = newest[-1]
+    monkeypatch.setattr(node._witness, "verdict", lambda pid: "SIGKILL by the kernel's OOM killer" if pid == group.launcher_pid else "")
+    group.lost_launcher = True
+    group.kill()
+    group.stopped.clear()
+    report = await until_exited(node, 0)
+    assert (report.kind, report.why) == ("oom", "SIGKILL by the kernel's OOM killer")
 
 
 async def test_an_autopsy_of_the_dead_is_over_at_once(node: NodeRanks) -> None:
