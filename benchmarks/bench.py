@@ -49,9 +49,9 @@ class Script:
 SHORT: Final = ("--quick",)
 OURS: Final = ("--only", "keepstep-2x2", "keepstep-hot-2x2", "keepstep-1x4")  # torchrun is one of the peers
 SUITE: Final = (
-    Script(name="recovery", minutes=4, options=OURS, quick_s=25),
+    Script(name="recovery", minutes=5, options=OURS, quick_s=25),
     Script(name="nodes", minutes=4, quick_s=25),
-    Script(name="peers", minutes=11, quick_s=25),
+    Script(name="peers", minutes=8, options=("--rounds", "1"), quick_s=25),
     Script(name="throughput", minutes=2.8, quick_s=35),
     Script(name="storage", minutes=2.5, quick_s=20),
     Script(name="storage_s3", minutes=2.5, quick_s=20),

@@ -124,8 +124,9 @@ def table_of(verdicts: Sequence[Verdict]) -> Table:
 
 
 def progress_pages(folder: Path) -> Iterator[tuple[Path, bytes]]:
-    """Every rank's page below a folder and what it holds. Ranks come and go meanwhile: what has vanished is left out."""
-    for place, _, names in os.walk(folder):
+    """Every rank's page below a folder, a run's root left out, and what it holds. Ranks come and go: what has vanished is no error."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "root"]
         for name in names:
             if name.startswith("progress-"):
                 with contextlib.suppress(FileNotFoundError):

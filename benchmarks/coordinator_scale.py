@@ -35,7 +35,7 @@ from keepstep.storage.store import Store
 
 SPARES = 8
 STEADY_S = 20.0
-PATIENCE_S = 240.0
+PATIENCE_S = 60.0
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -231,32 +231,40 @@ def main() -> None:
     arguments = parser(__doc__).parse_args()
     began_on = machine()
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    sizes = (100, 2000) if arguments.quick else (100, 1000, 10000)
-    measured = []
+    sizes = (100, 2000) if arguments.quick else (100, 1000, 4000, 10000)
+    measured, too_many = [], 0
     for size in sizes:
         print(f"{size} agents", flush=True)
-        measured.append(asyncio.run(measure(size, 5.0 if arguments.quick else STEADY_S)))
+        try:
+            measured.append(asyncio.run(measure(size, 5.0 if arguments.quick else STEADY_S)))
+        except TimeoutError:
+            too_many = size
+            print(f"  were not told what they waited for within {PATIENCE_S:g} s", flush=True)
+            break
         print(f"  {json.dumps(measured[-1])}", flush=True)
-    publish("coordinator_scale", verdicts(measured, is_full=not arguments.quick), measured, began_on=began_on)
+    publish("coordinator_scale", verdicts(measured, too_many, is_full=not arguments.quick), measured, began_on=began_on)
 
 
-def verdicts(measured: list[dict[str, Any]], *, is_full: bool) -> list[Verdict]:
+def verdicts(measured: list[dict[str, Any]], too_many: int, *, is_full: bool) -> list[Verdict]:
     largest, smallest = measured[-1], measured[0]
     size = f"{largest['agents']:,} agents"
     rate = f"{largest['reports_per_s']:,.0f} reports/s, {largest['us_per_report']:.0f} us each"
     growth = ", ".join(f"{each['agents']:,}: {each['us_per_report']:.0f} us" for each in measured)
+    note = f"{too_many:,} agents were not all told to launch within {PATIENCE_S:g} s" if too_many else ""
     return [
         Verdict(
             what=f"coordinator, {size}, a report every 5 s" if is_full else f"coordinator, {size}",
             target="< 50 % of one core",
             result=f"{largest['core_share']:.0%} ({rate})",
-            met=largest["core_share"] < 0.5 if is_full else None,
+            met=largest["core_share"] < 0.5 and not too_many if is_full else None,
+            note=note,
         ),
         Verdict(
             what=f"a node lost among {size} -> all told to stop",
             target="<= 1 s",
             result=f"{largest['stopped_s']:.2f} s; to launch again: {largest['launched_s']:.2f} s",
-            met=largest["stopped_s"] <= 1.0 if is_full else None,
+            met=largest["stopped_s"] <= 1.0 and not too_many if is_full else None,
+            note=note,
         ),
         Verdict(
             what="coordinator's cost per report",

@@ -189,11 +189,11 @@ class Real:
     """One run that was killed now and then."""
 
     interval: int | str
-    seconds: float  # since it knew what its saves cost
+    seconds: float  # since it trained and, where that matters, knew what its saves cost
     faults: list[float]  # instants, counted from there
     restarts: list[float]  # s, from a fault to the first step finished by all
     committed: int  # steps, in that time
-    costs: SaveCosts
+    costs: SaveCosts | None
     said: list[str]  # about its interval
 
 
@@ -205,6 +205,7 @@ class Killed:
         self._interval, self._seconds, self._planned = interval, seconds, faults
         self._chance = random.Random(f"ranks {seed}")
         self._conductor = Conductor((), self.run.config, self.run.scene, self.run.witness)
+        self._is_fixed = isinstance(interval, int)  # then nobody needs to know what a save costs; one at every step leaves no usual step
         self._costs: SaveCosts | None = None
         self._faults: list[float] = []
         self._restarts: list[float] = []
@@ -214,7 +215,7 @@ class Killed:
         looking = asyncio.create_task(self._look())
         try:
             witness = self.run.witness
-            if not await witness.until(lambda: witness.training and self._costs is not None, PATIENCE_S):
+            if not await witness.until(lambda: witness.training and (self._is_fixed or self._costs is not None), PATIENCE_S):
                 raise RunBroke(f"it measured nothing, see {self.run.folder}")
             began_at, first = time.monotonic(), self._committed()
             for planned_s in self._planned:
@@ -255,7 +256,6 @@ class Killed:
         return commit.step if commit else 0
 
     def _read(self, seconds: float, first: int) -> Real:
-        assert self._costs
         said = [event["why"] for event in self.run.witness.events if event["kind"] == "interval"]
         return Real(
             interval=self._interval,
@@ -338,6 +338,7 @@ def main() -> None:
     else:
         faults = list(itertools.takewhile(lambda at: at < seconds - 2, poisson(REAL_MEAN_S / (2 if options.quick else 1), seed=4)))
         first = kill("auto", seconds, faults)
+        assert first.costs
         job = Job(costs=first.costs, restart_s=max(0.0, (median(first.restarts) or 1.0) - first.costs.step_s), mean_s=MEAN_S)
         best = best_fixed(replace(job, mean_s=REAL_MEAN_S))
         others = [] if options.quick else [kill(max(1, round(factor * best)), seconds, faults) for factor in FACTORS]

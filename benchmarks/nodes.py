@@ -41,7 +41,6 @@ CONFIG = HERE / "recovery.toml"
 KINDS = ("spare", "cold", "silent")
 STEPS_BETWEEN = 12  # more than the checkpoint interval
 PATIENCE_S = 90.0
-POLL_S = 0.005
 LEASE_S = 5.0  # the default
 QUIET = {"OMP_NUM_THREADS": "1", "KEEPSTEP_FAULTS": ""}
 

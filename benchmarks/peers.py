@@ -46,7 +46,7 @@ OURS: Final = {  # what a peer is compared with: as many agents; for nodes a rep
     "rank": {"": "keepstep 2x2", "torchrun 1x4": "keepstep 1x4"},
     "node": {"": "keepstep 2x2", "NVRx in-process 4+3": "keepstep 2x2, spare"},
 }
-OFTEN: Final = ("keepstep 2x2", "keepstep 2x2, hot", "torchrun 1x4", "torchft 4x1")  # the others: one trial, one fault of each kind
+OFTEN: Final = ("keepstep 2x2", "torchrun 1x4", "torchft 4x1")  # the others: one trial, one fault of each kind
 QUICK: Final = ("keepstep 2x2", "torchft 4x1")
 STEPS_BETWEEN: Final = 15  # more than the checkpoint interval
 BETWEEN_S: Final = 4.0  # and at least so long: what a restart used up is there again, as it is in life

@@ -33,7 +33,6 @@ root = "{root}"
 nodes = {nodes}
 ranks_per_node = {ranks}
 spares = {spares}
-hot_standby = {hot}
 max_failures = 1000
 strikes = 1000
 [train]
@@ -106,12 +105,11 @@ class Keepstep(Contender):
 
     mends_itself = True
     spares: ClassVar[int] = 0
-    hot: ClassVar[str] = "false"
 
     def start(self) -> None:
         config = self.folder / "run.toml"
         ranks, root, script = RANKS // self.nodes, self.folder / "root", HERE / "train_keepstep.py"
-        cluster = {"nodes": self.nodes, "ranks": ranks, "spares": self.spares, "hot": self.hot}
+        cluster = {"nodes": self.nodes, "ranks": ranks, "spares": self.spares}
         config.write_text(RUN_TOML.format(root=root, script=script, **cluster))
         self.agents[0] = self.node(0)
 
@@ -127,11 +125,6 @@ class Keepstep(Contender):
 class KeepstepSpare(Keepstep):
     spares = 1
     settings = "one warm spare"
-
-
-class KeepstepHot(Keepstep):
-    hot = "true"
-    settings = "hot_standby"
 
 
 class KeepstepOneNode(Keepstep):
@@ -304,7 +297,6 @@ class Ray(Contender):
 CONTENDERS: Final[Mapping[str, type[Contender]]] = {
     "keepstep 2x2": Keepstep,
     "keepstep 2x2, spare": KeepstepSpare,
-    "keepstep 2x2, hot": KeepstepHot,
     "keepstep 1x4": KeepstepOneNode,
     "torchrun 1x4": TorchrunOneNode,
     "torchrun 2x2": Torchrun,

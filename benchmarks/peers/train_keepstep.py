@@ -27,17 +27,6 @@ def optimizer_with_state(model: nn.Module) -> torch.optim.AdamW:
     return optimizer
 
 
-def undo_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Collective. A step that leaves nothing behind."""
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    toy.advance(model, optimizer, 0, me.rank)
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), before, strict=True):
-            parameter.copy_(value)
-            for moment in optimizer.state[parameter].values():
-                moment.zero_()
-
-
 me = attach()
 sharded.join()
 model = sharded.sharded_model()
@@ -46,9 +35,6 @@ names = dict(model.named_parameters())
 tensors = {"model": names, "optimizer": {name: optimizer.state[parameter] for name, parameter in names.items()}}
 registry = Registry(rank=me.rank, world_size=me.world_size)
 registry.add(*rng.parts(), param_groups(optimizer))
-if me.waits:  # a rank of a hot standby: what the first step makes is made now, and undone
-    undo_step(model, optimizer)
-me.standby()
 saver = Checkpointer.of(me)
 step = resume(me, tensors, registry).step if me.resume else 0
 log = StepLog(me.rank)
