@@ -47,18 +47,18 @@ class Script:
 
 
 SHORT: Final = ("--quick",)
-OURS: Final = ("--only", "keepstep-2x2", "keepstep-hot-2x2", "keepstep-1x4")  # torchrun is one of the peers
+OURS: Final = ("--rounds", "2", "--only", "keepstep-2x2", "keepstep-hot-2x2", "keepstep-1x4")  # torchrun is one of the peers
 SUITE: Final = (
-    Script(name="recovery", minutes=5, options=OURS, quick_s=25),
+    Script(name="recovery", minutes=3.5, options=OURS, quick_s=25),
     Script(name="nodes", minutes=4, quick_s=25),
     Script(name="peers", minutes=8, options=("--rounds", "1"), quick_s=25),
-    Script(name="throughput", minutes=2.8, quick_s=35),
-    Script(name="storage", minutes=2.5, quick_s=20),
-    Script(name="storage_s3", minutes=2.5, quick_s=20),
+    Script(name="throughput", minutes=3.4, quick_s=35),
+    Script(name="storage", minutes=1.5, quick_s=20),
+    Script(name="storage_s3", minutes=2.2, quick_s=20),
     Script(name="slowdown", minutes=2, quick_s=20),
-    Script(name="goodput", minutes=2.5, quick_s=60),
-    Script(name="interval", minutes=4, quick_s=20),
-    Script(name="coordinator_scale", minutes=2, quick_s=25),
+    Script(name="goodput", minutes=3.1, quick_s=60),
+    Script(name="interval", minutes=5.5, quick_s=20),
+    Script(name="coordinator_scale", minutes=3, quick_s=25),
     Script(name="runlog", minutes=1, quick_s=10),
     Script(name="s3_clients", minutes=0.6, options=SHORT),
     Script(name="exact_reduction", minutes=0.6, options=SHORT),

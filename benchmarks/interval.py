@@ -344,7 +344,7 @@ def main() -> None:
         others = [] if options.quick else [kill(max(1, round(factor * best)), seconds, faults) for factor in FACTORS]
         reals = [(real, predicted(real, job)) for real in (first, *others)]
     played = {
-        name: play(each, seeds=4 if options.quick else 30, hours=hours / (4 if options.quick else 1))
+        name: play(each, seeds=4 if options.quick else 15, hours=hours / (4 if options.quick else 1))
         for name, (each, hours) in jobs(job).items()
     }
     Console(width=180).print(table_of(played))

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 TICK_S = 0.1
 REPORT_S = 1.0  # the floor: changes are reported at once
-MAX_REPORTS_PER_S = 2000.0
+MAX_REPORTS_PER_S = 1000.0
 LOG_READ_PERIOD_S = 1.0
 GOODPUT_WAIT_S = 0.5
 REWIND_WAIT_S = 3.0  # below what the command line waits for an answer
