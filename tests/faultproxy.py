@@ -270,7 +270,12 @@ def fault_proxy(target: str) -> Iterator[FaultProxy]:
 
 async def _stop(server: asyncio.Server) -> None:
     server.close()
+    for _ in range(
+        3
+    ):  # a connection that was just accepted gets its task, and that its first moment: cancelled before, it would close nothing
+        await asyncio.sleep(0)
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.sleep(0)  # closed transports are told
