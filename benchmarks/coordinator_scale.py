@@ -12,6 +12,7 @@ told to stop, and until the last has been told to launch the next attempt, which
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import resource
@@ -21,19 +22,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, cast
 
-import aiohttp
 from common import Verdict, machine, parser, publish
 
 from keepstep.orchestrator.tether import tie
-from keepstep.orchestrator.wire import AGENT_PATH, AgentReport, RankReport, StoreAddress
+from keepstep.orchestrator.wire import AGENT_PATH
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 
 SPARES = 8
+JOIN_AT_ONCE = 200
+NO_MASK: Final = bytes(4)  # a mask of zeros: what is masked with it stays as it is
 STEADY_S = 20.0
 PATIENCE_S = 60.0
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -47,10 +50,9 @@ class Crowd:
     launched: dict[int, dict[str, float]] = field(default_factory=dict)  # attempt -> node -> when it was told to launch it
     stopped: dict[str, float] = field(default_factory=dict)  # node -> when it was told to run nothing, since `clear`
     reports: int = 0
-    over: int = 0
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def until(self, what: str, holds: Any) -> None:
+    async def until(self, what: str, holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(PATIENCE_S):
             while not holds():
                 self.news.clear()
@@ -58,63 +60,117 @@ class Crowd:
         print(f"  {what}", flush=True)
 
 
-class SimulatedAgent:
-    """A node with one rank, as its coordinator sees it."""
+class SimulatedAgent(asyncio.Protocol):
+    """A node with one rank, as its coordinator sees it.
+
+    It speaks WebSocket (RFC 6455) by hand: a client library costs more per message than the coordinator, and all agents share one core.
+    """
 
     def __init__(self, number: int, crowd: Crowd) -> None:
         self.node = f"gpu{number:05d}#{number:04x}"
-        self.host = f"gpu{number:05d}"
+        self.steps = 0
+        self._host = f"gpu{number:05d}"
         self._crowd = crowd
         self._sequence = 0
         self._told: dict[str, Any] = {}
         self._attempt = 0
-        self._rank: RankReport | None = None
-        self._store: StoreAddress | None = None
+        self._rank: dict[str, Any] | None = None
+        self._store: dict[str, Any] | None = None
         self._report_s = 1.0
-        self._changed = asyncio.Event()
-        self.steps = 0
+        self._is_open = False
+        self._bytes = b""
+        self._transport: asyncio.Transport | None = None
+        self._next: asyncio.TimerHandle | None = None
 
-    async def run(self, session: aiohttp.ClientSession, url: str) -> None:
-        async with session.ws_connect(url + AGENT_PATH, max_msg_size=0) as socket:
-            telling = asyncio.create_task(self._tell(socket))
-            try:
-                async for message in socket:
-                    self._hear(json.loads(message.data))
-            finally:
-                telling.cancel()
+    async def join(self, url: str, token: str) -> None:
+        _, _, address = url.partition("//")
+        host, _, port = address.rpartition(":")
+        await asyncio.get_running_loop().create_connection(lambda: self, host, int(port))
+        request = (
+            f"GET {AGENT_PATH} HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {token}\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}\r\n\r\n"
+        )
+        self._open_transport.write(request.encode())
 
-    async def _tell(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        while True:
-            self._changed.clear()
-            self._crowd.reports += 1
-            await socket.send_str(self._report())
-            try:
-                async with asyncio.timeout(self._report_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                self._step()
+    def leave(self) -> None:
+        """As the kernel would close the connection of a dead process."""
+        if self._next:
+            self._next.cancel()
+        if self._transport:
+            self._transport.abort()
 
-    def _step(self) -> None:
-        if self._rank and self._rank.state == "running":
-            self.steps += 1
-            self._rank = self._rank.model_copy(update={"step": self.steps, "beats": self.steps + 1, "quiet_s": 0.1})
+    @property
+    def _open_transport(self) -> asyncio.Transport:
+        assert self._transport
+        return self._transport
 
-    def _report(self) -> str:
+    # --- what asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._bytes += data
+        if not self._is_open:
+            head, end, self._bytes = self._bytes.partition(b"\r\n\r\n")
+            if not end:
+                self._bytes = head
+                return
+            assert head.startswith(b"HTTP/1.1 101"), head
+            self._is_open = True
+            self._tell()
+        while (text := self._text()) is not None:
+            self._hear(json.loads(text))
+
+    def _text(self) -> bytes | None:
+        """The next whole frame. Those of a server are not masked."""
+        if len(self._bytes) < 2:
+            return None
+        length, begin = self._bytes[1], 2
+        if length >= 126:
+            begin = 4 if length == 126 else 10
+            length = int.from_bytes(self._bytes[2:begin], "big")
+        if len(self._bytes) < begin + length:
+            return None
+        text, self._bytes = self._bytes[begin : begin + length], self._bytes[begin + length :]
+        return text
+
+    # --- a node's life
+
+    def _tell(self) -> None:
+        self._crowd.reports += 1
         self._sequence += 1
-        return AgentReport(
-            node=self.node,
-            host=self.host,
-            pid=1,
-            address="127.0.0.1",
-            slots=1,
-            sequence=self._sequence,
-            term=self._told.get("term", 0),
-            obeyed=self._told.get("revision", 0),
-            ready=True,
-            attempt=self._attempt,
-            ranks=(self._rank,) if self._rank else (),
-            store=self._store,
-        ).model_dump_json()
+        text = json.dumps(self._report()).encode()
+        header = bytes((0x81, 0x80 | len(text))) if len(text) < 126 else bytes((0x81, 0xFE)) + len(text).to_bytes(2, "big")
+        self._open_transport.write(header + NO_MASK + text)
+        self._tell_within(self._report_s)
+
+    def _tell_within(self, seconds: float) -> None:
+        if self._next:
+            self._next.cancel()
+        self._next = asyncio.get_running_loop().call_later(seconds, self._step_and_tell)
+
+    def _step_and_tell(self) -> None:
+        if self._rank and self._rank["state"] == "running":
+            self.steps += 1
+            self._rank |= {"step": self.steps, "beats": self.steps + 1, "quiet_s": 0.1}
+        self._tell()
+
+    def _report(self) -> dict[str, Any]:
+        return {
+            "node": self.node,
+            "host": self._host,
+            "pid": 1,
+            "address": "127.0.0.1",
+            "slots": 1,
+            "sequence": self._sequence,
+            "term": self._told.get("term", 0),
+            "obeyed": self._told.get("revision", 0),
+            "ready": True,
+            "attempt": self._attempt,
+            "ranks": [self._rank] if self._rank else [],
+            "store": self._store,
+        }
 
     def _hear(self, answer: dict[str, Any]) -> None:
         self._report_s = answer.get("report_s", 1.0)
@@ -122,25 +178,25 @@ class SimulatedAgent:
         if told is None:
             return
         self._told = told
-        self._crowd.over += told.get("over", False)
         launch = told.get("launch")
         if launch is None:
             self._crowd.stopped.setdefault(self.node, time.monotonic())
-            if self._rank and self._rank.state == "running":
-                self._rank = self._rank.model_copy(update={"state": "exited", "exit_code": -9, "stopped_by_agent": True, "exit_order": 0})
+            if self._rank and self._rank["state"] == "running":
+                self._rank |= {"state": "exited", "exit_code": -9, "stopped_by_agent": True, "exit_order": 0}
         elif launch["attempt"] != self._attempt:
             self._launch(launch)
         self._crowd.news.set()
-        self._changed.set()
+        self._tell()
 
     def _launch(self, launch: dict[str, Any]) -> None:
         if launch.get("store") is None:
             if launch["store_node"] == self.node:
-                self._store = StoreAddress(attempt=launch["attempt"], host="127.0.0.1", port=1)
+                self._store = {"attempt": launch["attempt"], "host": "127.0.0.1", "port": 1}
             return
         self._attempt = launch["attempt"]
         self.steps = (launch["resume"]["step"] if launch.get("resume") else 0) + 1
-        self._rank = RankReport(rank=launch["first_rank"], local_rank=0, pid=1, state="running", phase=2, step=self.steps, beats=2)
+        rank = launch["first_rank"]
+        self._rank = {"rank": rank, "local_rank": 0, "pid": 1, "state": "running", "phase": 2, "step": self.steps, "beats": 2}
         self._crowd.launched.setdefault(self._attempt, {})[self.node] = time.monotonic()
 
 
@@ -181,23 +237,18 @@ async def measure(agents: int, steady_s: float) -> dict[str, Any]:
     os.sched_setaffinity(0, {os.cpu_count() - 1 if os.cpu_count() else 0})
     crowd = Crowd(agents)
     found = [SimulatedAgent(number, crowd) for number in range(agents)]
-    connector = aiohttp.TCPConnector(limit=0)
-    tasks: list[asyncio.Task[None]] = []
     try:
-        async with aiohttp.ClientSession(connector=connector, headers={"Authorization": f"Bearer {token}"}) as session:
-            began, cpu = time.monotonic(), cpu_s(process.pid)
-            for begin in range(0, agents, 200):
-                tasks += [asyncio.create_task(agent.run(session, url)) for agent in found[begin : begin + 200]]
-                await asyncio.sleep(0.05)
-            await crowd.until("all are told to launch", lambda: len(crowd.launched.get(1, {})) == agents - SPARES)
-            started = {"wall_s": time.monotonic() - began, "cpu_s": cpu_s(process.pid) - cpu}
-            await asyncio.sleep(6.0)
-            steady = await _steady(process.pid, crowd, steady_s)
-            lost = await _lose_one(crowd, found, tasks, url, token)
+        began, cpu = time.monotonic(), cpu_s(process.pid)
+        for begin in range(0, agents, JOIN_AT_ONCE):
+            await asyncio.gather(*(agent.join(url, token) for agent in found[begin : begin + JOIN_AT_ONCE]))
+        await crowd.until("all are told to launch", lambda: len(crowd.launched.get(1, {})) == agents - SPARES)
+        started = {"wall_s": time.monotonic() - began, "cpu_s": cpu_s(process.pid) - cpu}
+        await asyncio.sleep(6.0)
+        steady = await _steady(process.pid, crowd, steady_s)
+        lost = await _lose_one(crowd, found, url, token)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for agent in found:
+            agent.leave()
         process.send_signal(signal.SIGKILL)
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
@@ -205,20 +256,21 @@ async def measure(agents: int, steady_s: float) -> dict[str, Any]:
 
 
 async def _steady(pid: int, crowd: Crowd, seconds: float) -> dict[str, Any]:
-    began, cpu, reports = time.monotonic(), cpu_s(pid), crowd.reports
+    began, cpu, own, reports = time.monotonic(), cpu_s(pid), time.process_time(), crowd.reports
     await asyncio.sleep(seconds)
     wall, used, told = time.monotonic() - began, cpu_s(pid) - cpu, crowd.reports - reports
-    return {"reports_per_s": told / wall, "core_share": used / wall, "us_per_report": 1e6 * used / max(told, 1)}
+    crowd_share = (time.process_time() - own) / wall
+    return {"reports_per_s": told / wall, "core_share": used / wall, "us_per_report": 1e6 * used / max(told, 1), "crowd_share": crowd_share}
 
 
-async def _lose_one(crowd: Crowd, found: list[SimulatedAgent], tasks: list[asyncio.Task[None]], url: str, token: str) -> dict[str, Any]:
+async def _lose_one(crowd: Crowd, found: list[SimulatedAgent], url: str, token: str) -> dict[str, Any]:
     """All processes of one that trains die: the kernel closes its connections, and with its tether proves it."""
     victim = len(found) // 2
     tether = await tie(url, token, found[victim].node, within_s=30.0)
     crowd.stopped.clear()
     at = time.monotonic()
     tether.socket.close()
-    tasks[victim].cancel()
+    found[victim].leave()
     others = crowd.size - SPARES - 1
     gang = set(crowd.launched[1]) - {found[victim].node}
     await crowd.until("all are told to stop", lambda: len(gang & crowd.stopped.keys()) == others)

@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py                                   results/throughput.json, some three minutes
     python benchmarks/throughput.py --seconds 20                      a look
-    python benchmarks/throughput.py -o checkpoint.interval=\'"auto"\'   what the first minute of a run pays
+    python benchmarks/throughput.py -o checkpoint.interval='"auto"'   what the first minute of a run pays
 
 Three launches of 4 ranks live at once, and by turns two of them are stopped (SIGSTOP of all of their processes) while one trains for two
 seconds: what drifts on the machine hits all alike. They are bare torchrun, keepstep, and bare torchrun again: what the two bare ones differ

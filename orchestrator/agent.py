@@ -241,9 +241,9 @@ class Agent:
                 await link.tell(self._report())
                 await is_set_within(self._news, min(self._report_s, self._patience_s))
             if node == self.id:
-                await link.part()
+                await link.say_goodbye()
         except CoordinatorUnreachable:
-            await link.part()
+            await link.say_goodbye()
             raise
         finally:
             listening.cancel()

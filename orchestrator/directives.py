@@ -52,7 +52,6 @@ class Orders:
     unproven: bool
     over: bool
     buried: frozenset[str]
-    why: str
 
     @property
     def is_common(self) -> bool:
@@ -84,7 +83,6 @@ def orders(run: Run) -> Orders:
         unproven=run.read_at is None or run.now - run.read_at > run.policy.lease_s,
         over=isinstance(phase, _OVER),
         buried=run.members.buried,
-        why=phase.why,
     )
 
 
@@ -116,7 +114,6 @@ def directive_of(told: Orders, run: Run, node: str) -> Directive:
         unproven=told.unproven,
         over=told.over,
         forget=node in told.buried,
-        why=told.why,
     )
 
 

@@ -95,9 +95,8 @@ class Link:
         """At once, without a word."""
         await self._session.close()
 
-    async def part(self) -> None:
-        """Closes like `close`, with a word before it where one can be sent: a connection that just ends is the sign of a dead agent."""
+    async def say_goodbye(self) -> None:
+        """The last word before `close`, where one can be sent: a connection that just ends is the sign of a dead agent."""
         with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
             async with asyncio.timeout(WORD_S):
                 await self._socket.send_frame(PARTING.to_bytes(2, "big"), aiohttp.WSMsgType.CLOSE)
-        await self.close()

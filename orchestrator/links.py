@@ -83,24 +83,28 @@ class AgentLink:
                     why = f"agent and coordinator are of different versions of keepstep: {error}"
                     await self._socket.close(code=REFUSED, message=why.encode()[:REASON_BYTES])
                     return
-                self._take(report)
+                await self._take(report)
 
-    def _take(self, report: AgentReport) -> None:
+    async def _take(self, report: AgentReport) -> None:
         if report.node != self.node:
             self.node = report.node
             self._coordinator.join(self)
         self._coordinator.hear(report)
         self._heard = report.sequence
-        self.wake()
+        await self._say_what_is_new()
 
     async def _speak(self) -> None:
-        with contextlib.suppress(ConnectionError):  # who listens will notice
-            while await self._news.wait():
-                self._news.clear()
-                if answer := self._answer():
-                    await self._socket.send_str(answer.model_dump_json(exclude_defaults=True))
-                    if answer.directive and answer.directive.over:
-                        self._coordinator.seen_off(self.node)
+        """What is to be said unasked."""
+        while await self._news.wait():
+            self._news.clear()
+            await self._say_what_is_new()
+
+    async def _say_what_is_new(self) -> None:
+        if answer := self._answer():
+            with contextlib.suppress(ConnectionError):  # who listens will notice
+                await self._socket.send_str(answer.model_dump_json(exclude_defaults=True))
+                if answer.directive and answer.directive.over:
+                    self._coordinator.seen_off(self.node)
 
     def _answer(self) -> Answer | None:
         """What is new; None where nothing is, which is most of the time for all but one."""

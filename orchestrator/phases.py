@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
+
+from immutables import Map
 
 from .events import AttemptRecord, EndRecord, LogAttempt, LogEnd
 from .hangs import Stood
 from .verdict import Evidence
+
+Nodes: TypeAlias = Map[str, None]  # a set of nodes: one more costs the same however many there are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +97,8 @@ class Starting(_Phase):
     """The ranks are launched; not all of them have finished a step of this attempt."""
 
     attempt: Attempt
-    stepped: frozenset[str] = frozenset()  # nodes whose ranks all have
-    finished: frozenset[str] = frozenset()  # nodes whose ranks have all exited with 0
+    stepped: Nodes = field(default_factory=Map)  # nodes whose ranks all have
+    finished: Nodes = field(default_factory=Map)  # nodes whose ranks have all exited with 0
     departure: Departure | None = None
 
 
@@ -103,7 +107,7 @@ class Training(_Phase):
     """All ranks step."""
 
     attempt: Attempt
-    finished: frozenset[str] = frozenset()
+    finished: Nodes = field(default_factory=Map)
     finished_at: float | None = None  # when the last node finished
     departure: Departure | None = None
 

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from immutables import Map
+
 from . import asking, hangs, membership, phases, saves
 from .events import Asking, AttemptRecord, Died, Disconnected, Event, LogEnd, LogRewind, Outcome, Reported, Request, Say
 from .interval import Pace
@@ -50,7 +52,7 @@ class Standby:
     """One that is wanted."""
 
     group: Group
-    ready: frozenset[str] = frozenset()  # nodes whose part waits for its launch, as they said last
+    ready: phases.Nodes = field(default_factory=Map)  # nodes whose part waits for its launch, as they said last
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

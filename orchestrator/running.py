@@ -93,9 +93,9 @@ def _follow(run: Run, report: AgentReport) -> Run:
     if reached > run.reached:
         run = replace(run, reached=reached)
     if report.node not in phase.finished and all(rank.state == "exited" and rank.exit_code == 0 for rank in report.ranks):
-        phase = replace(phase, finished=phase.finished | {report.node})
+        phase = replace(phase, finished=phase.finished.set(report.node, None))
     if isinstance(phase, phases.Starting) and report.node not in phase.stepped and _have_stepped(run, phase, report):
-        phase = replace(phase, stepped=phase.stepped | {report.node})
+        phase = replace(phase, stepped=phase.stepped.set(report.node, None))
     return run if phase is run.phase else replace(run, phase=phase)
 
 

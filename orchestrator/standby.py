@@ -86,7 +86,7 @@ def _note(run: Run, standby: Standby, report: AgentReport) -> Run:
     is_ready = is_ours and told is not None and told.state == "ready"
     if is_ready == (report.node in standby.ready):
         return run
-    ready = standby.ready | {report.node} if is_ready else standby.ready - {report.node}
+    ready = standby.ready.set(report.node, None) if is_ready else standby.ready.delete(report.node)
     run = replace(run, standby=replace(standby, ready=ready))
     if len(ready) < len(group.seats):
         return run

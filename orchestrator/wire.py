@@ -172,7 +172,6 @@ class Directive(Message):
     unproven: bool = False  # we could not read the log for a lease, somebody may have succeeded us: read it yourself, if you can
     over: bool = False  # the run ended: stop the ranks and leave
     forget: bool = False  # the coordinator does not know this incarnation any more: start anew
-    why: str = ""
 
 
 class Answer(Message):

@@ -270,9 +270,8 @@ def fault_proxy(target: str) -> Iterator[FaultProxy]:
 
 async def _stop(server: asyncio.Server) -> None:
     server.close()
-    for _ in range(
-        3
-    ):  # a connection that was just accepted gets its task, and that its first moment: cancelled before, it would close nothing
+    # A connection that was just accepted gets its task, and that its first moment: cancelled before, it would close nothing.
+    for _ in range(3):
         await asyncio.sleep(0)
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in others:

@@ -96,9 +96,10 @@ def has_reached(run: LiveRun, step: int) -> bool:
     return run.process.poll() is not None or (status is not None and status["step"] >= step)
 
 
+@pytest.mark.timeout(900)  # eleven starts, six hundred steps: longer than what a test may take that hangs
 def test_ten_kills_by_chance_in_three_hundred_steps_cost_no_bit(start: Start, tmp_path: Path) -> None:
     """Ranks, agents, whole nodes and coordinators, one in each tenth of the run, as a seeded generator draws."""
-    tiny = ("model.layers=1", "train.batch_tokens=64", f"run.steps={MANY_STEPS}")
+    tiny = ("model.layers=1", "train.batch_tokens=64", f"run.steps={MANY_STEPS}", "checkpoint.interval=20")
     two = (*tiny, "cluster.ranks_per_node=1", "cluster.max_failures=100", "cluster.strikes=100")
     undisturbed = start(*two)
     chance = random.Random(4)

@@ -306,7 +306,8 @@ def test_a_node_that_turns_away_is_not_taken_for_dead(tmp_path: Path) -> None:
         async with reigning(tmp_path) as (coordinator, client, _):
             for node in NODES:
                 await client.report(report(node, 1))
-            await client.links[NODES[0]].part()
+            await client.links[NODES[0]].say_goodbye()
+            await client.links[NODES[0]].close()
             while NODES[0] in coordinator._links:
                 await asyncio.sleep(0)
             assert coordinator.run.members.nodes[NODES[0]].broken_at is None

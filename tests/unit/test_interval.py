@@ -78,7 +78,7 @@ class TestTheEstimate:
         assert history.mtbf_s(ranks=4, nodes=2) == pytest.approx(200 * HOUR, rel=0.001)
         for _ in range(9):
             history = history.lived(100 * HOUR, ranks=4, nodes=2).failed("process")
-        assert history.mtbf_s(ranks=4, nodes=2) == pytest.approx(100 * HOUR, rel=0.06)
+        assert history.mtbf_s(ranks=4, nodes=2) == pytest.approx(1000 / 9.5 * HOUR, rel=0.001)
 
     def test_failures_of_nodes_come_with_nodes_and_those_of_processes_with_ranks(self) -> None:
         quiet = History().lived(1000 * HOUR, ranks=8, nodes=2)

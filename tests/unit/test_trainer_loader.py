@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -107,6 +108,12 @@ def test_workers_hold_none_of_their_ranks_connections_open() -> None:
     run_ranks(1, holds_sockets)
 
 
+def killing(victim: int, read: Iterator[Any]) -> Iterator[Any]:
+    """Its death may be told before the call that kills returns."""
+    os.kill(victim, signal.SIGKILL)
+    yield from read
+
+
 def loses_a_worker(rank: int, world_size: int) -> None:
     from multiprocessing import active_children
 
@@ -115,10 +122,9 @@ def loses_a_worker(rank: int, world_size: int) -> None:
     described: Any = Described()
     with batches(described, range(1, 100000), 2) as read:
         victim, _ = next(read)
-        os.kill(victim, signal.SIGKILL)
         named = rf"DataLoader worker \(pid(\(s\))? {victim}\) (is killed by signal: Killed|exited unexpectedly)"
         with pytest.raises(RuntimeError, match=named):
-            deque(read, maxlen=0)
+            deque(killing(victim, read), maxlen=0)
     assert active_children() == []
 
 
