@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import Final
 
 from aiohttp import WSMsgType, web
@@ -32,7 +33,8 @@ class AgentLink:
     def __init__(self, coordinator: Coordinator) -> None:
         self.node = ""
         self._coordinator = coordinator
-        self._socket = web.WebSocketResponse(compress=False, autoclose=False, max_msg_size=MAX_REPORT_BYTES, receive_timeout=self._idle_s())
+        self._socket = web.WebSocketResponse(compress=False, autoclose=False, max_msg_size=MAX_REPORT_BYTES)
+        self._heard_at = time.monotonic()
         self._heard = -1
         self._said_heard = -1
         self._parted = False
@@ -40,6 +42,7 @@ class AgentLink:
         self._said: Directive | None = None
         self._news = asyncio.Event()
         self._task: asyncio.Task[object] | None = None
+        self._watching: asyncio.TimerHandle | None = None
 
     def _idle_s(self) -> float:
         return max(IDLE_S, 3 * self._coordinator.config.cluster.lease_s)
@@ -52,11 +55,14 @@ class AgentLink:
             return web.Response()
         request.app[OPEN].add(self)
         self._task = asyncio.current_task()
+        self._watch()
         speaking = asyncio.create_task(self._speak())
         try:
             await self._listen()
         finally:
             speaking.cancel()
+            if self._watching:
+                self._watching.cancel()
             request.app[OPEN].discard(self)
             self._coordinator.leave(self, alive=self._parted)
         return self._socket
@@ -71,19 +77,27 @@ class AgentLink:
         self._news.set()
 
     async def _listen(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            while True:
-                message = await self._socket.receive()
-                if message.type != WSMsgType.TEXT:
-                    self._parted = message.type == WSMsgType.CLOSE and message.data == PARTING
-                    return
-                try:
-                    report = AgentReport.model_validate_json(message.data)
-                except ValidationError as error:
-                    why = f"agent and coordinator are of different versions of keepstep: {error}"
-                    await self._socket.close(code=REFUSED, message=why.encode()[:REASON_BYTES])
-                    return
-                await self._take(report)
+        while True:
+            message = await self._socket.receive()
+            self._heard_at = time.monotonic()
+            if message.type != WSMsgType.TEXT:
+                self._parted = message.type == WSMsgType.CLOSE and message.data == PARTING
+                return
+            try:
+                report = AgentReport.model_validate_json(message.data)
+            except ValidationError as error:
+                why = f"agent and coordinator are of different versions of keepstep: {error}"
+                await self._socket.close(code=REFUSED, message=why.encode()[:REASON_BYTES])
+                return
+            await self._take(report)
+
+    def _watch(self) -> None:
+        """Hangs up on who has been silent for too long. A time-out for each report would cost more than its answer."""
+        left_s = self._heard_at + self._idle_s() - time.monotonic()
+        if left_s <= 0:
+            self.hang_up()
+        else:
+            self._watching = asyncio.get_running_loop().call_later(left_s, self._watch)
 
     async def _take(self, report: AgentReport) -> None:
         if report.node != self.node:

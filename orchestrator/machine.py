@@ -6,10 +6,11 @@ The rules live with their phases: forming.py, running.py, draining.py. Every mov
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
 from typing import assert_never
 
 from . import asking, membership, phases, saves
+from .changing import replace
 from .degraded import note_storage
 from .directives import directive, may_answer
 from .draining import advance_draining
@@ -134,7 +135,7 @@ def _take(run: Run, event: Event) -> Run:
         case RewindVoid():
             return take_void_rewind(run, event)
         case Reconfigured(policy=policy):
-            return replace(run, policy=replace(policy, nodes=run.policy.nodes, min_nodes=run.policy.min_nodes))
+            return replace(run, policy=dataclasses.replace(policy, nodes=run.policy.nodes, min_nodes=run.policy.min_nodes))
         case LogRead(began=began):
             return replace(run, read_at=began)
         case Committed():

@@ -5,11 +5,10 @@ Rank 0's node alone is listened to: its steps wait for all others, so what it me
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from keepstep.trainer.contract import DAMAGED_KIND
 
 from . import interval
+from .changing import replace
 from .events import AttemptRecord
 from .run import Run, say
 from .verdict import Evidence

@@ -6,11 +6,11 @@ Per report the work is in proportion to that report; only ticks look at the whol
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 
 from keepstep.trainer.contract import Phase as RankPhase
 
 from . import asking, hangs, membership, pacing, phases, saves, verdict
+from .changing import replace
 from .events import AttemptRecord, Commit, Event, Reported
 from .forming import seats
 from .leaving import depart, moved
