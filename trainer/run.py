@@ -24,7 +24,7 @@ from .engine import Engine
 from .engines import open_engine
 from .loader import Share
 from .models import num_parameters
-from .parallel import World, initialise
+from .parallel import World, chunks_of, initialise
 from .parts import registry_of
 from .poison import poison
 from .registry import Registry
@@ -32,7 +32,7 @@ from .restore import resume
 from .samples import Samples, samples_of
 from .scaler import LossScaler
 from .spikes import Window
-from .state import NestedTensors, RankState, tensors_of
+from .state import NestedTensors, RankState, flatten, tensors_of
 from .steptrace import StepTrace
 from .throwaway import throw_away_step
 from .tokens import Tokens, open_tokens, prepare, read_index
@@ -115,6 +115,8 @@ def open_run(config: TrainerConfig, me: Attached, world: World) -> Run:
     me.mark("built")
     if me.waits:
         throw_away_step(config, world, samples, engine)
+        for tensor in flatten(tensors).values():  # known, when they are to be restored
+            chunks_of(tensor)
     me.standby()  # what follows belongs to the attempt
     feed = feed_for(samples.sizes, config, skips=me.spec.skips if me.spec else ())
     run = Run(
