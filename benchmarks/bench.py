@@ -58,7 +58,7 @@ SUITE: Final = (
     Script(name="slowdown", minutes=2, quick_s=20),
     Script(name="goodput", minutes=3.1, quick_s=60),
     Script(name="interval", minutes=5.5, quick_s=20),
-    Script(name="coordinator_scale", minutes=3, quick_s=25),
+    Script(name="coordinator_scale", minutes=3.5, quick_s=25),
     Script(name="runlog", minutes=1, quick_s=10),
     Script(name="s3_clients", minutes=0.6, options=SHORT),
     Script(name="exact_reduction", minutes=0.6, options=SHORT),
