@@ -15,7 +15,7 @@ import platform
 import signal
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +28,7 @@ from rich.table import Table
 HERE: Final = Path(__file__).resolve().parent
 RESULTS: Final = HERE / "results"
 ENV_OUT: Final = "KEEPSTEP_BENCH_OUT"  # a folder for the results instead, set by bench.py in a quick run
+EVENTS_S: Final = 5.0  # that an event may take to be written
 _VERSIONS: Final = ("torch", "s3fs", "obstore", "numpy")
 
 
@@ -121,6 +122,23 @@ def table_of(verdicts: Sequence[Verdict]) -> Table:
     for each in verdicts:
         table.add_row(each.what, each.target, each.result, marks[each.met], each.note)
     return table
+
+
+def recoveries(root: Path, count: int) -> list[dict[str, float]]:
+    """Of each of a run's `count` recoveries: seconds by part, as the events tell them. Those of the last one may come a moment late."""
+    events, deadline = root / "events.jsonl", time.monotonic() + EVENTS_S
+    while True:
+        told = [json.loads(line) for line in events.read_text().splitlines() if '"trains-again"' in line]
+        if len(told) >= count or time.monotonic() > deadline:
+            return [{span["name"]: span["seconds"] for span in each["recovery"]["spans"]} for each in told]
+        time.sleep(0.05)
+
+
+def spent_on(parts: Sequence[Mapping[str, float]]) -> str:
+    """Their medians, as a note: "detect 0.00, stop 0.05, ..."; parts that take no time are left out."""
+    middles = {name: statistics.median(each.get(name, 0.0) for each in parts) for name in (parts[0] if parts else ())}
+    told = ", ".join(f"{name} {middle:.2f}" for name, middle in middles.items() if middle >= 0.005)
+    return f"spent on: {told} s" if told else ""
 
 
 def progress_pages(folder: Path) -> Iterator[tuple[Path, bytes]]:

@@ -23,12 +23,12 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from common import HERE, Verdict, machine, median, parser, percentile, publish, spread
+from common import HERE, Verdict, machine, median, parser, percentile, publish, recoveries, spent_on, spread
 from recovery import Generation, keepstep, run_on
 
 from keepstep.orchestrator.lab import Host, Lab
@@ -43,6 +43,9 @@ STEPS_BETWEEN = 12  # more than the checkpoint interval
 PATIENCE_S = 90.0
 LEASE_S = 5.0  # the default
 QUIET = {"OMP_NUM_THREADS": "1", "KEEPSTEP_FAULTS": ""}
+
+
+Parts: TypeAlias = list[dict[str, float]]  # of each recovery: what it was spent on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +175,7 @@ def begin(made: Cluster, names: Sequence[str]) -> Generation:
     return generation
 
 
-def with_spare(times: int) -> Iterator[Row]:
+def with_spare(times: int, parts: Parts) -> Iterator[Row]:
     with cluster("cluster.spares=1") as made:
         generation = begin(made, ("node0", "node1", "node2"))
         for number in range(times):
@@ -181,9 +184,10 @@ def with_spare(times: int) -> Iterator[Row]:
             row, generation = lose("spare", made, generation, made.kill_node, name)
             yield row
             made.agent(name)
+        parts += recoveries(made.root, times)
 
 
-def with_cold_replacement(times: int) -> Iterator[Row]:
+def with_cold_replacement(times: int, parts: Parts) -> Iterator[Row]:
     with cluster() as made:
         generation = begin(made, ("node0", "node1"))
 
@@ -194,9 +198,10 @@ def with_cold_replacement(times: int) -> Iterator[Row]:
         for number in range(times):
             row, generation = lose("cold", made, generation, replace, f"node{(number + 1) % 2}")
             yield row
+        parts += recoveries(made.root, times)
 
 
-def with_a_cut_cable(times: int) -> Iterator[Row]:
+def with_a_cut_cable(times: int, parts: Parts) -> Iterator[Row]:
     """Which host is cut off is random; after the loss its cable is back, and it becomes the spare."""
     folder = Path(tempfile.mkdtemp(prefix="ks-bench-"))
     with Lab(3, shared=(folder,)) as lab:
@@ -216,26 +221,27 @@ def with_a_cut_cable(times: int) -> Iterator[Row]:
                 row, generation = lose("silent", made, generation, lambda name: hosts[name].cut(), name)
                 yield row
                 hosts[name].heal()
+            parts += recoveries(made.root, times)
         finally:
             made.end()
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+def verdicts(rows: Sequence[Row], parts: Mapping[str, Parts]) -> list[Verdict]:
     found = {kind: [row.seconds for row in rows if row.kind == kind] for kind in KINDS}
     limits = (
         ("spare", "SIGKILL of a node, a warm spare -> next finished step, 2 x 2", 1.0, "median <= 1 s"),
         ("cold", "SIGKILL of a node, immediate cold replacement -> next finished step, 2 x 2", 4.0, "median <= 4 s"),
         ("silent", "cut cable, a spare -> next finished step, 2 x 2", LEASE_S + 2, "median <= lease_s (5) + 2 s"),
     )
-    return [verdict(what, target, found[kind], limit) for kind, what, limit, target in limits]
+    return [verdict(what, target, found[kind], limit, spent_on(parts.get(kind, []))) for kind, what, limit, target in limits]
 
 
-def verdict(what: str, target: str, seconds: Sequence[float], limit_s: float) -> Verdict:
+def verdict(what: str, target: str, seconds: Sequence[float], limit_s: float, note: str) -> Verdict:
     if not seconds:
         return Verdict(what=what, target=target, result="", met=None, note="not measured in this run")
     result = f"{spread(seconds)}, p95 {percentile(seconds, 0.95):.2f} s"
-    return Verdict(what=what, target=target, result=result, met=median(seconds) <= limit_s)
+    return Verdict(what=what, target=target, result=result, met=median(seconds) <= limit_s, note=note)
 
 
 def main() -> None:
@@ -243,15 +249,16 @@ def main() -> None:
     made.add_argument("--times", type=int, default=5, help="losses of each kind")
     made.add_argument("--only", nargs="+", choices=KINDS, default=None)
     options = made.parse_args()
-    began_on, rows = machine(), []
+    began_on, rows = machine(), list[Row]()
     times, chosen = (1, options.only or KINDS[:2]) if options.quick else (options.times, options.only or KINDS)
     if "silent" in chosen and (why := Lab.missing()):
         print(f"silent is left out: {why}")
         chosen = [kind for kind in chosen if kind != "silent"]
     sources = {"spare": with_spare, "cold": with_cold_replacement, "silent": with_a_cut_cable}
+    parts: dict[str, Parts] = {kind: [] for kind in chosen}
     for kind in chosen:
-        rows += sources[kind](times)
-    publish("nodes", verdicts(rows), [asdict(row) for row in rows], began_on=began_on)
+        rows += sources[kind](times, parts[kind])
+    publish("nodes", verdicts(rows, parts), {"parts": parts, "rows": [asdict(row) for row in rows]}, began_on=began_on)
 
 
 if __name__ == "__main__":

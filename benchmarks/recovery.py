@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import HERE, Verdict, machine, median, parser, percentile, progress_pages, publish, spread
+from common import HERE, Verdict, machine, median, parser, percentile, progress_pages, publish, recoveries, spent_on, spread
 
 from keepstep.trainer.contract import PROGRESS, Phase
 
@@ -256,8 +256,8 @@ class Row:
     load: float  # of the machine just before the kill
 
 
-def trial(name: str, number: int, kills: int) -> Iterator[Row]:
-    """One launch of one contender, killed `kills` times."""
+def trial(name: str, number: int, kills: int, parts: list[dict[str, float]]) -> Iterator[Row]:
+    """One launch of one contender, killed `kills` times; `parts` gets what keepstep says that each recovery was spent on."""
     folder = Path(tempfile.mkdtemp(prefix="ks-bench-"))
     contender = CONTENDERS[name](folder)
     generation = Generation(folder)
@@ -286,6 +286,8 @@ def trial(name: str, number: int, kills: int) -> Iterator[Row]:
             if recovered_at is None:
                 print(f"{name} did not recover within {RECOVERY_TIMEOUT_S:.0f} s, see {folder}", flush=True)
                 return
+        if isinstance(contender, Keepstep):
+            parts += recoveries(folder / "root", kills)
     finally:
         contender.stop()
     shutil.rmtree(folder, ignore_errors=True)  # kept after an error: its logs say why
@@ -332,7 +334,7 @@ def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+def verdicts(rows: Sequence[Row], parts: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Verdict]:
     """Of each way to run keepstep; a step is its own median."""
     found = []
     for name in dict.fromkeys(row.contender for row in rows if row.contender.startswith("keepstep")):
@@ -346,7 +348,8 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
             what = f"SIGKILL of a rank -> next step on all, {name[9:].replace('hot-', 'hot standby, ')}, {word}"
             result = f"{taken:.2f} s + a step of {step_s:.2f} s; in all {spread(times)}" if taken is not None else "it did not recover"
             met = taken is not None and taken <= target_s and len(times) == len(mine)
-            found.append(Verdict(what=what, target=f"<= {target_s} s + one step", result=result, met=met))
+            note = spent_on(parts[name]) if word == "median" else ""
+            found.append(Verdict(what=what, target=f"<= {target_s} s + one step", result=result, met=met, note=note))
     return found
 
 
@@ -357,16 +360,16 @@ def main() -> None:
     made.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     options = made.parse_args()
     rounds, kills, names = (1, 2, ["keepstep-2x2"]) if options.quick else (options.rounds, options.kills, options.only)
-    began_on, rows = machine(), list[Row]()
+    began_on, rows, parts = machine(), list[Row](), {name: list[dict[str, float]]() for name in names}
     for number in range(rounds):
         for name in names:
             if number == 0 or name.startswith("keepstep"):
-                for row in trial(name, number, kills):
+                for row in trial(name, number, kills, parts[name]):
                     print(f"{name} round {number} kill {row.kill}: {row.recovery_s} s (step {row.step_s} s, load {row.load})", flush=True)
                     rows.append(row)
     table = summary(rows)
     print(markdown(table))
-    publish("recovery", verdicts(rows), {"summary": table, "rows": [asdict(row) for row in rows]}, began_on=began_on)
+    publish("recovery", verdicts(rows, parts), {"summary": table, "parts": parts, "rows": [asdict(row) for row in rows]}, began_on=began_on)
 
 
 if __name__ == "__main__":

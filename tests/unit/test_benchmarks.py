@@ -54,6 +54,22 @@ class TestFigures:
         assert found["cpu"]
 
 
+class TestRecoveries:
+    def test_their_parts_come_from_the_events_and_the_note_shows_the_medians(self, tmp_path: Path) -> None:
+        told = [{"name": "detect", "seconds": 0.001}, {"name": "restore", "seconds": 0.25}]
+        events = [{"kind": "training"}, *({"kind": "trains-again", "recovery": {"spans": told}} for _ in range(2))]
+        (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+        parts = common.recoveries(tmp_path, 2)
+        assert parts == [{"detect": 0.001, "restore": 0.25}] * 2
+        assert common.spent_on([*parts, {"detect": 0.5, "restore": 0.75}]) == "spent on: restore 0.25 s"
+        assert common.spent_on([]) == ""
+
+    def test_one_that_is_never_told_is_not_waited_for_for_ever(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(common, "EVENTS_S", 0.0)
+        (tmp_path / "events.jsonl").write_text("")
+        assert common.recoveries(tmp_path, 1) == []
+
+
 class TestTable:
     @pytest.fixture
     def results(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
