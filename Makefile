@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 SEEDS ?= 1000
-# A test waits most of its time: three processes of them for two cores.
-WORKERS ?= -n 3 --dist worksteal
+# An end-to-end test runs a dozen processes: one for each of two cores. More at once finish hardly sooner, and wait for each other.
+WORKERS ?= -n 2 --dist worksteal
 # Debian packages that the tests need, installed as root or through sudo: a wall clock that is a year off; hosts in network namespaces;
 # a Slurm cluster.
 SYSTEM_PACKAGES := faketime iproute2 iptables iputils-ping nftables slurmctld slurmd slurm-client munge

@@ -198,7 +198,7 @@ def assert_found_in_time(run: HostedRun, lost: Host, broken_at: float) -> None:
 
 
 def assert_the_same_ranks_go_on(run: HostedRun, status: Status) -> None:
-    now = run.wait_until(lambda now: now["step"] > status["step"])
+    now = run.wait_until(lambda now: now["phase"] == "TRAINING" and now["step"] > status["step"])
     assert seats(now) == seats(status), run.said()
 
 

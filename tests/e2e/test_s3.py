@@ -33,7 +33,7 @@ def on_s3(start: Start, server: S3Server) -> Start:
 
 def test_a_killed_rank_a_killed_node_and_kills_during_saves(on_s3: Start, undisturbed: Outcome, tmp_path: Path) -> None:
     """contract/test_kill_runs.py has a hundred more on this store, without ranks."""
-    points = {"persister.shards.after:rank=1:step=18": tmp_path / "shards", "coordinator.commit.before": tmp_path / "commit"}
+    points = {"persister.shards.after:rank=1:attempt=3": tmp_path / "shards", "coordinator.commit.before": tmp_path / "commit"}
     faults = ";".join(f"{point}:once={marker}" for point, marker in points.items())
     run = on_s3(NO_HANG, faults=f"{faults};{gates(tmp_path, 8, 14)}")
     run.kill(run.wait_at_gate()["nodes"][-1]["ranks"][-1]["pid"])
