@@ -125,7 +125,7 @@ def test_a_grace_that_is_too_short_costs_steps_but_no_commit_and_no_time(parted:
     parted.overrides = ("cluster.spares=2", WORKERS, PATIENT, "cluster.lease_s=10")
     parted.prepare()
     coordinator = parted.coordinator("coordinator")
-    rank_stops, writer_stops = pause_at(8, tmp_path / "rank"), f"persister.shards.before:step=18:signal=STOP:once={tmp_path / 'writer'}"
+    rank_stops, writer_stops = pause_at(8, tmp_path / "rank"), f"persister.shards.before:attempt=2:signal=STOP:once={tmp_path / 'writer'}"
     names = ("node0", "node1", "node2", "node3")
     graces = {"node0": "0.2", "node1": "2"}
     faults = {name: f"{rank_stops};{writer_stops}" if name == "node1" else rank_stops for name in names}

@@ -37,13 +37,19 @@ def checkpoints(run: LiveRun) -> list[dict[str, Any]]:
     return rows
 
 
+def wait_for_commit(run: LiveRun, step: int) -> None:
+    run.wait_at_gate()
+    run.wait_until(lambda status: (status["last_commit"] or {}).get("step") == step)
+
+
 def test_a_live_run_and_then_the_same_when_it_has_ended(start: Start, tmp_path: Path) -> None:
     """Live: back to step 12 and on without some samples, to the bits of a run that never had them. Ended: back to step 18, with another
     learning rate from there on; run.toml stays as it is."""
     reference = start(f'data.skip=["{SKIP}"]')
-    run = start(NO_HANG, faults=gates(tmp_path, 14))
-    run.wait_at_gate()
-    assert run.wait_until(lambda status: (status["last_commit"] or {}).get("step") == 12)
+    run = start(NO_HANG, faults=gates(tmp_path, 10, 14))
+    wait_for_commit(run, 6)  # while one is written, step 12 would not be saved
+    run.open_gate()
+    wait_for_commit(run, 12)
     told = rewind(run, "--to", "13", "--skip", SKIP)
     assert told.startswith("going back to step 12 (data/a000001/s000000012")
     assert run.wait() == 0, run.said()

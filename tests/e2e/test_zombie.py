@@ -18,7 +18,7 @@ from keepstep.storage.runlog import RunLog
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 Start = Callable[..., LiveRun]
-POINT = "persister.shards.middle:rank=3:step=12:signal=STOP"
+POINT = "persister.shards.middle:rank=3:signal=STOP"
 
 
 def processes_of(run: LiveRun, agent: int) -> list[int]:
@@ -49,8 +49,10 @@ def node_of_rank(status: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def test_a_node_stopped_while_it_writes_and_continued_after_its_replacement(start: Start, undisturbed: Outcome, tmp_path: Path) -> None:
-    run = start("cluster.spares=1", faults=f"{POINT}:once={tmp_path / 'stopped'}")
+    order = tmp_path / "stop"
+    run = start("cluster.spares=1", faults=f"{POINT}:when={order}")
     node = node_of_rank(run.wait_for_step(7), 3)
+    order.touch()
     poll_until(lambda: any(map(is_stopped, run.marked())), "the persister reached its point")
     zombies = processes_of(run, node["pid"])
     assert len(zombies) >= 4, "an agent, its persister and two ranks"
