@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from common import HERE, Verdict, machine, parser, percentile, publish
 from recovery import pages
 
 from keepstep.orchestrator.archive import read_result
-from keepstep.orchestrator.processes import ENV_SCRATCH, command_line, is_alive
-from keepstep.orchestrator.scratch import default_scratch
+from keepstep.orchestrator.errors import InputError
+from keepstep.orchestrator.processes import command_line, is_alive
+from keepstep.orchestrator.viewing import read_status
 from keepstep.storage.faults import ENV_FAULTS
 from keepstep.storage.records import Opened
 from keepstep.storage.runlog import RunLog
@@ -118,9 +119,12 @@ class Running:
         return None
 
     def ranks(self) -> list[int]:
-        """Pids of all living ranks: they lead a session of their own, and carry the mark of their node."""
-        marks = {f"{ENV_SCRATCH}={default_scratch(str(self.root), f'node{number}')}".encode() for number in range(NODES)}
-        return sorted(pid for pid in _processes() if _leads_a_session(pid) and marks & _environment(pid))
+        """Pids of the attempt's ranks, as the coordinator knows them; none while there is no coordinator to ask."""
+        try:
+            status = read_status(str(self.root))
+        except InputError:
+            return []
+        return sorted(rank["pid"] for node in status["nodes"] for rank in node["ranks"] if rank["phase"] != "exited")
 
     def end(self) -> Mapping[str, Any]:
         """Lets it finish; its result."""
@@ -133,22 +137,6 @@ class Running:
         return read_result(self.store) or {}
 
 
-def _processes() -> Iterator[int]:
-    return (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
-
-
-def _leads_a_session(pid: int) -> bool:
-    with contextlib.suppress(ProcessLookupError):
-        return os.getsid(pid) == pid and is_alive(pid)
-    return False
-
-
-def _environment(pid: int) -> set[bytes]:
-    with contextlib.suppress(OSError):
-        return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-    return set()
-
-
 @dataclass(frozen=True, slots=True)
 class Killer:
     run: Running
@@ -158,7 +146,7 @@ class Killer:
     def kill(self, moment: str) -> Kill:
         """One death, and the successor's term."""
         run = self.run
-        run.watch_until(lambda: len(run.ranks()) == RANKS and len(run.steps.gaps()) > 0, "all ranks run")
+        run.watch_until(lambda: len(run.steps.gaps()) > 0 and len(run.ranks()) == RANKS, "all ranks run")
         first, ranks = len(run.steps.finished), run.ranks()
         deadline = time.monotonic() + self.chance.uniform(0.1, 1.5)
         run.watch_until(lambda: time.monotonic() > deadline, "a random moment")
@@ -177,7 +165,7 @@ class Killer:
             self._kill_newborn(victim)
         run.watch_until(lambda: run.terms() > terms, "a successor opens a term")
         succeeded_s = time.monotonic() - died_at
-        run.watch_until(lambda: time.monotonic() > died_at + succeeded_s + 0.5, "it settles")
+        run.watch_until(lambda: time.monotonic() > died_at + succeeded_s + 0.5 and len(run.ranks()) == RANKS, "it settles")
         alone = moment != "restart decision"
         return Kill(
             moment=moment,
@@ -241,7 +229,7 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=6000, help="of both runs; the kills must fit into them")
     made.add_argument("--seed", type=int, default=1)
     options = made.parse_args()
-    kills, steps = (2, 250) if options.quick else (options.kills, options.steps)
+    kills, steps = (2, 400) if options.quick else (options.kills, options.steps)
     began_on = machine()
     result, rows = disturbed(steps, kills, options.seed)
     calm, calm_gaps = undisturbed(steps)

@@ -27,8 +27,8 @@ from keepstep.trainer.data import Feed
 from keepstep.trainer.ledger import entry_of
 from keepstep.trainer.loader import MicroBatch
 from keepstep.trainer.order import Kind, Order
-from keepstep.trainer.samples import StreamSamples
-from keepstep.trainer.streaming import StreamedTokens
+from keepstep.trainer.samples import StreamSamples, rows_of
+from keepstep.trainer.streaming import StreamedFile, StreamedTokens
 from keepstep.trainer.tokens import Extent
 
 HERE = Path(__file__).resolve().parent
@@ -61,7 +61,8 @@ def computed(rounds: int) -> dict[str, Any]:
     """Milliseconds of a step's parts."""
     tokens = np.zeros(SIZES[1] // 10, dtype=np.uint16)
     samples = StreamSamples(tokens, (Extent(documents=1, tokens=len(tokens)),), CONTEXT)
-    rows = samples.rows(np.arange(STEP_SAMPLES, dtype=np.uint64))
+    positions = np.arange(STEP_SAMPLES, dtype=np.uint64)
+    rows = samples.rows(positions, positions)
     found: dict[str, Any] = {}
     for kind in get_args(Kind):
         for sizes, quotas in (((SIZES[0],), (1,)), (SIZES, (7, 2, 1))):
@@ -71,7 +72,7 @@ def computed(rounds: int) -> dict[str, Any]:
                 for first in (0, FAR):
                     name = f"order: {kind}, {len(sizes)} source(s), {len(skips)} skips, turn {first:.0e}"
                     found[name] = median_ms(lambda feed=feed, first=first: feed.samples(first, first + STEP_SAMPLES), rounds)  # type: ignore[misc]
-    found["rows"] = median_ms(lambda: samples.rows(np.arange(STEP_SAMPLES, dtype=np.uint64)), rounds)
+    found["rows"] = median_ms(lambda: samples.rows(positions, positions), rounds)
     found["ledger"] = median_ms(lambda: entry_of([MicroBatch(rows, (0, STEP_SAMPLES))]), rounds)
     return found
 
@@ -85,13 +86,15 @@ def streamed(rounds: int, megabytes: int) -> dict[str, Any]:
         found = {}
         for kind in get_args(Kind):
             store = Counting(Path(folder))
-            read = StreamedTokens(store, "train.bin", tokens.dtype, len(tokens), BLOCK, hashes, CACHE)
+            read = StreamedTokens(
+                store, (StreamedFile(key="train.bin", num_tokens=len(tokens), hashes=hashes),), tokens.dtype, BLOCK, CACHE
+            )
             samples = StreamSamples(read, (Extent(documents=1, tokens=len(tokens)),), CONTEXT)
             feed = Feed(order=Order(seed=1, sizes=samples.sizes, kind=kind, block_samples=1024), samples_per_step=STREAM_SAMPLES)
             steps = iter(range(1, 1 << 30))
 
             def step(samples: StreamSamples = samples, feed: Feed = feed, steps: Any = steps) -> None:
-                samples.rows(feed.samples(*feed.turns(next(steps))))
+                rows_of(samples, feed, *feed.turns(next(steps)))
 
             times = median_ms(step, rounds * 10)
             found[f"streaming: {kind}"] = times | {"blocks_per_step": store.reads / (rounds * 10 + 1)}

@@ -286,7 +286,7 @@ def main() -> None:
     made.add_argument("--workers", nargs="+", type=int, default=list(WORKERS), help="loader workers of each rank")
     made.add_argument("--seed", type=int, default=0)
     options = made.parse_args()
-    runs, graces = (2, [5.0]) if options.quick else (options.runs, options.graces)
+    runs, graces = (1, [5.0]) if options.quick else (options.runs, options.graces)
     began_on = machine()
     chance, expected, rows = random.Random(options.seed), undisturbed(), list[Row]()
     cases = itertools.cycle(Case(*case) for case in itertools.product(graces, options.nodes, options.workers))

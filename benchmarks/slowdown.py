@@ -25,6 +25,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from common import Verdict, machine, parser, publish, spread
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +35,6 @@ from keepstep.storage.arena import Staging
 from keepstep.trainer.attach import Attached
 from keepstep.trainer.checkpoint import Checkpointer
 from keepstep.trainer.config import CheckpointSection, ModelSection, OptimizerSection
-from keepstep.trainer.evaluate import nll_sum
 from keepstep.trainer.models import build_model
 from keepstep.trainer.optim import ShardOptimizer
 from keepstep.trainer.parallel import World, initialise, join, shard
@@ -59,7 +59,7 @@ class Training:
         self.model = build_model(MODEL, VOCABULARY)
         shard(self.model, world, precision="fp32", reshard=False)
         self.model.to_empty(device=world.device)
-        initialise(self.model, seed=0, layers=MODEL.layers)
+        initialise(self.model, seed=0)
         self.optimizer = ShardOptimizer(self.model, OptimizerSection())
         self.tensors = tensors_of(self.model, self.optimizer)
 
@@ -67,7 +67,8 @@ class Training:
         """Seconds that the slower rank took."""
         started = time.perf_counter()
         tokens_BT = torch.randint(VOCABULARY, (SAMPLES, MODEL.context + 1))
-        torch.autograd.backward(nll_sum(self.model(tokens_BT[:, :-1]), tokens_BT[:, 1:]) / tokens_BT.numel())
+        logits_BTV = self.model(tokens_BT[:, :-1])
+        torch.autograd.backward(F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten()))
         self.optimizer.take_gradients()
         self.optimizer.update(lr=1e-4, scale=1.0)
         return float(self._world.gather([time.perf_counter() - started]).max())

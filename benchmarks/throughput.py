@@ -72,9 +72,10 @@ def bare(config_path: Path, folder: Path) -> None:
     from keepstep.trainer.config import TrainerConfig
     from keepstep.trainer.contract import PROGRESS, Phase
     from keepstep.trainer.loader import batches
-    from keepstep.trainer.optim import clip_scale, learning_rate
+    from keepstep.trainer.optim import clip_scale
     from keepstep.trainer.parallel import join
     from keepstep.trainer.run import open_run
+    from keepstep.trainer.schedule import learning_rate
 
     me = attach()
     run = open_run(TrainerConfig.model_validate_json(config_path.read_text()), me, join(me))
