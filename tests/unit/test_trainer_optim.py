@@ -1,29 +1,30 @@
-"""Learning rate, clipping, and AdamW on shards."""
+"""Clipping, and optimizers on shards beside those of torch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from keepstep.trainer.config import ModelSection, OptimizerSection
 from keepstep.trainer.models import build_model, initial_value
-from keepstep.trainer.optim import ShardOptimizer, changed_hyper_parameters, changes, clip_scale, learning_rate, schedule_of
+from keepstep.trainer.optim import ShardOptimizer, changed_hyper_parameters, clip_scale
 
-CONFIG = OptimizerSection(lr=1.0, min_lr_ratio=0.1, warmup_steps=10)
-
-
-def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
-    rates = [learning_rate(CONFIG, step, 110) for step in range(1, 111)]
-    assert rates[:10] == [pytest.approx(step / 10) for step in range(1, 11)]
-    assert rates[59] == pytest.approx(0.55)  # half-way down
-    assert rates[-1] == pytest.approx(0.1)
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-
-
-def test_without_warm_up_the_first_step_is_near_the_peak() -> None:
-    assert learning_rate(CONFIG.model_copy(update={"warmup_steps": 0}), 1, 1000) == pytest.approx(1.0, abs=1e-4)
+CONFIG = OptimizerSection(lr=1.0)
+# Our section -> the class of torch.optim and its arguments.
+BESIDE: dict[str, tuple[dict[str, Any], Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
+    "adamw": ({"kind": "adamw"}, torch.optim.AdamW, {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}),
+    "adam": ({"kind": "adam", "beta2": 0.99}, torch.optim.Adam, {"betas": (0.9, 0.99), "eps": 1e-8, "fused": True}),
+    "sgd": ({"kind": "sgd"}, torch.optim.SGD, {"fused": True}),
+    "momentum": ({"kind": "sgd", "momentum": 0.9}, torch.optim.SGD, {"momentum": 0.9, "fused": True}),
+    "nesterov": ({"kind": "sgd", "momentum": 0.9, "nesterov": True}, torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "fused": True}),
+    "rmsprop": ({"kind": "rmsprop", "beta2": 0.99}, torch.optim.RMSprop, {"alpha": 0.99, "eps": 1e-8}),
+    "rmsprop, momentum": ({"kind": "rmsprop", "momentum": 0.5}, torch.optim.RMSprop, {"alpha": 0.95, "eps": 1e-8, "momentum": 0.5}),
+    "adagrad": ({"kind": "adagrad"}, torch.optim.Adagrad, {"eps": 1e-8, "fused": True}),
+}
 
 
 @pytest.mark.parametrize(("norm", "clip_norm", "scale"), [(0.5, 1.0, 1.0), (4.0, 1.0, 0.25), (4.0, 0.0, 1.0), (0.0, 1.0, 1.0)])
@@ -35,19 +36,18 @@ def model() -> torch.nn.Module:
     made = build_model(ModelSection(layers=1, width=16, heads=2, context=8, dropout=0.0), 20)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, 0, 1))
+            parameter.copy_(initial_value(made, name, parameter.shape, 0))
     return made
 
 
-def test_updates_are_those_of_plain_adamw() -> None:
+@pytest.mark.parametrize("name", BESIDE)
+def test_updates_are_torchs(name: str) -> None:
+    fields, make, arguments = BESIDE[name]
     mine, reference = model(), model()
-    config = OptimizerSection(weight_decay=0.1, clip_norm=0.0)
-    optimizer = ShardOptimizer(mine, config)
+    optimizer = ShardOptimizer(mine, OptimizerSection.model_validate({**fields, "weight_decay": 0.1}))
     decayed = [p for p in reference.parameters() if p.ndim > 1]
     exempt = [p for p in reference.parameters() if p.ndim <= 1]
-    plain = torch.optim.AdamW(
-        [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
-    )
+    plain = make([{"params": decayed}, {"params": exempt, "weight_decay": 0.0}], lr=0.01, weight_decay=0.1, **arguments)
     ids = torch.arange(16).view(2, 8)
     for _ in range(3):
         for net in (mine, reference):
@@ -56,8 +56,33 @@ def test_updates_are_those_of_plain_adamw() -> None:
         optimizer.update(lr=0.01, scale=1.0)
         plain.step()
         plain.zero_grad()
-    for (name, ours), theirs in zip(mine.named_parameters(), reference.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
+    for (key, ours), theirs in zip(mine.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours, theirs), key
+
+
+def test_l1_is_the_gradient_of_the_sum_of_magnitudes_of_matrices() -> None:
+    mine, reference = model(), model()
+    optimizer = ShardOptimizer(mine, OptimizerSection(kind="sgd", weight_decay=0.0, l1=0.5))
+    ids = torch.arange(16).view(2, 8)
+    mine(ids).square().mean().backward()
+    (reference(ids).square().mean() + 0.5 * sum(p.abs().sum() for p in reference.parameters() if p.ndim > 1)).backward()
+    optimizer.take_gradients()
+    optimizer.update(lr=0.1, scale=1.0)
+    for (key, ours), theirs in zip(mine.named_parameters(), reference.parameters(), strict=True):
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad, msg=key)
+
+
+def test_frozen_parameters_have_no_state_and_stay() -> None:
+    net = model()
+    net.get_parameter("tokens.weight").requires_grad_(False)
+    before = net.get_parameter("tokens.weight").clone()
+    optimizer = ShardOptimizer(net, CONFIG)
+    net(torch.arange(8).view(1, 8)).sum().backward()
+    optimizer.take_gradients()
+    optimizer.update(lr=0.1, scale=1.0)
+    assert "tokens.weight" not in optimizer.state()
+    assert torch.equal(net.get_parameter("tokens.weight"), before)
 
 
 def test_the_gradient_square_is_that_of_the_global_norm() -> None:
@@ -69,9 +94,15 @@ def test_the_gradient_square_is_that_of_the_global_norm() -> None:
     assert math.sqrt(optimizer.gradient_square()) == pytest.approx(expected)
 
 
-def test_state_exists_before_the_first_step() -> None:
-    state = ShardOptimizer(model(), CONFIG).state()
-    assert {key for entry in state.values() for key in entry} == {"step", "exp_avg", "exp_avg_sq"}
+@pytest.mark.parametrize("name", BESIDE)
+def test_state_exists_before_the_first_step_and_is_all_there_ever_is(name: str) -> None:
+    net = model()
+    optimizer = ShardOptimizer(net, OptimizerSection.model_validate(BESIDE[name][0]))
+    before = {key: set(entry) for key, entry in optimizer.state().items()}
+    net(torch.arange(8).view(1, 8)).sum().backward()
+    optimizer.take_gradients()
+    optimizer.update(lr=0.1, scale=1.0)
+    assert {key: set(entry) for key, entry in optimizer.state().items()} == before
 
 
 def test_a_group_without_parameters_is_there_and_keeps_its_hyper_parameters() -> None:
@@ -90,15 +121,6 @@ def test_a_group_that_is_new_or_gone_is_told_key_by_key() -> None:
         "eps of the new parameters was None and is 1e-06 from here on",
         "eps of the old parameters was 1e-08 and is None from here on",
     ]
-
-
-def test_a_changed_schedule_is_told_key_by_key() -> None:
-    before, after = schedule_of(CONFIG, 100), schedule_of(CONFIG.model_copy(update={"lr": 0.5, "warmup_steps": 3}), 100)
-    assert list(changes(before, after, "of the schedule")) == [
-        "lr of the schedule was 1.0 and is 0.5 from here on",
-        "warmup_steps of the schedule was 10 and is 3 from here on",
-    ]
-    assert list(changes(before, before, "of the schedule")) == []
 
 
 def test_discarded_gradients_leave_everything_as_it_was() -> None:
