@@ -28,7 +28,8 @@ import numpy.typing as npt
 Positions = npt.NDArray[np.uint64]
 # shuffled: any sample may follow any other. blocks: blocks of consecutive samples in a seeded order, and a seeded order inside each: what
 # is read next lies close to what was read last. sequential: as the source has them.
-Kind = Literal["shuffled", "blocks", "sequential"]
+# streams: S of them, each a run of consecutive samples, take turns: sample j of the next S follows sample j of these.
+Kind = Literal["shuffled", "blocks", "sequential", "streams"]
 SLOTS: Final = 1 << 16  # of a cycle, at the most: the resolution of weights
 _ROUNDS: Final = 6
 _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
@@ -44,6 +45,7 @@ class Order:
     quotas: tuple[int, ...] = (1,)  # slots of each source in a cycle, at least one
     kind: Kind = "shuffled"
     block_samples: int = 1024  # of "blocks"
+    streams: int = 1  # of "streams", whose sizes are multiples of it
 
     def samples(self, positions: Positions) -> Positions:
         """The sample at each position."""
@@ -87,6 +89,9 @@ class Order:
         epochs, places = np.divmod(drawn, np.uint64(size))
         if self.kind == "sequential":
             return places
+        if self.kind == "streams":
+            turns, streams = np.divmod(places, np.uint64(self.streams))
+            return streams * np.uint64(size // self.streams) + turns
         keys = self._keys(source, epochs)
         return in_blocks(places, size, self.block_samples, keys) if self.kind == "blocks" else shuffled(places, size, keys)
 
@@ -95,6 +100,9 @@ class Order:
         size = self.sizes[source]
         if self.kind == "sequential":
             return samples
+        if self.kind == "streams":
+            streams, turns = np.divmod(samples, np.uint64(size // self.streams))
+            return turns * np.uint64(self.streams) + streams
         keys = self._keys(source, epochs)
         return out_of_blocks(samples, size, self.block_samples, keys) if self.kind == "blocks" else unshuffled(samples, size, keys)
 
@@ -102,8 +110,8 @@ class Order:
         """Of the permutations of these epochs."""
         seeds = np.full_like(epochs, self.seed)
         if source:
-            seeds = _hashed(seeds + np.full_like(epochs, source) * _SOURCES)
-        return _hashed(seeds + (epochs + np.uint64(1)) * _GOLDEN)
+            seeds = hashed(seeds + np.full_like(epochs, source) * _SOURCES)
+        return hashed(seeds + (epochs + np.uint64(1)) * _GOLDEN)
 
 
 def apportion(weights: Sequence[float | int]) -> tuple[int, ...]:
@@ -146,11 +154,11 @@ def in_blocks(places: Positions, count: int, block: int, keys: Positions) -> Pos
         keys: of the permutation to take, one for each place.
     """
     num_whole, rest = (np.uint64(part) for part in divmod(count, block))
-    short_first = _hashed(keys) % (num_whole + np.uint64(1)) * np.uint64(block)
+    short_first = hashed(keys) % (num_whole + np.uint64(1)) * np.uint64(block)
     is_short = (places >= short_first) & (places - short_first < rest)
     blocks, offsets = np.divmod(np.where(places < short_first, places, places - rest), np.uint64(block))
     blocks = np.where(is_short, num_whole, shuffled(blocks, int(num_whole), keys))
-    inside = _hashed(keys + (blocks + np.uint64(1)) * _GOLDEN)
+    inside = hashed(keys + (blocks + np.uint64(1)) * _GOLDEN)
     offsets = np.where(is_short, shuffled(places - short_first, int(rest), inside), shuffled(offsets, block, inside))
     return blocks * np.uint64(block) + offsets
 
@@ -158,10 +166,10 @@ def in_blocks(places: Positions, count: int, block: int, keys: Positions) -> Pos
 def out_of_blocks(values: Positions, count: int, block: int, keys: Positions) -> Positions:
     """Inverse of `in_blocks`."""
     num_whole, rest = (np.uint64(part) for part in divmod(count, block))
-    short_first = _hashed(keys) % (num_whole + np.uint64(1)) * np.uint64(block)
+    short_first = hashed(keys) % (num_whole + np.uint64(1)) * np.uint64(block)
     blocks, offsets = np.divmod(values, np.uint64(block))
     is_short = blocks == num_whole
-    inside = _hashed(keys + (blocks + np.uint64(1)) * _GOLDEN)
+    inside = hashed(keys + (blocks + np.uint64(1)) * _GOLDEN)
     places = unshuffled(blocks, int(num_whole), keys) * np.uint64(block) + unshuffled(offsets, block, inside)
     places = np.where(places < short_first, places, places + rest)
     return np.where(is_short, short_first + unshuffled(offsets, int(rest), inside), places)
@@ -196,7 +204,7 @@ def _feistel(values: Positions, half: np.uint64, keys: Positions) -> Positions:
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
     for i in range(_ROUNDS):
-        left, right = right, left ^ (_mix(right + _hashed(keys + np.uint64(i))) & mask)
+        left, right = right, left ^ (_mix(right + hashed(keys + np.uint64(i))) & mask)
     return (left << half) | right
 
 
@@ -204,11 +212,11 @@ def _feistel_back(values: Positions, half: np.uint64, keys: Positions) -> Positi
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
     for i in reversed(range(_ROUNDS)):
-        left, right = right ^ (_mix(left + _hashed(keys + np.uint64(i))) & mask), left
+        left, right = right ^ (_mix(left + hashed(keys + np.uint64(i))) & mask), left
     return (left << half) | right
 
 
-def _hashed(values: Positions) -> Positions:
+def hashed(values: Positions) -> Positions:
     """One step of SplitMix64 from each state."""
     return _mix(values + _GOLDEN)
 

@@ -1,4 +1,4 @@
-"""A token file that is read where it lies: block by block, each verified with its hash, so many of them in memory and no more."""
+"""Token files that are read where they lie: block by block, each verified with its hash, so many of them in memory and no more."""
 
 from __future__ import annotations
 
@@ -19,36 +19,49 @@ from keepstep.storage.store import Store
 CACHE_BYTES: Final = 64 << 20
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
+Places = npt.NDArray[np.int64]
 
 
 class DamagedTokens(ValueError):
-    """A block of the token file is not what was prepared."""
+    """A block of a token file is not what was prepared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedFile:
+    """One of the files that follow each other."""
+
+    key: str
+    num_tokens: int
+    hashes: tuple[str, ...]  # of its blocks
 
 
 @dataclass
 class StreamedTokens:
-    """Token ids by place, like the array that the file holds. A block is found by its number: nothing before it is read.
+    """Token ids by place, like the array that the files hold together. A block is found by its number: nothing before it is read.
 
     Thread-safe. A block that does not verify is read once more before it counts as damaged.
     """
 
     store: Store
-    key: str
+    files: tuple[StreamedFile, ...]
     dtype: np.dtype[np.unsignedinteger[Any]]
-    num_tokens: int
     block_bytes: int
-    hashes: tuple[str, ...]
     cache_bytes: int = CACHE_BYTES
     _cache: OrderedDict[int, Ids] = field(default_factory=OrderedDict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def __len__(self) -> int:
-        return self.num_tokens
+    def __post_init__(self) -> None:
+        self._first_token = np.cumsum([0, *(file.num_tokens for file in self.files)])
+        self._first_block = np.cumsum([0, *(len(file.hashes) for file in self.files)])
 
-    def __getitem__(self, places: npt.NDArray[np.int64]) -> Ids:
+    def __len__(self) -> int:
+        return int(self._first_token[-1])
+
+    def __getitem__(self, places: Places | slice) -> Ids:
         """The ids at these places, in their shape. Raises DamagedTokens, or StoreError."""
-        blocks, offsets = np.divmod(places, self.block_bytes // self.dtype.itemsize)
-        blocks, offsets = blocks.ravel(), offsets.ravel()
+        if isinstance(places, slice):
+            places = np.arange(*places.indices(len(self)))
+        blocks, offsets = self._blocks(places.ravel())
         by_block = np.argsort(blocks, kind="stable")
         numbers, starts = np.unique(blocks[by_block], return_index=True)
         chosen = dict(zip(numbers.tolist(), np.split(by_block, starts[1:]), strict=False))  # of no place np.split makes one part
@@ -60,6 +73,12 @@ class StreamedTokens:
                 for number in some:
                     out[chosen[number]] = self._cache[number][offsets[chosen[number]]]
         return out.reshape(places.shape)
+
+    def _blocks(self, places: Places) -> tuple[Places, Places]:
+        """(number of the block, counted over all files; place in it) of each."""
+        files = np.searchsorted(self._first_token, places, side="right") - 1
+        blocks, offsets = np.divmod(places - self._first_token[files], self.block_bytes // self.dtype.itemsize)
+        return blocks + self._first_block[files], offsets
 
     @property
     def _capacity(self) -> int:
@@ -80,16 +99,18 @@ class StreamedTokens:
                 self._cache.update(zip(missing, pool.map(self._read, missing), strict=True))
 
     def _read(self, number: int) -> Ids:
+        place = int(np.searchsorted(self._first_block, number, side="right")) - 1
+        file, block = self.files[place], number - int(self._first_block[place])
+        first = block * self.block_bytes
         for _ in range(2):
             try:
-                body = self.store.get_range(self.key, number * self.block_bytes, self.block_bytes)
+                body = self.store.get_range(file.key, first, self.block_bytes)
             except NotFound:
                 break
-            if hash_block(body) == self.hashes[number]:
+            if hash_block(body) == file.hashes[block]:
                 return np.frombuffer(body, dtype=self.dtype)
-        first = number * self.block_bytes
         raise DamagedTokens(
-            f"{self.store.name}: bytes {first} to {min(first + self.block_bytes, self.num_tokens * self.dtype.itemsize)} of {self.key} "
+            f"{self.store.name}: bytes {first} to {min(first + self.block_bytes, file.num_tokens * self.dtype.itemsize)} of {file.key} "
             "(data.streaming) are not what was prepared; put the file back as it was, or delete the folder tokens/ and run "
             "`keepstep prepare` again"
         )

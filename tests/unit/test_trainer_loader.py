@@ -41,7 +41,7 @@ def a_feed(samples_per_step: int) -> Feed:
 
 
 def plain(parts: Any) -> Any:
-    return [(part.rows.tolist(), part.counts) for part in parts]
+    return [([rows.tolist() for rows in part.rows], part.counts) for part in parts]
 
 
 def reads(rank: int, world_size: int) -> None:
@@ -185,7 +185,7 @@ def test_workers_die_with_their_rank_at_once(tmp_path: Path) -> None:
 def test_a_rank_without_samples_goes_along_with_rows_that_do_not_count() -> None:
     share = replace(a_share(), feed=a_feed(2), micro_batch_samples=0)
     parts = [part for rank in range(3) for part in replace(share, shares=range(rank, rank + 1))[7]]
-    assert [(len(part.rows), part.counts) for part in parts] == [(1, False), (1, True), (1, True)]
+    assert [(len(part.rows.inputs), part.counts) for part in parts] == [(1, False), (1, True), (1, True)]
 
 
 def reads_ahead_by_a_thread(rank: int, world_size: int, folder: str) -> None:
@@ -195,18 +195,16 @@ def reads_ahead_by_a_thread(rank: int, world_size: int, folder: str) -> None:
     from keepstep.storage.manifest import hash_blocks
     from keepstep.storage.store import Store
     from keepstep.trainer.loader import AHEAD, batches
-    from keepstep.trainer.streaming import DamagedTokens, StreamedTokens
+    from keepstep.trainer.streaming import DamagedTokens, StreamedFile, StreamedTokens
 
     share = a_share()
     tokens = np.arange(999, dtype=np.uint16)
     file = Path(folder) / "train.bin"
     file.write_bytes(tokens.tobytes())
-    hashes = hash_blocks(tokens.data.cast("B"), 64)
+    files = (StreamedFile(key="train.bin", num_tokens=999, hashes=hash_blocks(tokens.data.cast("B"), 64)),)
     streamed = replace(
         share,
-        samples=StreamSamples(
-            StreamedTokens(Store.open(folder), "train.bin", tokens.dtype, 999, 64, hashes, 128), (Extent(documents=1, tokens=999),), 8
-        ),
+        samples=StreamSamples(StreamedTokens(Store.open(folder), files, tokens.dtype, 64, 128), (Extent(documents=1, tokens=999),), 8),
     )
     with batches(streamed, range(3, 12), 0) as read:
         assert [plain(parts) for parts in read] == [plain(share[step]) for step in range(3, 12)]
@@ -227,7 +225,7 @@ def waits_for_a_slow_store(rank: int, world_size: int, folder: str) -> None:
     from keepstep.storage.manifest import hash_blocks
     from keepstep.storage.posix import PosixStore
     from keepstep.trainer.loader import batches
-    from keepstep.trainer.streaming import StreamedTokens
+    from keepstep.trainer.streaming import StreamedFile, StreamedTokens
 
     said = threading.Event()
 
@@ -238,7 +236,8 @@ def waits_for_a_slow_store(rank: int, world_size: int, folder: str) -> None:
 
     share, tokens = a_share(), np.arange(999, dtype=np.uint16)
     (Path(folder) / "train.bin").write_bytes(tokens.tobytes())
-    read = StreamedTokens(Slow(Path(folder)), "train.bin", tokens.dtype, 999, 64, hash_blocks(tokens.data.cast("B"), 64), 128)
+    files = (StreamedFile(key="train.bin", num_tokens=999, hashes=hash_blocks(tokens.data.cast("B"), 64)),)
+    read = StreamedTokens(Slow(Path(folder)), files, tokens.dtype, 64, 128)
     samples = StreamSamples(read, (Extent(documents=1, tokens=999),), 8)
     with batches(replace(share, samples=samples), range(1, 3), 0, said.set) as slow:
         assert plain(next(slow)) == plain(share[1])

@@ -1,22 +1,28 @@
-"""From text to token shards."""
+"""Token files of a root, opened: mapped, copied or streamed, and never others than those that were prepared."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keepstep.storage.canonical import seal
 from keepstep.storage.store import Store
-from keepstep.trainer.config import DataSection
-from keepstep.trainer.text import Document
-from keepstep.trainer.tokens import FOLDER, TokenIndex, open_tokens, prepare, read_index, split, unigram_nats
+from keepstep.trainer import encoding, spool
+from keepstep.trainer.config import TrainerConfig
+from keepstep.trainer.index import FOLDER, TokenIndex, describe
+from keepstep.trainer.preparing import prepare, unigram_nats
+from keepstep.trainer.tokens import MappedTokens, open_tokens
 
-FILES = ("tokens/held_out.bin", "tokens/index.json", "tokens/tokenizer.json", "tokens/train-documents.bin", "tokens/train.bin")
+FILES = tuple(
+    f"tokens/{name}"
+    for name in ("held_out-00000.bin", "held_out-documents.bin", "index.json", "tokenizer.json", "train-00000.bin", "train-documents.bin")
+)
 
 
 @pytest.fixture
@@ -28,121 +34,71 @@ def text(tmp_path: Path) -> Path:
     return folder
 
 
-def section(text: Path, **more: object) -> DataSection:
-    return DataSection.model_validate({"source": str(text), "vocabulary": 300, "held_out": 0.2} | more)
+def config(text: Path, **more: object) -> TrainerConfig:
+    return TrainerConfig.model_validate({"data": {"source": str(text), "tokenizer": "bytes", "held_out": 0.2, "shard_mb": 1} | more})
 
 
-def content(root: Path) -> dict[str, str]:
-    return {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in FILES}
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a kilobyte, in blocks of 256 bytes."""
+    monkeypatch.setattr(encoding, "MEGABYTE", 1024)
+    monkeypatch.setattr(spool, "HASHED_BYTES", 256)
 
 
-@pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
-def test_the_same_text_gives_the_same_bytes(text: Path, tmp_path: Path, tokenizer: str) -> None:
-    for name in "ab":
-        prepare(section(text, tokenizer=tokenizer), Store.open(tmp_path / name))
-    assert content(tmp_path / "a") == content(tmp_path / "b")
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), data=st.data())
+def test_arrays_that_follow_each_other_are_one(lengths: list[int], data: st.DataObject) -> None:
+    whole = np.arange(sum(lengths), dtype=np.uint16)
+    read = MappedTokens(np.split(whole, np.cumsum(lengths)[:-1]))
+    places = data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=20))
+    bounds = st.none() | st.integers(-len(whole) - 2, len(whole) + 2)
+    part = slice(data.draw(bounds), data.draw(bounds), data.draw(st.sampled_from([None, 1, 2])))
+    assert len(read) == len(whole)
+    assert read[np.array(places, dtype=np.int64).reshape(1, -1)].tolist() == [whole[np.array(places, dtype=np.int64)].tolist()]
+    assert read[part].tolist() == whole[part].tolist()
+    assert read[part].dtype == np.uint16
 
 
-@pytest.mark.parametrize("tokenizer", ["bpe", "bytes"])
-def test_the_tokens_are_the_documents_with_an_end_after_each(text: Path, tmp_path: Path, tokenizer: str) -> None:
-    store = Store.open(tmp_path / "root")
-    index = prepare(section(text, tokenizer=tokenizer), store)
-    tokens = open_tokens(store)
-    assert (index.train.documents, index.held_out.documents) == (8, 2)
-    end = tokens.tokenizer.end_of_text
-    pieces = np.split(np.array(tokens.train), np.flatnonzero(tokens.train == end) + 1)[:-1]
-    decoded = [tokens.tokenizer.decode(piece.tolist()) for piece in pieces]
-    texts = {path.read_text() for path in text.iterdir()}
-    assert len(decoded) == 8
-    assert set(decoded) < texts
-    assert tokens.tokenizer.decode(tokens.held_out.tolist()) not in "".join(decoded)
-
-
-def test_preparing_twice_does_nothing(text: Path, tmp_path: Path) -> None:
-    store = Store.open(tmp_path / "root")
-    first = prepare(section(text), store)
-    (text / "0.txt").unlink()
-    told: list[str] = []
-    assert prepare(section(text), store, lambda what, share: told.append(what)) == first
-    assert told == []
-
-
-def test_another_recipe_is_refused(text: Path, tmp_path: Path) -> None:
-    store = Store.open(tmp_path / "root")
-    prepare(section(text), store)
-    with pytest.raises(ValueError, match=r"another \[data\] section; undo the change, or choose another run.root"):
-        prepare(section(text, vocabulary=280), store)
-
-
-def test_progress_is_told(text: Path, tmp_path: Path) -> None:
-    told: list[tuple[str, float]] = []
-    prepare(section(text), Store.open(tmp_path / "root"), lambda what, share: told.append((what, share)))
-    assert [share for _, share in told] == sorted(share for _, share in told)
-    assert told[-1] == ("tokens ready", 1.0)
-
-
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "is an empty folder"),
-        (lambda path: path.write_text("  \n"), "holds no text"),
-        (lambda path: path.write_text("short"), "one short document only"),
-        (lambda path: path.write_bytes(b"fine\n\xff\xfe"), r"is not UTF-8 text \(byte 5\)"),
-    ],
-)
-def test_missing_and_unusable_text_is_named_with_a_remedy(tmp_path: Path, make: object, says: str) -> None:
-    source = tmp_path / "source"
-    assert callable(make)
-    make(source)
-    with pytest.raises(ValueError, match=f"data.source = '{source}'.*{says}"):
-        prepare(section(source), Store.open(tmp_path / "root"))
-    assert read_index(Store.open(tmp_path / "root")) is None
-
-
-def test_a_protocol_without_a_library_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.source = 'nosuch://x' cannot be read: Protocol not known: nosuch"):
-        prepare(DataSection(source="nosuch://x"), Store.open(tmp_path / "root"))
-
-
-def test_one_long_file_is_several_documents(tmp_path: Path) -> None:
-    source = tmp_path / "book.txt"
-    source.write_text("".join(f"Line {i} of the book.\n" + ("\n" if i % 10 == 0 else "") for i in range(2000)))
-    store = Store.open(tmp_path / "root")
-    index = prepare(section(source, tokenizer="bytes"), store)
-    assert index.train.documents + index.held_out.documents == 6
-    assert index.train.text_bytes + index.held_out.text_bytes == source.stat().st_size
-
-
-def test_max_bytes_limits_the_text(text: Path, tmp_path: Path) -> None:
-    index = prepare(section(text, tokenizer="bytes", max_bytes=1000), Store.open(tmp_path / "root"))
-    assert 996 < index.train.text_bytes + index.held_out.text_bytes <= 1000
-
-
-def test_the_split_is_by_name_and_keeps_both_sides() -> None:
-    found = [Document(f"{i}", "x") for i in range(100)]
-    train, held_out = split(found, 0.1)
-    assert len(held_out) == 10
-    assert sorted(train + held_out, key=lambda d: int(d.name)) == found
-    assert split(found[:2], 0.001)[1] != []
-    assert split(found[:2], 0.49)[0] != []
+@pytest.mark.usefixtures("small_files")
+def test_several_files_are_read_as_one_mapped_copied_and_streamed(text: Path, tmp_path: Path) -> None:
+    one = Store.open(tmp_path / "one")
+    several = Store.open("memory://several-files")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "MEGABYTE", 1 << 20)
+        expected = prepare(config(text), one)
+    index = prepare(config(text), several)
+    assert len(index.train.shards) > 3
+    assert all(shard.tokens <= 512 for shard in index.train.shards)
+    assert (index.train.tokens, index.train.documents) == (expected.train.tokens, expected.train.documents)
+    whole = open_tokens(one)
+    copied = open_tokens(several, tmp_path / "scratch")
+    streamed = open_tokens(several, tmp_path / "other", streaming=True)
+    places = np.random.default_rng(1).integers(0, index.train.tokens, (40, 30))
+    for tokens in (copied, streamed):
+        assert np.array_equal(tokens.train[:], whole.train[:])
+        assert np.array_equal(tokens.train[places], whole.train[places])
+        assert np.array_equal(tokens.held_out[5:400], whole.held_out[5:400])
+        assert np.array_equal(tokens.starts, whole.starts)
+        assert np.array_equal(tokens.held_out_starts, whole.held_out_starts)
+        assert tokens.marks is tokens.held_out_marks is None
 
 
 def test_damaged_tokens_are_not_opened(text: Path, tmp_path: Path) -> None:
     store = Store.open(tmp_path / "root")
-    prepare(section(text), store)
-    body = bytearray((tmp_path / "root/tokens/train.bin").read_bytes())
+    prepare(config(text), store)
+    path = tmp_path / "root/tokens/train-00000.bin"
+    body = bytearray(path.read_bytes())
     body[5] ^= 1
-    (tmp_path / "root/tokens/train.bin").write_bytes(body)
+    path.write_bytes(body)
     for scratch in (None, tmp_path / "scratch"):
-        with pytest.raises(ValueError, match=r"tokens/train.bin is not what tokens/index.json says; delete the folder tokens/"):
+        with pytest.raises(ValueError, match=r"tokens/train-00000.bin is not what tokens/index.json says; delete the folder tokens/"):
             open_tokens(store, scratch)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_flipped_bit_of_any_file_is_trained_on(text: Path, tmp_path: Path, name: str) -> None:
     store, chance = Store.open(tmp_path / "root"), random.Random(name)
-    prepare(section(text, tokenizer="bytes"), store)
+    prepare(config(text), store)
+    assert store.list(FOLDER) == list(FILES)
     whole = store.get(name)
     for _ in range(25):
         body = bytearray(whole)
@@ -154,14 +110,14 @@ def test_no_flipped_bit_of_any_file_is_trained_on(text: Path, tmp_path: Path, na
 
 def test_a_remote_root_is_copied_to_the_node_once(text: Path, tmp_path: Path) -> None:
     store = Store.open("memory://tokens-are-copied")
-    index = prepare(section(text), store)
+    index = prepare(config(text), store)
     scratch = tmp_path / "scratch"
     first = open_tokens(store, scratch)
-    store.delete_tree(f"{FOLDER}/train.bin")
+    store.delete("tokens/train-00000.bin")
     second = open_tokens(store, scratch)
-    assert np.array_equal(first.train, second.train)
+    assert np.array_equal(first.train[:], second.train[:])
     assert len(first.train) == index.train.tokens
-    assert sorted(path.suffix for path in (scratch / FOLDER).iterdir()) == [".bin"] * 3
+    assert sorted(path.suffix for path in (scratch / FOLDER).iterdir()) == [".bin"] * 4
 
 
 def test_tokens_that_were_never_prepared_are_missed(tmp_path: Path) -> None:
@@ -170,28 +126,29 @@ def test_tokens_that_were_never_prepared_are_missed(tmp_path: Path) -> None:
 
 
 def test_the_index_survives_its_bytes(text: Path, tmp_path: Path) -> None:
-    index = prepare(section(text), Store.open(tmp_path / "root"))
+    index = prepare(config(text), Store.open(tmp_path / "root"))
     assert TokenIndex.parse(index.body()) == index
 
 
 def test_an_index_of_another_version_is_refused_with_a_remedy() -> None:
-    with pytest.raises(ValueError, match=r"tokens/index\.json is not of format 2: .*; go on with that one, or choose another run\.root"):
-        TokenIndex.parse(seal({"format": 1}))
+    with pytest.raises(ValueError, match=r"tokens/index\.json is not of format 3: .*; go on with that one, or choose another run\.root"):
+        TokenIndex.parse(seal({"format": 2}))
+
+
+def test_the_report_adds_up(text: Path, tmp_path: Path) -> None:
+    (text / "nothing.txt").write_text("")
+    (text / "blank.txt").write_text(" \n")
+    store = Store.open(tmp_path / "root")
+    figures = describe(prepare(config(text), store))
+    assert (figures["files"], figures["empty_files"], figures["empty_documents"]) == (12, 2, 1)
+    assert figures["train_documents"] + figures["held_out_documents"] == 10
+    size = sum(path.stat().st_size for path in text.iterdir())
+    assert figures["train_tokens"] + figures["held_out_tokens"] == size - 2 + 10
+    assert figures["bytes_per_token"] == round((size - 2) / (size - 2 + 10), 3)
+    assert (figures["vocabulary"], figures["unknown_share"], figures["duplicates_dropped"]) == (257, 0, 0)
 
 
 def test_unigram_nats_are_the_entropy_of_the_frequencies() -> None:
-    counts = np.array([1, 1, 2])
-    assert unigram_nats(counts, np.array([0, 1, 2, 2], dtype=np.uint16), smoothing=0) == pytest.approx(1.5 * math.log(2))
-
-
-def test_end_of_text_in_a_text_is_text(tmp_path: Path) -> None:
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text("before <|endoftext|> after")
-    store = Store.open(tmp_path / "root")
-    (tmp_path / "text").mkdir()
-    for name in "ab":
-        (tmp_path / f"{name}.txt").rename(tmp_path / "text" / f"{name}.txt")
-    prepare(section(tmp_path / "text"), store)
-    tokens = open_tokens(store)
-    assert (tokens.train == tokens.tokenizer.end_of_text).sum() == 1
-    assert tokens.tokenizer.decode(tokens.train.tolist()) == "before <|endoftext|> after"
+    counts = np.array([1, 1, 2, 0])
+    assert unigram_nats(counts, counts, smoothing=0) == pytest.approx(1.5 * math.log(2))
+    assert unigram_nats(counts, np.array([0, 0, 0, 3]), smoothing=1) == pytest.approx(math.log(8))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from keepstep.trainer import text
+from keepstep.trainer import installed
 
 SOURCE = '''# A comment with "quotes and 'more
 """Module."""
@@ -48,7 +48,7 @@ def write(folder: Path, name: str, body: str) -> Path:
 def test_docstrings_are_those_that_python_sees(tmp_path: Path) -> None:
     nodes = [n for n in ast.walk(ast.parse(SOURCE)) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
     expected = {doc for node in nodes if (doc := ast.get_docstring(node))}
-    found = text._documentation(write(tmp_path, "a.py", SOURCE))
+    found = installed._documentation(write(tmp_path, "a.py", SOURCE))
     assert set(found.split("\n\n")) == {part for doc in expected for part in doc.split("\n\n")}
 
 
@@ -61,7 +61,7 @@ def test_real_modules_give_what_python_sees(module: object) -> None:
         for node in nodes
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (doc := ast.get_docstring(node))
     ]
-    found = text._documentation(path)
+    found = installed._documentation(path)
     total = sum(map(len, expected))
     assert sum(len(doc) for doc in expected if doc not in found) < 0.005 * total  # docstrings in single quotes
     assert len(found) <= total + 2 * len(expected)
@@ -71,36 +71,19 @@ def test_the_documentation_of_c_functions_is_found_in_its_literals(tmp_path: Pat
     body = (
         'add_docstr(abs, r"""\nabs(x) -> number\n\nThe distance from zero, which is never negative and zero only for zero itself.\n""")\n'
     )
-    found = text._documentation(write(tmp_path, "_torch_docs.py", body))
+    found = installed._documentation(write(tmp_path, "_torch_docs.py", body))
     assert found.startswith("abs(x) -> number")
-    assert text._documentation(write(tmp_path, "other.py", body)) == ""
+    assert installed._documentation(write(tmp_path, "other.py", body)) == ""
 
 
 def test_tests_and_installed_packages_are_no_documentation(tmp_path: Path) -> None:
     for folder in ("kept", "tests", "site-packages"):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder, "a.py", SOURCE)
-    assert [document.name for document in text._docstrings("x", tmp_path)] == ["x/kept/a.py"]
+    assert [name for name, _ in installed._docstrings("x", tmp_path)] == ["x/kept/a.py"]
 
 
 def test_topics_come_first_and_in_order() -> None:
-    topics = list(text._topics())
+    topics = list(installed._topics())
     assert len(topics) > 50
-    assert [topic.name for topic in topics] == sorted(topic.name for topic in topics)
-
-
-def test_a_text_without_lines_is_cut_at_none() -> None:
-    assert list(text._pieces("x" * 200_000)) == ["x" * 200_000]
-
-
-def test_pieces_make_the_text() -> None:
-    body = "".join(f"line {i}\n" + "\n" * (i % 7 == 0) for i in range(5000))
-    pieces = list(text._pieces(body))
-    assert "".join(pieces) == body
-    assert len(pieces) > 3
-
-
-@pytest.mark.parametrize("source", ["", " "])
-def test_a_source_without_a_name_is_not_the_current_folder(source: str) -> None:
-    with pytest.raises(ValueError, match=r"data.sources\[1\] is empty; name a text file"):
-        list(text.documents(source, "data.sources[1]"))
+    assert topics == sorted(topics)

@@ -1,4 +1,4 @@
-"""Where training text comes from: documents in a fixed order, from the installed documentation or from text files anywhere.
+"""Training text that is there already: the documentation that is installed, as documents in a fixed order.
 
 "installed-docs" is the English that every machine running keepstep has: Python's language reference (`pydoc_data.topics`) and the
 docstrings of the standard library, PyTorch and NumPy. Source files are parsed, never imported, so what comes out depends on the
@@ -13,18 +13,14 @@ import inspect
 import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Final
 
-INSTALLED_DOCS: Final = "installed-docs"
 _SKIPPED_FOLDERS: Final = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "lib2to3", "pydoc_data"})
 # PyTorch and NumPy keep the documentation of their C functions as string arguments in files of these names.
 _LITERAL_DOC_FILES: Final = ("_docs.py", "_newdocs.py", "_add_newdocs_scalars.py")
 _MIN_LITERAL_CHARS: Final = 80
-_MIN_PIECE_CHARS: Final = 8 << 10
-_MAX_PIECE_CHARS: Final = 64 << 10
 _TRIPLE_QUOTES: Final = ('"' * 3, "'" * 3)
 _PREFIX: Final = re.compile(r"[a-zA-Z]+\Z")
 # Reads past comments and ordinary strings, so that a quote inside them opens nothing. A lexer of one expression: `ast` takes
@@ -37,32 +33,19 @@ _LITERAL_OR_COMMENT: Final = re.compile(
       | '[^'\\\n]*(?:\\.[^'\\\n]*)*'""",
     re.DOTALL | re.VERBOSE,
 )
-_REMEDY: Final = 'name a text file, a folder or URL of text files, or "installed-docs"'
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    name: str  # stable: decides which side of the held-out split it is on
-    text: str
-
-
-def documents(source: str, key: str) -> Iterator[Document]:
-    """The documents of `source` in a fixed order. Raises ValueError that begins with `key` (its key and value) if nothing can be read."""
-    if source == INSTALLED_DOCS:
-        return _installed_docs()
-    return _files(source, key)
-
-
-def _installed_docs() -> Iterator[Document]:
+def installed_docs() -> Iterator[tuple[str, str]]:
+    """(name, text) of each document, always in the same order."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     return chain(_topics(), _docstrings("python", stdlib), *(_docstrings(name, _package(name)) for name in ("torch", "numpy")))
 
 
-def _topics() -> Iterator[Document]:
+def _topics() -> Iterator[tuple[str, str]]:
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
-        yield Document(f"topics/{name}", topics[name])
+        yield f"topics/{name}", topics[name]
 
 
 def _package(name: str) -> Path:
@@ -72,12 +55,12 @@ def _package(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _docstrings(package: str, folder: Path) -> Iterator[Document]:
+def _docstrings(package: str, folder: Path) -> Iterator[tuple[str, str]]:
     """One document per source file that has any documentation."""
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).parts
         if _SKIPPED_FOLDERS.isdisjoint(parts) and (text := _documentation(path)):
-            yield Document("/".join((package, *parts)), text)
+            yield "/".join((package, *parts)), text
 
 
 def _documentation(path: Path) -> str:
@@ -123,45 +106,3 @@ def _value(literal: str) -> str:
     except (SyntaxError, ValueError):  # an f-string, or a template's placeholder inside: not documentation
         return ""
     return inspect.cleandoc(value).encode(errors="replace").decode() if isinstance(value, str) else ""  # lone surrogates exist
-
-
-def _files(source: str, key: str) -> Iterator[Document]:
-    """The documents of a file or of all files below a folder, in the order of their names."""
-    import fsspec
-
-    if not source.strip():
-        raise ValueError(f"{key} is empty; {_REMEDY}")
-    try:
-        filesystem, path = fsspec.core.url_to_fs(source)
-        names = sorted(filesystem.find(path)) if filesystem.isdir(path) else [path]
-        contents = [(name, filesystem.cat_file(name)) for name in names]
-    except FileNotFoundError:
-        raise ValueError(f"{key} does not exist; {_REMEDY}") from None
-    except (OSError, ImportError, ValueError) as error:  # the last two: a protocol that fsspec does not know or whose library is missing
-        raise ValueError(f"{key} cannot be read: {error}; {_REMEDY}") from error
-    if not names:
-        raise ValueError(f"{key} is an empty folder; {_REMEDY}")
-    prefix = len(path.rstrip("/")) + 1
-    texts = ((name[prefix:] or Path(name).name, _decoded(key, name, content)) for name, content in contents)
-    return (Document(f"{name}#{i}", piece) for name, text in texts for i, piece in enumerate(_pieces(text)))
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """A long file as documents of 8 KiB or a little more, cut at blank lines; of 64 KiB at most, cut at any line, where there are none."""
-    piece: list[str] = []
-    chars = 0
-    for line in text.splitlines(keepends=True):
-        piece.append(line)
-        chars += len(line)
-        if chars >= _MAX_PIECE_CHARS or (chars >= _MIN_PIECE_CHARS and not line.strip()):
-            yield "".join(piece)
-            piece, chars = [], 0
-    if piece:
-        yield "".join(piece)
-
-
-def _decoded(key: str, name: str, content: bytes) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{key}: {name} is not UTF-8 text (byte {error.start}); convert it or take it out") from None
