@@ -96,14 +96,17 @@ def train_ranks(
     stop_at: int = 0,
     mutant: str = "",
     skips: tuple[str, ...] = (),
+    ranks_per_node: int = 0,
 ) -> None:
     """One attempt of `config` (sections of run.toml): every rank in its own process, checkpoints and records below `root`.
 
     Args:
         stop_at: the agents ask for a stop at this step; 0: never.
-        mutant: "rng" or "optimizer": forgets to restore that; "cores": runs on a node that would compute with more threads.
+        mutant: "rng", "optimizer" or "carried": forgets to restore that; "cores": runs on a node that would compute with more threads.
+        ranks_per_node: 0: one node has all of them.
     """
-    run_ranks(world_size, _train, str(root), dict(config), attempt, resume, stop_at, mutant, skips)
+    arguments = str(root), dict(config), attempt, resume, stop_at, mutant, skips
+    run_ranks(world_size, _train, *arguments, ranks_per_node=ranks_per_node)
 
 
 def _train(
@@ -130,7 +133,8 @@ def _train(
     me = Me(replace(spec_of(Path(root), rank, attempt, resume), skips=skips))
     me.__dict__["staging"] = FolderStaging(Path(root), attempt=attempt, rank=rank, world_size=world_size)
     _mutate(mutant)
-    run = open_run(TrainerConfig.model_validate(config), me, join(me))
+    parsed = TrainerConfig.model_validate(config)
+    run = open_run(parsed, me, join(me, train=parsed.train))
     train(run)
 
 
@@ -141,9 +145,11 @@ def _mutate(mutant: str) -> None:
         rng.STREAMS = {name: replace(stream, restore=lambda saved: None) for name, stream in rng.STREAMS.items()}
     if mutant == "cores":
         os.environ["OMP_NUM_THREADS"] = "2"
+    whole = run.resume
     if mutant == "optimizer":
-        whole = run.resume
         run.resume = lambda me, tensors, registry: whole(me, {"model": tensors["model"]}, registry)
+    if mutant == "carried":
+        run.resume = lambda me, tensors, registry: whole(me, {name: of for name, of in tensors.items() if name != "carried"}, registry)
 
 
 def spec_of(root: Path, rank: int, attempt: int, resume: Resume | None) -> RankSpec:
@@ -165,7 +171,7 @@ def spec_of(root: Path, rank: int, attempt: int, resume: Resume | None) -> RankS
     )
 
 
-def run_ranks(world_size: int, target: Callable[..., None], *arguments: Any) -> None:
+def run_ranks(world_size: int, target: Callable[..., None], *arguments: Any, ranks_per_node: int = 0) -> None:
     """Calls target(rank, world_size, *arguments) in `world_size` processes with torchrun's environment. AssertionError if one fails."""
     from torch.distributed import TCPStore
 
@@ -174,8 +180,8 @@ def run_ranks(world_size: int, target: Callable[..., None], *arguments: Any) -> 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     queue = context.SimpleQueue()
     ranks = [
-        context.Process(target=_enter, args=(rank, world_size, store.port, queue, target, arguments))  # no daemon: it may have workers
-        for rank in range(world_size)
+        context.Process(target=_enter, args=(seat, world_size, store.port, queue, target, arguments))  # no daemon: it may have workers
+        for seat in _seats(world_size, ranks_per_node or world_size)
     ]
     for process in ranks:
         process.start()
@@ -189,15 +195,23 @@ def run_ranks(world_size: int, target: Callable[..., None], *arguments: Any) -> 
     assert codes == [0] * world_size, "\n".join(queue.get() for _ in range(world_size) if not queue.empty()) or f"exit codes {codes}"
 
 
-def _enter(rank: int, world_size: int, port: int, queue: Any, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _seats(world_size: int, ranks_per_node: int) -> list[tuple[int, int, int]]:
+    """(rank, its number on its node, ranks of that node)."""
+    return [(rank, rank % ranks_per_node, ranks_per_node) for rank in range(world_size)]
+
+
+def _enter(
+    seat: tuple[int, int, int], world_size: int, port: int, queue: Any, target: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     import torch
     import torch.distributed as dist
 
+    rank, local_rank, local_size = seat
     os.environ |= {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(local_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
