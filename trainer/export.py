@@ -3,6 +3,7 @@
     safetensors  one file; its header says which run, step and manifest it came from
     torch        one file of torch.save, opened with torch.load(..., weights_only=True)
     dcp          the directory as it was committed, for torch.distributed.checkpoint.load
+    hf           a folder of Hugging Face transformers, see foreign.py
 
 With one part ("model") the names in a file are the part's own, so that `model.load_state_dict` takes them; with several each name, in the
 torch file each dictionary, begins with its part.
@@ -32,12 +33,15 @@ from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 from keepstep.storage.verify import CheckpointReader, Piece, read_manifest
 
+from .foreign import check_kind, write_folder
 from .matching import matched
 from .metadata import check_metadata
+from .models import merge
+from .origin import commit_of_step
 from .restore import Part, read_parts, whole_chunk
-from .trained import commit_of_step
+from .trained import Trained, Wanted, load_trained
 
-FORMATS: Final = ("safetensors", "torch", "dcp")
+FORMATS: Final = ("safetensors", "torch", "dcp", "hf")
 
 _STEP_BYTES: Final = 64 << 20  # read between two reports of progress
 
@@ -74,9 +78,10 @@ def export(
     out: Path,
     *,
     form: str = "safetensors",
-    step: int | None = None,
+    step: Wanted = None,
     parts: Sequence[str] = (),
     partial: Sequence[str] = (),
+    merged: bool = False,
     report: Report = lambda done, total: None,
 ) -> Exported:
     """Writes a committed checkpoint (None: the newest usable one) to `out`, which must not exist; nothing is there until all of it is.
@@ -87,6 +92,7 @@ def export(
         form: one of FORMATS.
         parts: first parts of the names ("model", "optimizer"); none: the model, and for "dcp" everything, which cannot be taken apart.
         partial: patterns of the names of tensors that are left out.
+        merged: what was learnt by LoRA is put into the weights that it adapts; "hf" always does that.
 
     Raises:
         ValueError: what was asked for does not exist, does not fit together, or `out` does.
@@ -101,6 +107,10 @@ def export(
     run = RunLog.open(store).lineage.run
     source = _Source(run=run, manifest=manifest, manifest_sha256=commit.manifest_sha256, reader=reader)
     parts = _chosen_parts(manifest, form, parts, partial)
+    if form == "hf" or merged:
+        whole = _whole_model(root, commit.step, form, parts, partial)
+        with _translated(out):
+            return _export_model(source, whole, out, form)
     with _translated(out):
         if form == "dcp":
             return _export_directory(source, out, report)
@@ -122,6 +132,8 @@ def _chosen_parts(manifest: Manifest, form: str, parts: Sequence[str], partial: 
     chosen = tuple(dict.fromkeys(parts)) or (there if form == "dcp" else ("model",))
     if unknown := [part for part in chosen if part not in there]:
         raise ValueError(f"--parts {unknown[0]} is not in step {manifest.step}, which holds {', '.join(there)}")
+    if form == "hf" and (partial or chosen != ("model",)):
+        raise ValueError("a folder of transformers holds the whole model and nothing else: leave out --parts and --partial")
     if form == "dcp" and (partial or set(chosen) != set(there)):
         raise ValueError("a DCP directory is exported whole: choose --format safetensors or torch for parts of it")
     return chosen
@@ -129,6 +141,33 @@ def _chosen_parts(manifest: Manifest, form: str, parts: Sequence[str], partial: 
 
 def _part(name: str) -> str:
     return name.partition(".")[0]
+
+
+def _whole_model(root: str, step: int, form: str, parts: Sequence[str], partial: Sequence[str]) -> Trained:
+    """Put together as it was trained. Raises ValueError where it cannot be exported so."""
+    if form == "dcp" or partial or tuple(parts) != ("model",):
+        raise ValueError("--merge is for --format safetensors, torch and hf, of the whole model: leave out --parts and --partial")
+    trained = load_trained(root, step)
+    if form == "hf":
+        check_kind(trained)
+    elif not trained.model.adapters:
+        raise ValueError("--merge: this run has no LoRA, so there is nothing to merge")
+    return trained
+
+
+def _export_model(source: _Source, trained: Trained, out: Path, form: str) -> Exported:
+    _check_room(out, sum(parameter.nbytes for parameter in trained.model.parameters()))
+    if form == "hf":
+        with _new_directory(out) as temporary:
+            tensors = write_folder(trained, temporary, source.facts())
+            for path in temporary.iterdir():
+                _settle(path)
+    else:
+        merge(trained.model)
+        tensors = {f"model.{name}": parameter.detach() for name, parameter in trained.model.named_parameters()}
+        with _new_file(out) as temporary:
+            _write(temporary, out, form, tensors, ("model",), source.facts())
+    return _exported(source, num_tensors=len(tensors), num_bytes=sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def _export_file(source: _Source, out: Path, form: str, parts: Sequence[str], partial: Sequence[str], report: Report) -> Exported:
@@ -242,13 +281,18 @@ def _new_file(out: Path) -> Iterator[Path]:
     temporary = out.parent / temporary_name()
     try:
         yield temporary
-        with temporary.open("rb+") as written:
-            os.fchmod(written.fileno(), 0o644)  # safetensors makes files that only their owner may read
-            os.fsync(written.fileno())
+        _settle(temporary)
         os.link(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(out.parent)
+
+
+def _settle(path: Path) -> None:
+    """Durable, and readable by all: safetensors makes files that only their owner may read."""
+    with path.open("rb+") as written:
+        os.fchmod(written.fileno(), 0o644)
+        os.fsync(written.fileno())
 
 
 @contextlib.contextmanager

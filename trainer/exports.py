@@ -17,7 +17,7 @@ import numpy as np
 
 from keepstep.storage.put_new import temporary_name
 
-from .columns import Course, Floats, LayerSamples, Steps
+from .columns import Course, Evaluation, Floats, LayerSamples, Steps
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,9 +30,9 @@ _CURVES: Final = ("loss", "grad_norm", "param_norm", "update_ratio", "lr", "toke
 def write_parquet(course: Course, path: Path) -> None:
     """One table, ordered by step and attempt; a row per computed step.
 
-    Columns: those of `columns.Steps` but for the batch's digest; tokens_per_s; `lost` (computed, but not in the lineage); held_out_nats
-    and perplexity; and `layers`, a list of {name, statistic, value}. What is unknown is null, as is what was not evaluated or not looked
-    into. The file's metadata name the run.
+    Columns: those of `columns.Steps` but for the batch's digest; tokens_per_s; `lost` (computed, but not in the lineage); held_out_nats,
+    perplexity and the other figures of evaluations; and `layers`, a list of {name, statistic, value}. What is unknown is null, as is what
+    was not evaluated or not looked into. The file's metadata name the run.
 
     Raises:
         ImportError: pyarrow is missing; the message says what to install.
@@ -100,7 +100,8 @@ def _table(course: Course) -> pa.Table:
     evaluated = {evaluation.step: evaluation for evaluation in course.evaluations}
     found = [evaluated.get(step) if not is_lost else None for step, is_lost in zip(columns["step"][order], lost[order], strict=True)]
     arrays["held_out_nats"] = pa.array([each and each.nats for each in found], pa.float64(), from_pandas=True)
-    arrays["perplexity"] = pa.array([each and each.perplexity for each in found], pa.float64(), from_pandas=True)
+    for name in ("perplexity", *sorted({name for evaluation in course.evaluations for name in evaluation.others})):
+        arrays[name] = pa.array([each and _figures(each).get(name) for each in found], pa.float64(), from_pandas=True)
     arrays["layers"] = _layers(course.layers, columns["step"][order], lost[order])
     return pa.table(arrays).replace_schema_metadata({"keepstep.run": course.run, "keepstep.root": course.root})
 
@@ -165,11 +166,14 @@ def _wall_times(course: Course) -> Mapping[tuple[int, int], float]:
     return times
 
 
+def _figures(evaluation: Evaluation) -> dict[str, float]:
+    return {"nats": evaluation.nats, "perplexity": evaluation.perplexity, **evaluation.others}
+
+
 def _beside_curves(course: Course) -> dict[int, dict[str, float]]:
     """By step: what was evaluated, and the layers' statistics, as tags that TensorBoard groups by statistic."""
     values: dict[int, dict[str, float]] = {
-        evaluation.step: {"held_out/nats": evaluation.nats, "held_out/perplexity": evaluation.perplexity}
-        for evaluation in course.evaluations
+        evaluation.step: {f"held_out/{name}": value for name, value in _figures(evaluation).items()} for evaluation in course.evaluations
     }
     layers = course.layers
     for statistic, matrix in layers.values.items():

@@ -4,67 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor
-
-from .models import Gpt
-from .trained import load_trained
+from .sampling import Sampling, continuations
+from .tokenizer import Tokenizer
+from .trained import Wanted, load_trained
 
 
 def generate(
     root: str,
-    prompt: str,
+    prompts: Sequence[str],
     *,
     max_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int = 50,
+    sampling: Sampling | None = None,
     seed: int = 0,
-    step: int | None = None,
+    step: Wanted = None,
     partial: Sequence[str] = (),
-) -> str:
-    """Continues `prompt` with a committed checkpoint (None: the newest); returns prompt and continuation. Deterministic for a seed.
+) -> Iterator[list[str]]:
+    """Continues prompts with a committed checkpoint (None: the newest): first the prompts, then whatever text each gets, bit by bit.
+
+    Deterministic for a seed; what a prompt gets does not depend on the others. A text ends with the end-of-text token.
 
     Args:
-        temperature: 0: always the likeliest token.
-        top_k: sample among so many likeliest tokens; 0: all.
         partial: names of tensors that may differ, see `load_trained`.
 
     Raises:
-        ValueError: nothing is committed, or not this step; or a setting is out of range.
+        ValueError: nothing is committed, or not this step; or the model cannot generate.
         DamagedCheckpoint: its bytes are not those that were committed.
     """
-    if temperature < 0 or top_k < 0 or max_tokens < 1:
-        raise ValueError(f"temperature = {temperature} and top_k = {top_k} must be 0 or more, max_tokens = {max_tokens} 1 or more")
+    if max_tokens < 1 or not prompts:
+        raise ValueError(f"max_tokens = {max_tokens} must be 1 or more, and there must be a prompt")
     trained = load_trained(root, step, partial=partial)
+    if trained.config.train.objective == "classes":
+        raise ValueError('train.objective = "classes": this model names classes and writes no text; use `keepstep classify`')
+    if not trained.model.is_causal:
+        raise ValueError(f'model.kind = "{trained.config.model.kind}" sees what comes next: it cannot generate text')
     tokenizer = trained.tokens.tokenizer
-    (given,) = tokenizer.encode_all([prompt])
-    start = list(given) or [tokenizer.end_of_text]
-    generator = torch.Generator().manual_seed(seed)
-    added: list[int] = []
-    for token in sample(trained.model, start, temperature=temperature, top_k=top_k, generator=generator):
-        if token == tokenizer.end_of_text:
-            break
-        added.append(token)
-        if len(added) == max_tokens:
-            break
-    return tokenizer.decode([*given, *added])
+    given = [list(ids) or [tokenizer.end_of_text] for ids in tokenizer.encode_all(prompts)]
+    texts = [_Text(tokenizer, ids, max_tokens) for ids in given]
+    yield [text.news() for text in texts]
+    for tokens in continuations(trained.model, given, sampling or Sampling(), seed=seed):
+        for text, token in zip(texts, tokens, strict=True):
+            text.take(token)
+        yield [text.news() for text in texts]
+        if all(text.is_over for text in texts):
+            return
 
 
-@torch.no_grad()
-def sample(model: Gpt, start: Sequence[int], *, temperature: float, top_k: int, generator: torch.Generator) -> Iterator[int]:
-    """Endless tokens after `start`. Computes the whole window anew for each: milliseconds for the models that one process runs."""
-    ids = list(start)
-    while True:
-        window_1T = torch.tensor([ids[-model.context :]])
-        ids.append(choose(model(window_1T)[0, -1], temperature=temperature, top_k=top_k, generator=generator))
-        yield ids[-1]
+class _Text:
+    """A prompt and what was added to it, as text that grows. Bytes that are no UTF-8 yet wait for those that follow."""
 
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], max_tokens: int) -> None:
+        self._tokenizer, self._ids, self._left, self._told = tokenizer, list(prompt), max_tokens, ""
 
-def choose(logits_V: Tensor, *, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """One token."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    if top_k:
-        least = logits_V.topk(min(top_k, len(logits_V))).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < least, -torch.inf)
-    return int(torch.multinomial(torch.softmax(logits_V.double() / temperature, 0), 1, generator=generator))
+    @property
+    def is_over(self) -> bool:
+        return self._left == 0
+
+    def take(self, token: int | None) -> None:
+        """None, or one that comes after the end, is nothing."""
+        if token is None or self.is_over:
+            return
+        if token == self._tokenizer.end_of_text:
+            self._left = 0
+            return
+        self._ids.append(token)
+        self._left -= 1
+
+    def news(self) -> str:
+        """What was not told yet."""
+        text = self._tokenizer.decode(self._ids)
+        if not self.is_over:
+            text = text.rstrip("\ufffd")
+        news, self._told = text[len(self._told) :], text if len(text) > len(self._told) else self._told
+        return news

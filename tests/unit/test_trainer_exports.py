@@ -58,7 +58,7 @@ def course() -> Course:
         attempts=tuple(
             AttemptCourse(attempt=i, world_size=2, nodes=(), resume_step=-1, at=f"2026-11-22T10:0{i}:00.000+00:00") for i in (1, 2)
         ),
-        evaluations=(Evaluation(step=4, attempt=1, nats=2.0, perplexity=7.4),),
+        evaluations=(Evaluation(step=4, attempt=1, nats=2.0, perplexity=7.4, others={"accuracy": 0.25}),),
     )
 
 
@@ -92,6 +92,7 @@ class TestParquet:
         assert [row["first_position"] for row in rows[:3]] == [0, None, 16]
         assert [row["held_out_nats"] for row in rows] == [None, None, None, 2.0, None, None, None]
         assert [row["perplexity"] for row in rows] == [None, None, None, 7.4, None, None, None]
+        assert [row["accuracy"] for row in rows] == [None, None, None, 0.25, None, None, None]
 
     def test_layers_lie_with_the_step_that_was_looked_into(self, rows: list[dict[str, Any]]) -> None:
         looked = {row["step"]: row["layers"] for row in rows if row["layers"] is not None}
@@ -168,6 +169,7 @@ class TestTensorBoard:
         assert curve(lineage, "max/blocks.0") == [(1, 3.0), (5, 4.0)]
         assert curve(lineage, "grad_norm/blocks.0.mlp.up.weight") == [(1, 0.5)]
         assert curve(lineage, "held_out/perplexity") == [(4, 7.4)]
+        assert curve(lineage, "held_out/accuracy") == [(4, 0.25)]
         assert not [tag for tag in lost.Tags()["scalars"] if not tag.startswith("step/")]
 
     def test_time_goes_on_from_the_start_of_each_attempt(self, course: Course, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from trainer_ranks import TINY, commit, train_ranks, write_log
 from typer.testing import CliRunner
 
@@ -16,10 +15,15 @@ from keepstep.orchestrator.cli import app
 from keepstep.orchestrator.errors import InputError
 from keepstep.storage.errors import DamagedCheckpoint
 from keepstep.trainer.evaluate import evaluate_root
-from keepstep.trainer.generate import choose, generate
+from keepstep.trainer.generate import generate
 from keepstep.trainer.matching import CheckpointMismatch
+from keepstep.trainer.sampling import Sampling
 
 STEPS = 4
+
+
+def text_of(root: str, prompt: str, *, temperature: float = 0.8, **options: Any) -> str:
+    return "".join(news for (news,) in generate(root, [prompt], sampling=Sampling(temperature=temperature), **options))
 
 
 @pytest.fixture(scope="module")
@@ -61,27 +65,27 @@ def test_evaluation_in_one_process_gives_the_perplexity_of_the_ranks(root: Path)
 
 @pytest.mark.slow
 def test_text_is_a_function_of_checkpoint_prompt_and_seed(root: Path) -> None:
-    text = generate(str(root), "Call me", max_tokens=20, seed=1)
+    text = text_of(str(root), "Call me", max_tokens=20, seed=1)
     assert text.startswith("Call me")
     assert len(text.encode(errors="replace")) >= len(b"Call me")
-    assert text == generate(str(root), "Call me", max_tokens=20, seed=1)
-    assert text != generate(str(root), "Call me", max_tokens=20, seed=2)
-    assert text != generate(str(root), "Call me", max_tokens=20, seed=1, step=2)
-    greedy = generate(str(root), "Call me", max_tokens=20, temperature=0, seed=1)
-    assert greedy == generate(str(root), "Call me", max_tokens=20, temperature=0, seed=2)
+    assert text == text_of(str(root), "Call me", max_tokens=20, seed=1)
+    assert text != text_of(str(root), "Call me", max_tokens=20, seed=2)
+    assert text != text_of(str(root), "Call me", max_tokens=20, seed=1, step=2)
+    greedy = text_of(str(root), "Call me", max_tokens=20, temperature=0, seed=1)
+    assert greedy == text_of(str(root), "Call me", max_tokens=20, temperature=0, seed=2)
 
 
 @pytest.mark.slow
 def test_a_prompt_may_be_empty_or_longer_than_the_context(root: Path) -> None:
-    generate(str(root), "", max_tokens=2)
+    text_of(str(root), "", max_tokens=2)
     long = "x" * 100
-    assert generate(str(root), long, max_tokens=2).startswith(long)
+    assert text_of(str(root), long, max_tokens=2).startswith(long)
 
 
 @pytest.mark.slow
 def test_a_step_that_is_not_committed_is_named(root: Path) -> None:
     with pytest.raises(ValueError, match=r"step 3 is not committed in .*; committed are 2, 4"):
-        generate(str(root), "x", step=3)
+        text_of(str(root), "x", step=3)
 
 
 @pytest.mark.slow
@@ -91,7 +95,7 @@ def test_damage_is_noticed(root: Path) -> None:
     shard.write_bytes(sound[:2000] + bytes([sound[2000] ^ 1]) + sound[2001:])
     try:
         with pytest.raises(DamagedCheckpoint, match=r"__1_0.distcp: block 0"):
-            generate(str(root), "x", step=2)
+            text_of(str(root), "x", step=2)
     finally:
         shard.write_bytes(sound)
 
@@ -108,7 +112,7 @@ def test_a_model_with_another_layer_is_refused_unless_the_layer_is_named(root: P
     assert loaded["perplexity"] > 1
     told = CliRunner().invoke(app, ["evaluate", str(deeper), "--json", "--partial", "model.blocks.2.*"])
     assert json.loads(told.stdout) == loaded  # what is not loaded has the run's initial values, not chance
-    texts = [generate(str(deeper), "Call", max_tokens=3, partial=["model.blocks.2.*"]) for _ in range(2)]
+    texts = [text_of(str(deeper), "Call", max_tokens=3, partial=["model.blocks.2.*"]) for _ in range(2)]
     assert texts[0] == texts[1]
     wrong = CliRunner().invoke(app, ["generate", str(deeper), "--partial", "head"])
     assert isinstance(wrong.exception, InputError)
@@ -117,7 +121,7 @@ def test_a_model_with_another_layer_is_refused_unless_the_layer_is_named(root: P
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no run: there is no run.toml in it"):
-        generate(str(tmp_path), "x")
+        text_of(str(tmp_path), "x")
 
 
 def test_a_run_without_commits_is_named(tmp_path: Path) -> None:
@@ -126,17 +130,17 @@ def test_a_run_without_commits_is_named(tmp_path: Path) -> None:
         evaluate_root(str(tmp_path))
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"max_tokens": 0}])
-def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be 0 or more"):
-        generate("nowhere", "x", **wrong)
+def test_nothing_to_do_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_tokens = 0 must be 1 or more"):
+        text_of("nowhere", "x", max_tokens=0)
 
 
-def test_sampling_follows_the_probabilities_among_the_top_k() -> None:
-    logits = torch.log(torch.tensor([0.1, 0.2, 0.3, 0.4]))
-    generator = torch.Generator().manual_seed(0)
-    drawn = [choose(logits, temperature=1.0, top_k=2, generator=generator) for _ in range(500)]
-    assert set(drawn) == {2, 3}
-    assert drawn.count(3) / 500 == pytest.approx(4 / 7, abs=0.07)
-    assert choose(logits, temperature=0, top_k=0, generator=generator) == 3
-    assert {choose(logits, temperature=1.0, top_k=0, generator=generator) for _ in range(200)} == {0, 1, 2, 3}
+@pytest.mark.slow
+def test_several_prompts_are_continued_as_each_alone(root: Path) -> None:
+    prompts = ["Call", "", "Call me Ishmael"]
+    batches = list(generate(str(root), prompts, max_tokens=12, seed=4))
+    assert ["".join(parts) for parts in zip(*batches, strict=True)] == [
+        text_of(str(root), prompt, max_tokens=12, seed=4) for prompt in prompts
+    ]
+    told = CliRunner().invoke(app, ["generate", str(root), *(word for prompt in prompts for word in ("--prompt", prompt)), "--tokens", "5"])
+    assert told.stdout.count("Call") >= 2
