@@ -75,9 +75,15 @@ def print_list(root: str, *, as_json: bool) -> None:
         return
     table = Table("step", "attempt", "state", "size", "age", "directory")
     for row in rows:
-        state = row["state"] + (", pinned" if row["pinned"] else "") + (" (the last before a rewind)" if row["tip"] else "")
-        table.add_row(str(row["step"]), str(row["attempt"]), state, _size(row["bytes"]), human_age(row["age_s"]), row["directory"])
+        table.add_row(
+            str(row["step"]), str(row["attempt"]), _told_state(row), _size(row["bytes"]), human_age(row["age_s"]), row["directory"]
+        )
     open_console().print(table)
+
+
+def _told_state(row: Row) -> str:
+    tip = " (the last before a rewind)" if row["tip"] else ""
+    return ", ".join([row["state"], *(["pinned"] if row["pinned"] else []), *(["best evaluation"] if row["best"] else [])]) + tip
 
 
 def _rows(store: Store, lineage: Lineage) -> list[Row]:
@@ -92,6 +98,7 @@ def _row(lineage: Lineage, commit: Commit, manifest: bytes | StoreError) -> Row:
         "verified": commit.directory in lineage.verified,
         "pinned": commit.directory in lineage.pinned,
         "tip": commit.directory in lineage.tips,
+        "best": commit == lineage.best(),
         "bytes": _bytes_of(commit, manifest),
         "age_s": _age_s(commit),
     }

@@ -14,6 +14,8 @@ from keepstep.storage.errors import StorageError
 from keepstep.trainer.contract import EXIT_BAD_INPUT, EXIT_BUG
 
 from . import config as configs
+from .arguments import AsJson, Overrides, Partial, Root, RunFile, Step, Where
+from .checkpointcommands import checkpoints
 from .errors import InputError
 from .sections import RunConfig
 
@@ -25,22 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-checkpoints = typer.Typer(
-    help="Look at a run's committed checkpoints, prove them, keep them, let them go.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(checkpoints, name="checkpoints")
-
-RunFile = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run's config; every key has a default.")]
-Overrides = Annotated[list[str] | None, typer.Option("-o", metavar="section.key=value", help="Override one key; may be given again.")]
-Where = Annotated[str, typer.Argument(metavar="ROOT|URL", help="The run's root (path or fsspec URL), or its coordinator's URL.")]
-Root = Annotated[str, typer.Argument(metavar="ROOT", help="The run's root: a local path or any fsspec URL.")]
-Step = Annotated[int, typer.Option(help="A committed step; default: the newest.")]
-CommittedStep = Annotated[int, typer.Option("--step", help="Step of the checkpoint.")]
-Partial = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", help="Let tensors of this name (a pattern: 'model.blocks.3.*') differ from run.toml; may be given again."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else.")]
 
 
 def _config(path: Path, overrides: list[str] | None) -> RunConfig:
@@ -218,130 +205,47 @@ def rewind(
     print(go_back(where, to=to, skip=skip or [], override=override or []))
 
 
-@checkpoints.command("list")
-def checkpoints_list(root: Root, as_json: AsJson = False) -> None:
-    """Every checkpoint that exists: step, attempt, state (verified: every byte was read back), size, age, directory.
-
-    Example: keepstep checkpoints list runs/quickstart
-    """
-    from .checkpoints import print_list
-
-    print_list(root, as_json=as_json)
-
-
-@checkpoints.command("verify")
-def checkpoints_verify(
-    root: Root,
-    step: Annotated[int, typer.Option(help="Only the checkpoint of this step; default: all.")] = -1,
-    quarantine: Annotated[bool, typer.Option("--quarantine", help="Record damage: the run never resumes from it again.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Read every byte of the checkpoints back and compare it with the hashes; exit code 3 if one is damaged.
-
-    What is right is recorded as verified. Damage is only shown, unless --quarantine is given.
-
-    Example: keepstep checkpoints verify runs/quickstart --step 120
-    """
-    from .checkpoints import verify
-
-    raise typer.Exit(verify(root, step=step, quarantine=quarantine, as_json=as_json))
-
-
-@checkpoints.command("pin")
-def checkpoints_pin(root: Root, step: CommittedStep) -> None:
-    """Keep a checkpoint whatever checkpoint.keep says.
-
-    Example: keepstep checkpoints pin runs/quickstart --step 120
-    """
-    from .checkpoints import pin
-
-    pin(root, step=step, pinned=True)
-
-
-@checkpoints.command("unpin")
-def checkpoints_unpin(root: Root, step: CommittedStep) -> None:
-    """Let a pinned checkpoint go like any other.
-
-    Example: keepstep checkpoints unpin runs/quickstart --step 120
-    """
-    from .checkpoints import pin
-
-    pin(root, step=step, pinned=False)
-
-
-@checkpoints.command("gc")
-def checkpoints_gc(
-    root: Root,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go, and why the others stay.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Delete what [checkpoint] in the run's run.toml does not keep, and what killed processes left.
-
-    A live run does the same by itself, and loses nothing by this.
-
-    Example: keepstep checkpoints gc runs/quickstart --dry-run
-    """
-    from .checkpoints import collect_garbage
-
-    raise typer.Exit(collect_garbage(root, dry_run=dry_run, as_json=as_json))
-
-
-@checkpoints.command("export")
-def checkpoints_export(
-    root: Root,
-    out: Annotated[Path, typer.Option(metavar="PATH", help="The new file or, for dcp, directory; nothing is replaced.")],
-    step: Step = -1,
-    form: Annotated[str, typer.Option("--format", metavar="safetensors|torch|dcp", help="What to make of it.")] = "safetensors",
-    parts: Annotated[str, typer.Option(metavar="model,optimizer", help="What to take; default: the model, for dcp everything.")] = "",
-    partial: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Leave out tensors of this name (a pattern); may be given again.")
-    ] = None,
-) -> None:
-    """A checkpoint for other tools: one safetensors file, one file of torch.save, or a plain DCP directory. Every byte is verified.
-
-    Example: keepstep checkpoints export runs/quickstart --out model.safetensors
-    """
-    from .tools import export_checkpoint
-
-    export_checkpoint(root, out, step=step, form=form, parts=parts, partial=partial or [])
-
-
 @app.command()
-def prepare(path: RunFile, override: Overrides = None) -> None:
-    """Turn data.source into token shards below the run's root. `keepstep run` does it by itself.
+def prepare(path: RunFile, override: Overrides = None, as_json: AsJson = False) -> None:
+    """Turn data.source into token files below the run's root. `keepstep run` does it by itself. One that was killed goes on where it was.
 
     Example: keepstep prepare run.toml -o data.source=/data/books
     """
     from .tools import prepare_data
 
-    prepare_data(_config(path, override))
+    prepare_data(_config(path, override), as_json=as_json)
 
 
 @app.command()
 def evaluate(
     root: Root,
-    step: Step = -1,
+    step: Step = "",
+    generate: Annotated[int, typer.Option(metavar="N", min=0, help="Of pairs: complete so many held-out prompts; BLEU and chrF.")] = 0,
     partial: Partial = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of a committed checkpoint on the held-out text, on one process.
+    """Loss, perplexity, bits per byte and accuracy of a committed checkpoint on all of the held-out text, on one process.
+
+    Of classes also precision, recall and F1, each by itself and their means.
 
     Example: keepstep evaluate runs/quickstart
     """
     from .tools import evaluate_checkpoint
 
-    evaluate_checkpoint(root, step=step, partial=partial or [], as_json=as_json)
+    evaluate_checkpoint(root, step=step, generate=generate, partial=partial or [], as_json=as_json)
 
 
 @app.command()
 def generate(
     root: Root,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The ",
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given again.", show_default="The ")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among so many likeliest tokens; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option(max=1, help="Sample among the likeliest tokens that have this probability together.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Makes tokens that are there already less likely; 1: does not.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    step: Step = -1,
+    step: Step = "",
     partial: Partial = None,
 ) -> None:
     """Text from a committed checkpoint, on one process.
@@ -350,8 +254,21 @@ def generate(
     """
     from .tools import generate_text
 
-    settings = {"max_tokens": tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
-    generate_text(root, prompt=prompt, step=step, partial=partial or [], **settings)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    generate_text(root, prompts=prompt or ["The "], tokens=tokens, seed=seed, step=step, partial=partial or [], **sampling)
+
+
+@app.command()
+def classify(
+    root: Root, text: Annotated[list[str], typer.Option(help="May be given again.")], step: Step = "", as_json: AsJson = False
+) -> None:
+    """The likeliest class of a text and its probability, from a run of train.objective = "classes", on one process.
+
+    Example: keepstep classify runs/reviews --text "A film to fall asleep over."
+    """
+    from .tools import classify_texts
+
+    classify_texts(root, texts=text, step=step, as_json=as_json)
 
 
 @app.command()
@@ -404,14 +321,28 @@ def trace(
 
 
 @app.command()
-def doctor(path: RunFile, override: Overrides = None, as_json: AsJson = False) -> None:
+def doctor(
+    path: RunFile,
+    override: Overrides = None,
+    paper: Annotated[bool, typer.Option("--paper", help="Look at the file alone: what ranks, nodes and the root would need.")] = False,
+    rank_memory_gb: Annotated[float, typer.Option(min=0.001, help="Memory of a rank's device, for --paper.")] = 80.0,
+    tflops: Annotated[float, typer.Option(min=0.001, help="10^12 operations per second that a rank really does, for --paper.")] = 400.0,
+    write_mb_per_s: Annotated[float, typer.Option(min=0.001, help="Of a node to the root, for --paper.")] = 1000.0,
+    mtbf_hours: Annotated[float, typer.Option(min=0, help="Between failures of the job, for --paper; 0: as for Llama 3.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
     """Store probe, versions, ports, memory, disk: says what would fail before it does. Exit code 2 if something would.
 
     Example: keepstep doctor run.toml
     """
-    from .doctor import examine
+    from .doctor import estimate, examine
+    from .paper import Machines
 
-    raise typer.Exit(examine(_config(path, override), as_json=as_json))
+    config = _config(path, override)
+    if paper:
+        machines = Machines(rank_memory_gb=rank_memory_gb, tflops=tflops, write_mb_per_s=write_mb_per_s, mtbf_hours=mtbf_hours)
+        raise typer.Exit(estimate(config, machines, as_json=as_json))
+    raise typer.Exit(examine(config, as_json=as_json))
 
 
 def main() -> None:

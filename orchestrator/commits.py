@@ -45,23 +45,33 @@ def write_manifest(store: Store, request: ev.Commit) -> Manifest:
     return manifest
 
 
-def complete_newest(store: Store, lineage: Lineage) -> Manifest | None:
-    """The newest directory of the newest attempt that is whole and newer than every commit, its manifest written; None if there is none.
+def complete_newest(store: Store, lineage: Lineage) -> list[Manifest]:
+    """The newest directory of the newest attempt that is whole and newer than every commit, its manifest written; empty if there is none.
+    Before it comes the one with the best evaluation up to it, if nobody has committed that either.
 
-    Whoever should have committed it died before the record. Older attempts' directories do not count: theirs would be void.
+    Whoever should have committed them died before the record. Older attempts' directories do not count: theirs would be void.
 
     Raises:
         StoreError: the storage was in the way.
     """
     attempt = lineage.newest_attempt()
     if attempt is None or lineage.rewound:
+        return []
+    whole = list(_whole_directories(store, attempt, lineage.committed_step))
+    newest = next(filter(None, (_completed(store, attempt, directory) for directory in whole)), None)
+    if newest is None:
+        return []
+    best = checkpoint_directory(attempt.attempt, max(newest.best_step, 0), attempt.nonce)
+    is_left = best in whole and best != newest.directory
+    return [*filter(None, [_completed(store, attempt, best) if is_left else None]), newest]
+
+
+def _completed(store: Store, attempt: Attempt, directory: str) -> Manifest | None:
+    """None where its parts do not fit together: it stays uncommitted and is swept as garbage one day."""
+    try:
+        return _put_manifest(store, _read_indexes(store, directory, range(attempt.world_size)))
+    except InvalidCheckpoint:
         return None
-    for directory in _whole_directories(store, attempt, lineage.committed_step):
-        try:
-            return _put_manifest(store, _read_indexes(store, directory, range(attempt.world_size)))
-        except InvalidCheckpoint:
-            continue  # its parts do not fit together; it stays uncommitted and is swept as garbage one day
-    return None
 
 
 def _whole_directories(store: Store, attempt: Attempt, after_step: int) -> Iterable[str]:

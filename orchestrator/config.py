@@ -25,7 +25,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from .errors import InputError
-from .relations import Problem, broken, nearest, shown
+from .relations import broken, nearest
+from .rules import Problem, shown
 from .sections import ClusterSection, RunConfig, StorageSection, keys_of, known_keys, section_types, value_of
 
 __all__ = [
@@ -127,7 +128,9 @@ def _fixed_keys(config: RunConfig) -> Iterator[str]:
     fixed = (key for key in known_keys() if key.startswith(("data.", "model.", "optimizer.")))
     yield from (key for key in fixed if key != "data.streaming")  # how the same tokens are read
     # Dropout draws by micro batch and sums have an order, so this one is not only about memory.
-    yield from ("train.batch_tokens", "train.micro_batch_samples", "train.precision")
+    yield from ("train.batch_tokens", "train.micro_batch_samples", "train.precision", "train.compile")
+    yield from ("train.objective", "train.start", "train.start_without", "train.freeze", "train.truncate")
+    yield from ("train.label_smoothing", "train.mask_share", *(key for key in known_keys() if key.startswith("train.lora.")))
     yield from ("cluster.exact_reduction", "cluster.logical_ranks")
     if config.optimizer.min_lr_ratio != 1:
         yield "run.steps"  # the cosine's length: another one would have had other learning rates from the first step on

@@ -8,22 +8,22 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from keepstep.storage.errors import StorageError
 from keepstep.trainer.contract import EXIT_BAD_INPUT, EXIT_OK
+from keepstep.trainer.counting import gradient_bytes, model_size, state_bytes
 
 from .errors import InputError
 from .lines import human_bytes
+from .paper import BUFFERS, Machines, sentences
 from .roots import open_root
 from .scratch import default_scratch
 from .sections import RunConfig
 
 PACKAGES = ("keepstep", "torch", "fsspec", "s3fs", "numpy", "aiohttp", "pydantic", "tokenizers")
-BYTES_PER_PARAMETER = 16  # fp32 weights, gradients and two moments of AdamW
-BUFFERS = 2  # staged checkpoints that a node keeps in memory
 MIN_FREE_SCRATCH = 64 << 20
 
 
@@ -36,7 +36,18 @@ class Finding:
 
 def examine(config: RunConfig, *, as_json: bool) -> int:
     """Runs all checks; the exit code: 2 when one of them would stop a run."""
-    findings = [_guarded(what, check, config) for what, check in CHECKS.items()]
+    return _tell([_guarded(what, check, config) for what, check in CHECKS.items()], as_json=as_json)
+
+
+def estimate(config: RunConfig, machines: Machines, *, as_json: bool) -> int:
+    """What the file alone says; the exit code: 2 when a rank's memory would not suffice."""
+    try:
+        return _tell([Finding(*finding) for finding in sentences(config, machines)], as_json=as_json)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _tell(findings: Sequence[Finding], *, as_json: bool) -> int:
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings]))
     else:
@@ -73,17 +84,14 @@ def _port(config: RunConfig) -> str:
 
 
 def _memory(config: RunConfig) -> str:
+    if config.train.script or config.model.kind == "hf":
+        return "unknown: the model is not described in run.toml"
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    needed = _estimated_parameters(config) * BYTES_PER_PARAMETER * (1 + BUFFERS)
+    parameters = model_size(config.model, config.data.vocabulary).parameters
+    needed = (1 + BUFFERS) * state_bytes(parameters, config.optimizer) + gradient_bytes(parameters)
     if needed > available:
         raise InputError(f"about {human_bytes(needed)} are needed for state and staging on one machine, {human_bytes(available)} are free")
     return f"about {human_bytes(needed)} for state and staging of the whole run, {human_bytes(available)} free here"
-
-
-def _estimated_parameters(config: RunConfig) -> int:
-    """Of a Transformer: 12 width^2 per layer and the embeddings."""
-    model = config.model
-    return 12 * model.layers * model.width**2 + (config.data.vocabulary + model.context) * model.width
 
 
 def _scratch(config: RunConfig) -> str:

@@ -17,7 +17,8 @@ from pydantic_core import ErrorDetails
 
 from .errors import InputError
 from .faultkinds import KINDS, After, AtStep, Fault, Kind
-from .relations import nearest, shown
+from .relations import nearest
+from .rules import shown
 from .sections import RunConfig
 
 FIRST, LAST = 0.15, 0.85  # of the run's steps: between them what is drawn is spread

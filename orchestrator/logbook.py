@@ -66,6 +66,7 @@ class Logbook:
             directory=manifest.directory,
             manifest_sha256=sha256,
             world_size=manifest.world_size,
+            best_step=manifest.best_step,
             at=utc_now(),
         )
         fault_point("coordinator.commit.before", step=record.step)
@@ -97,9 +98,10 @@ class Logbook:
 
     def _roll_forward(self) -> bool:
         self._log.refresh()
-        if whole := complete_newest(self._log.store, self._log.lineage):
-            self._append_commit(whole, whole.sha256())
-        return whole is not None
+        whole = complete_newest(self._log.store, self._log.lineage)
+        for manifest in whole:
+            self._append_commit(manifest, manifest.sha256())
+        return bool(whole)
 
     def _attempt(self, request: ev.LogAttempt) -> ev.Logged | ev.AttemptVoid:
         """Asked twice, it is logged once: an earlier answer may have been lost after the record was written."""

@@ -93,6 +93,7 @@ class Archive:
             last=legs[-1].last,
             skips=first.skips,
             threads=int(threads),
+            num_nodes=first.num_nodes,
         )
 
     def _trainer_config(self, overrides: Sequence[str]) -> TrainerConfig:

@@ -127,10 +127,8 @@ def _is_all_persisted(run: Run) -> bool:
     phase = run.phase
     if not isinstance(phase, phases.Training) or len(phase.finished) < len(phase.attempt.seats):
         return False
-    if run.saves.committed_step >= run.reached:
-        return True
-    commit = saves.complete(run.saves, phase.attempt.record.world_size)
-    return asking.pending(run.asks, Commit) or (commit is not None and commit.step >= run.reached)
+    is_whole = saves.newest_whole(run.saves, phase.attempt.record.world_size) >= run.reached
+    return is_whole or asking.pending(run.asks, Commit)
 
 
 def _trouble_in(run: Run, record: AttemptRecord, report: AgentReport, gang: Collection[str]) -> Evidence | None:
@@ -194,11 +192,24 @@ def _finish(run: Run, phase: phases.Starting | phases.Training) -> Run:
     if committed >= policy.steps:
         return end(run, "succeeded", f"all {policy.steps} steps are done and committed", requeue=False)
     if committed >= run.reached:
-        return _leave(run, phase)
+        return _end_early(run) if _is_done(run, phase) else _leave(run, phase)
     if isinstance(phase, phases.Training) and phase.finished_at is None:
         run = replace(run, phase=replace(phase, finished_at=run.now))
         return say(run, "committing", f"all ranks have left at step {run.reached}; waiting for its commit")
     return run
+
+
+def _is_done(run: Run, phase: phases.Starting | phases.Training) -> bool:
+    """Ranks agree on how they leave: the word of one is that of all."""
+    reports = (run.members.nodes[node].report for node in phase.attempt.seats if node in run.members.nodes)
+    return any(rank.phase == RankPhase.DONE for report in reports if report.attempt == phase.attempt.number for rank in report.ranks)
+
+
+def _end_early(run: Run) -> Run:
+    """The training itself said that more steps would be of no use; result.json says why."""
+    step = run.saves.committed_step
+    why = f"the training ended by itself at step {step} of {run.policy.steps}, which is committed: its evaluations got no better"
+    return end(run, "succeeded", why, requeue=False)
 
 
 def _leave(run: Run, phase: phases.Starting | phases.Training) -> Run:

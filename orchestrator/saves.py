@@ -67,13 +67,24 @@ def note(saves: Saves, persisted: Iterable[Persisted]) -> Saves:
 
 
 def complete(saves: Saves, world_size: int) -> Commit | None:
-    """The newest save that all ranks have finished, ready to be committed."""
-    done = [save for save, ranks in saves.parts.items() if len(ranks) == world_size]
+    """The newest save that all ranks have finished, ready to be committed; before it the one with the best evaluation up to it."""
+    done = _whole(saves, world_size)
     if not done:
         return None
-    step, directory = max(done)
+    newest = max(done)
+    best_step = saves.parts[newest][0].best_step
+    step, directory = next((save for save in done if save[0] == best_step), newest)
     ranks = saves.parts[step, directory]
     return Commit(attempt=saves.attempt, step=step, directory=directory, indexes=tuple(ranks[rank] for rank in sorted(ranks)))
+
+
+def newest_whole(saves: Saves, world_size: int) -> int:
+    """The newest step that all ranks have saved, committed or not; -1: none."""
+    return max([saves.committed_step, *(step for step, _ in _whole(saves, world_size))])
+
+
+def _whole(saves: Saves, world_size: int) -> list[Save]:
+    return [save for save, ranks in saves.parts.items() if len(ranks) == world_size]
 
 
 def until(saves: Saves, step: int) -> Saves:

@@ -90,8 +90,17 @@ def summary(result: Mapping[str, Any] | None, code: int, elapsed_s: float, root:
         f"attempts {result['attempts']}, failures {len(result['failures'])}, steps computed again {result['lost_steps']}, "
         f"goodput {100 * result['goodput']:.1f} %",
     ]
-    if isinstance(perplexity := result.get("perplexity"), float) and math.isfinite(perplexity):
-        lines.append(f"held-out perplexity {perplexity:.2f}")
+    lines += _held_out(result)
     if result.get("state_sha256"):
         lines.append(f"state sha256 {result['state_sha256']}")
     return [*lines, f"root: {root}", *time_table(result.get("seconds", {}))]
+
+
+def _held_out(result: Mapping[str, Any]) -> list[str]:
+    """What the last evaluation found out, and which was the best."""
+    shown = {"perplexity": ".2f", "bits_per_byte": ".4f", "accuracy": ".4f", "f1": ".4f", "bleu": ".2f", "chrf": ".2f"}
+    found = {name: result[name] for name in shown if isinstance(result.get(name), float) and math.isfinite(result[name])}
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:{shown[name]}}" for name, value in found.items())
+    ending = [f"stopped early: {result['stopped_early']}"] if result.get("stopped_early") else []
+    best = [f"best at step {result['best_step']}; its checkpoint stays (--step best)"] if result.get("best_step") else []
+    return [*([f"held-out {figures}"] if figures else []), *ending, *best]

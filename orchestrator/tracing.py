@@ -19,7 +19,7 @@ from keepstep.storage.errors import StorageError
 from keepstep.storage.runlog import RunLog
 from keepstep.storage.steps import read_steps
 from keepstep.storage.store import Store
-from keepstep.trainer.columns import Course, Steps
+from keepstep.trainer.columns import Course, Evaluation, Steps
 from keepstep.trainer.contract import EXIT_FAILED, EXIT_OK
 from keepstep.trainer.course import read_course
 from keepstep.trainer.diagnosis import diagnose, unjudged
@@ -319,7 +319,7 @@ def document(course: Course, findings: Sequence[Finding]) -> dict[str, Any]:
         "steps": columns(course.steps),
         "lost": columns(course.lost),
         "attempts": [asdict(attempt) for attempt in course.attempts],
-        "evaluations": [_plain(asdict(evaluation)) for evaluation in course.evaluations],
+        "evaluations": [_evaluation_fields(evaluation) for evaluation in course.evaluations],
         "incidents": [asdict(incident) for incident in course.incidents],
         "findings": [described(finding) for finding in findings],
     }
@@ -335,6 +335,12 @@ def columns(steps: Steps) -> dict[str, list[Any]]:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _evaluation_fields(evaluation: Evaluation) -> dict[str, Any]:
+    fields = asdict(evaluation)
+    others = fields.pop("others")
+    return _plain(fields | others)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,7 @@ class Persisted(Message):
     directory: str
     index_sha256: str
     num_bytes: int
+    best_step: int = -1  # the best evaluation up to it is of this step, whose checkpoint is to be committed as well; -1: none
 
 
 class StoreAddress(Message):

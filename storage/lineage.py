@@ -106,6 +106,11 @@ class Lineage:
         """Where a rewind to `step` leads: the newest usable commit of the history at or before it."""
         return next((commit for commit in reversed(self.commits) if commit.step <= step and commit.directory not in self.quarantined), None)
 
+    def best(self, until: Commit | None = None) -> Commit | None:
+        """The checkpoint of the history with the best evaluation up to this one, by default the one to resume from; None: there is none."""
+        step = until.best_step if (until := until or self.newest_committed()) else -1
+        return next((commit for commit in self.commits if commit.step == step and commit.directory not in self.quarantined), None)
+
     def is_usable(self, commit: Commit) -> bool:
         return commit.directory not in self.quarantined and self.commit_of(commit.directory) is not None
 
@@ -431,8 +436,11 @@ class Folding:
             return f"it would retire {source.directory}, from which attempt {attempt.attempt} is starting"
         if self._rewound and self._rewound.directory in going:
             return f"it would retire {self._rewound.directory}, to which the run was rewound"
-        usable = {directory for directory in self._commits if directory not in self._quarantined}
+        commits = [commit for commit in self._commits.values() if commit.directory not in self._quarantined]
+        usable = {commit.directory for commit in commits}
         if usable and usable <= going:
             return "it would retire the last usable checkpoint"
+        if any(commit.directory in going and commit.step == commits[-1].best_step for commit in commits):
+            return "it would retire the checkpoint with the best evaluation"
         verified = usable & self._verified
         return "it would retire the last verified checkpoint" if verified and verified <= going else ""

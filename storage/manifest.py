@@ -22,6 +22,7 @@ from .errors import CorruptRecord, IncompleteCheckpoint
 
 FORMAT: Final = 1
 BLOCK_BYTES: Final = 4 << 20
+BEST_STEP: Final = "best_step"  # in a rank's state: the step with the best evaluation so far, whose checkpoint is to stay
 T = TypeVar("T")
 
 
@@ -95,6 +96,11 @@ class Manifest:
         return sum(rank.num_bytes for rank in self.ranks)
 
     @property
+    def best_step(self) -> int:
+        """The best evaluation up to this checkpoint is of this step; -1: none counted."""
+        return best_step_in(self.ranks[0].state)
+
+    @property
     def files(self) -> dict[str, FileEntry]:
         return {file.name: file for rank in self.ranks for file in rank.files}
 
@@ -114,6 +120,12 @@ class Manifest:
         """Raises ValueError saying what is wrong, IncompleteCheckpoint if the indexes in it do not make a whole."""
         fields = _loads(body, "manifest")
         return merge([_parse_rank(rank) for rank in _take(fields, "ranks", list, "manifest")])
+
+
+def best_step_in(state: Mapping[str, Any]) -> int:
+    """The step of the best evaluation, as a rank's state has it; -1: none."""
+    step = state.get(BEST_STEP)
+    return step if type(step) is int and step >= 0 else -1
 
 
 def hash_blocks(data: memoryview, block_bytes: int = BLOCK_BYTES) -> tuple[str, ...]:

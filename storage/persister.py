@@ -31,7 +31,7 @@ from .buffers import SharedBuffer, Slot
 from .canonical import canonical_json, sha256_hex
 from .errors import StorageError, StoreError
 from .frames import Disconnected, FrameSocket, Message
-from .manifest import TensorEntry, parse_tensor
+from .manifest import BEST_STEP, TensorEntry, best_step_in, parse_tensor
 from .retry import RetryPolicy
 from .steplines import StepLines
 from .store import StorageOptions, Store
@@ -293,7 +293,7 @@ class Persister:
             self.emit({"kind": "failed", **of, "why": f"step {submission.step} of rank {submission.rank} is not durable: {error}"})
             raise
         durable = {"directory": submission.directory, "index_sha256": sha256_hex(body), "num_bytes": submission.num_bytes}
-        self.emit({"kind": "persisted", **of, **durable})
+        self.emit({"kind": "persisted", **of, **durable, BEST_STEP: best_step_in(submission.state)})
 
     def _forget_slots_before(self, attempt: int) -> None:
         """Rank numbers that moved to another node would keep their memory for ever: a durable checkpoint of a newer attempt frees it."""

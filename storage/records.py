@@ -59,6 +59,7 @@ class Commit:
     directory: str
     manifest_sha256: str
     world_size: int
+    best_step: int = -1  # whose checkpoint had the best evaluation so far, as of this one: it stays as long as this one; -1: none
     at: str = ""
 
 

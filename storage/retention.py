@@ -1,7 +1,8 @@
 """Which checkpoints may go, and why the others stay. Pure.
 
 Kept: the newest `keep` verified ones, what is newer than the newest of them (it may be all we have if that one fails), pins, one per
-`every` steps, and damaged ones as evidence until `keep` newer ones are good. Commits that left the history go when nobody pinned them.
+`every` steps, damaged ones as evidence until `keep` newer ones are good, and for each of these the one with the best evaluation up to it:
+whoever goes back to it finds its best. Commits that left the history go when nobody pinned them.
 When nothing at all is verified, nothing goes.
 """
 
@@ -74,6 +75,9 @@ def _reasons(lineage: Lineage, usable: Sequence[Commit], good: Sequence[Commit],
     for commits, why in groups:
         for commit in commits:
             reasons.setdefault(commit.directory, why)
+    for commit in usable:
+        if commit.directory in reasons and (best := lineage.best(commit)):
+            reasons.setdefault(best.directory, f"the best evaluation, as of step {commit.step}")
     return reasons
 
 

@@ -32,11 +32,12 @@ class Leg:
     last: int
     skips: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
+    num_nodes: int = 1
 
     @property
     def conditions(self) -> tuple[object, ...]:
         """Legs that follow each other under equal conditions are one computation: a restart changes no bit."""
-        return self.world_size, self.skips, self.overrides
+        return self.world_size, self.num_nodes, self.skips, self.overrides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,5 +117,6 @@ def _before(attempt: Attempt | None, after: int, last: int, legs: tuple[Leg, ...
         last=last,
         skips=attempt.skips,
         overrides=attempt.overrides,
+        num_nodes=len(attempt.nodes),
     )
     return leg, *legs

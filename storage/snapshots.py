@@ -23,7 +23,7 @@ from .store import Store
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
 
-FORMAT: Final = 4
+FORMAT: Final = 5
 """Raise it whenever records come to mean something else (a new kind, another rule in `Folding`): old snapshots say what they meant then."""
 PERIOD: Final = 256
 KEPT: Final = 2

@@ -271,7 +271,7 @@ class CheckpointReader:
         if len(run) == 1:
             return [self._read_block(run[0], lambda: files.get(name), scratch)]
         num_bytes = sum(block.num_bytes for block in run)
-        with contextlib.closing(self._store.open_span(f"{self.directory}/{name}", start, num_bytes)) as span:
+        with contextlib.closing(self._store.open_span(_key(self.directory, name), start, num_bytes)) as span:
             return [self._read_block(block, lambda: span, scratch) for block in run]
 
     def _read_block(self, block: _Block, file: Callable[[], OpenFile], scratch: _Scratch) -> _Read:
@@ -297,7 +297,7 @@ class CheckpointReader:
         try:
             if not self._fill(file(), block, views, step):
                 return False
-            with contextlib.closing(self._store.open_file(f"{self.directory}/{block.file.name}")) as again:
+            with contextlib.closing(self._store.open_file(_key(self.directory, block.file.name))) as again:
                 why = self._fill(again, block, views, step)
         except NotFound:
             why = "is missing"
@@ -328,6 +328,11 @@ class CheckpointReader:
             self.bytes_from_store += read.block.wanted_bytes
 
 
+def _key(directory: str, name: str) -> str:
+    """Files that are no checkpoint of ours may lie in the store's own folder: ""."""
+    return f"{directory}/{name}" if directory else name
+
+
 class _OpenFiles:
     """The files of a directory, each opened once. Thread-safe; closed together."""
 
@@ -347,7 +352,7 @@ class _OpenFiles:
         """Raises NotFound, StoreError."""
         with self._lock:
             if name not in self._files:
-                self._files[name] = self._store.open_file(f"{self._directory}/{name}")
+                self._files[name] = self._store.open_file(_key(self._directory, name))
             return self._files[name]
 
 

@@ -269,12 +269,14 @@ def fault_proxy(target: str) -> Iterator[FaultProxy]:
 
 
 async def _stop(server: asyncio.Server) -> None:
+    """A connection that was just accepted gets its task some turns later: whatever comes is ended, until nothing has come for a while."""
     server.close()
-    # A connection that was just accepted gets its task, and that its first moment: cancelled before, it would close nothing.
-    for _ in range(3):
-        await asyncio.sleep(0)
-    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    await asyncio.sleep(0)  # closed transports are told
+    quiet = 0
+    while quiet < 5:
+        await asyncio.sleep(0)  # closed transports are told
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        await asyncio.sleep(0)  # each has had its first moment: cancelled before, it would close nothing
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        quiet = 0 if others else quiet + 1

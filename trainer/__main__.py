@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     from .parallel import join
     from .run import open_run
 
-    world = join(me)
+    world = join(me, train=config.train)
     train(open_run(config, me, world))
     dist.destroy_process_group()  # not after a failure: that could wait for peers that wait for us
 

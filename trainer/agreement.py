@@ -27,7 +27,7 @@ class Agreed:
     writing: bool  # some rank's part of the last checkpoint is not durable yet
     losses: tuple[float, ...]  # sums, by rank
     gradient_squares: tuple[float, ...]  # by rank
-    ledger: tuple[Entry, ...]  # by rank: which samples it consumed
+    ledger: tuple[Entry, ...]  # which samples were consumed, by rank; a tensor-parallel group is one
     param_norm: float  # of the parameters that this step computed with; NaN where they are not finite
     update_ratio_before: float  # norm of the update before this step, over that of the parameters it changed; NaN where unknown
 
@@ -40,11 +40,12 @@ def gradient_scale_of(run: Run, tokens: float) -> float:
 def agree(run: Run, step: int, sums: Sums, parts: Sequence[MicroBatch]) -> Agreed:
     """Collective. Sums are rounded once, so they are the same everywhere, in every repetition, and in whatever order."""
     due = run.world.rank == 0 and run.cadence.is_due(step, time.monotonic(), run.me.pacing())
+    of_share = [sums.nll, sums.tokens, *sums.nll_rests, *entry_of(parts)]  # alike on the ranks of a tensor-parallel group
     traced = run.trace.parameter_square(), run.trace.ratio_square()
-    told = [run.me.request(), due, run.checkpointer.busy, *entry_of(parts)]
-    rows = run.world.gather([*sums[:3], *sums.nll_rests, *sums.gradient_square_rests, *traced, *told])
-    losses, counts, squares, loss_rest, loss_rest2, square_rest, square_rest2, *rest = rows.T.tolist()
-    parameter_squares, ratio_squares, requests, dues, busy, *entries = rest
+    own = [sums.gradient_square, *sums.gradient_square_rests, *traced, run.me.request(), due, run.checkpointer.busy]
+    rows = run.world.gather([*of_share, *own])
+    losses, counts, loss_rest, loss_rest2, *entries = run.world.of_data_ranks(rows)[:, : len(of_share)].T.tolist()
+    squares, square_rest, square_rest2, parameter_squares, ratio_squares, requests, dues, busy = rows[:, len(of_share) :].T.tolist()
     square = total((*squares, *square_rest, *square_rest2))
     request = Request(int(max(requests)))
     asked = run.save_requests.is_new(request is Request.SAVE)
@@ -57,7 +58,7 @@ def agree(run: Run, step: int, sums: Sums, parts: Sequence[MicroBatch]) -> Agree
         save=run.checkpointer.can_save and not any(busy) and (any(dues) or asked),
         stop=request is Request.STOP,
         writing=any(busy),
-        losses=tuple(losses),
+        losses=tuple(rows[:, 0].tolist()),
         gradient_squares=tuple(squares),
         ledger=tuple((int(first), int(last), int(crc)) for first, last, crc in zip(*entries, strict=True)),
         param_norm=math.sqrt(total(parameter_squares)),

@@ -152,7 +152,9 @@ def _alone(run: Run, parts: Sequence[MicroBatch]) -> list[Sample]:
 
     Empty where there are too many.
     """
-    single = [MicroBatch(part.rows[i : i + 1], (turn, turn + 1), part.share) for part in parts for i, turn in enumerate(range(*part.turns))]
+    single = [
+        MicroBatch(part.rows.part(i, i + 1), (turn, turn + 1), part.share) for part in parts for i, turn in enumerate(range(*part.turns))
+    ]
     if int(run.world.gather([len(single)]).max()) > _MAX_ALONE:
         return []
     return _passes(run, single or parts[:1], with_gradients=True)[0]
@@ -170,10 +172,9 @@ def _passes(run: Run, parts: Sequence[MicroBatch], *, with_gradients: bool) -> t
         losses_B, found = _one_pass(run, part, with_gradients=with_gradients)
         if i >= len(parts) or not part.counts:
             continue
-        positions = run.feed.at(*part.turns).tolist()
-        samples += map(
-            Sample, positions, [run.world.rank] * len(positions), losses_B.tolist(), _gradients(found, len(positions), run.scaler.scale)
-        )
+        if not run.world.tensor_rank:  # the ranks of a tensor-parallel group have the same samples
+            positions, ranks = run.feed.at(*part.turns).tolist(), [run.world.rank] * len(losses_B)
+            samples += map(Sample, positions, ranks, losses_B.tolist(), _gradients(found, len(positions), run.scaler.scale))
         if found.module and not (first.module and first.order <= found.order):
             first = found
     model.train(was_training)
@@ -184,8 +185,7 @@ def _passes(run: Run, parts: Sequence[MicroBatch], *, with_gradients: bool) -> t
 
 def _one_pass(run: Run, part: MicroBatch, *, with_gradients: bool) -> tuple[Tensor, Traced]:
     """Collective. (mean loss of each sample, what was seen on the way)."""
-    rows = torch.from_numpy(part.rows).to(run.world.device)
-    inputs_BT, targets_BT = rows[:, :-1].clamp(min=0), rows[:, 1:]
+    inputs_BT, targets_BT = (torch.from_numpy(rows).to(run.world.device) for rows in part.rows)
     with traced(run.engine.model) as found, torch.set_grad_enabled(with_gradients):
         nll_B = sample_nll(run.engine.model(inputs_BT), targets_BT)
         if with_gradients:

@@ -32,6 +32,7 @@ from keepstep.storage.manifest import TensorEntry
 from .attach import Attached
 from .copying import Copier, Copy, Wait
 from .listed import Outline, outline_of
+from .portions import Portion, chunks_of, has_replicas, parts_of
 from .state import NestedTensors, byte_view, flatten
 from .template import Template, lay_out
 
@@ -39,6 +40,7 @@ _PERSIST_DEADLINE_S: Final = 600.0
 _FINAL_PATIENCE_S: Final = 600.0
 _BUFFERS: Final = 2  # of a rank, which take turns
 _COMPARED: Final = 1 << 18  # elements of a tensor, at most, that tell whether ranks have the same
+_COMPARED_OF_PART: Final = 1 << 12  # where there are many of them
 
 
 class StagingArea(Protocol):
@@ -75,7 +77,7 @@ class _Layout:
 
     outline: Outline  # of the state that it was made for
     template: Template
-    sources: tuple[int, ...]  # of each tensor of the template: which one of the state
+    sources: tuple[int, ...]  # of each tensor of the template: which one of `outline_of`'s list
     metadata: bytes  # rank 0: the file .metadata; others: nothing
     files: tuple[StagedFile, ...]
     tensors: tuple[TensorEntry, ...]  # one object for all saves: Staging sends it once
@@ -143,6 +145,12 @@ class Checkpointer:
     def busy(self) -> bool:
         """Whether the last checkpoint is still being written. Ranks must agree before they save: one busy rank postpones all."""
         return self._staging is not None and (self._copying is not None or self._staging.busy)
+
+    def wait(self, seconds: float) -> None:
+        """Until the last checkpoint is durable or given up, but no longer than this."""
+        self.end_save()
+        if self._staging is not None:
+            self._staging.wait_idle(seconds)
 
     def get_ready(self, tensors: NestedTensors) -> None:
         """Collective at the first call; later ones return at once. Plans and takes the memory, so that the first save need not."""
@@ -247,7 +255,10 @@ class Checkpointer:
 
 
 def _agree_on_layout(rank: int, outline: Outline, tensors: NestedTensors) -> _Layout:
-    """Collective. DCP's own planner decides who writes what (a replicated tensor is written once); the rest follows from its plan."""
+    """Collective. DCP's own planner decides who writes what; the rest follows from its plan.
+
+    What several ranks have, whole or in replicas, is written once, by the one of them that has least to write so far.
+    """
     planner = DefaultSavePlanner()
     planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)
     plan = planner.create_local_plan()
@@ -258,28 +269,46 @@ def _agree_on_layout(rank: int, outline: Outline, tensors: NestedTensors) -> _La
     global_plan, metadata = planner.create_global_plan([plan for plan, _ in told])
     template = lay_out(global_plan[rank].items)
     pickled = _metadata(metadata, global_plan) if rank == 0 else b""
-    return _layout(rank, outline, list(flatten(tensors)), template, pickled)
+    return _layout(rank, outline, _places(tensors), template, pickled)
 
 
 def _fingerprints(tensors: NestedTensors) -> dict[str, int]:
-    """Of every tensor that is whole on each rank."""
-    plain = {name: tensor.detach() for name, tensor in flatten(tensors).items() if not isinstance(tensor, DTensor)}
-    return {name: xxh3_64_intdigest(byte_view(tensor.flatten()[:_COMPARED].cpu())) for name, tensor in plain.items()}
+    """Of all that other ranks have as well: plain tensors, and parts of a tensor that are not this rank's alone."""
+    found = {}
+    for name, tensor in flatten(tensors).items():
+        if not isinstance(tensor, (DTensor, Portion)):
+            found[name] = _fingerprint(tensor, _COMPARED)
+        elif has_replicas(tensor, dist.get_world_size()):
+            parts = zip(chunks_of(tensor), parts_of(tensor), strict=True)
+            found |= {f"{name}{list(starts)}": _fingerprint(part, _COMPARED_OF_PART) for (starts, _), part in parts}
+    return found
+
+
+def _fingerprint(tensor: Tensor, count: int) -> int:
+    return xxh3_64_intdigest(byte_view(tensor.detach().flatten()[:count].cpu()))
 
 
 def _refuse_shared_names(by_rank: Sequence[Mapping[str, int]]) -> None:
     """A tensor that several ranks name alike is kept once. Raises ValueError where they have different ones."""
+    first: dict[str, tuple[int, int]] = {}  # name -> (rank, fingerprint)
     for rank, fingerprints in enumerate(by_rank):
         for name, fingerprint in fingerprints.items():
-            first = next(other for other, seen in enumerate(by_rank) if name in seen)
-            if by_rank[first][name] != fingerprint:
-                raise ValueError(
-                    f"ranks {first} and {rank} have different values of {name}, and a checkpoint keeps one of a name: "
-                    "make them equal, or keep each under state.of_rank(rank, ...)"
-                )
+            other, expected = first.setdefault(name, (rank, fingerprint))
+            if fingerprint == expected:
+                continue
+            remedy = "make them equal, or keep each under state.of_rank(rank, ...)"
+            if name.endswith("]"):
+                remedy = 'replicas are only alike on nodes that compute alike; with train.sharding = "full" there are none'
+            raise ValueError(f"ranks {other} and {rank} have different values of {name}, and a checkpoint keeps one of a name: {remedy}")
 
 
-def _layout(rank: int, outline: Outline, names: Sequence[str], template: Template, metadata: bytes) -> _Layout:
+def _places(tensors: NestedTensors) -> dict[tuple[str, tuple[int, ...]], int]:
+    """Where each part of this rank stands in the list of `outline_of`, by name and place in the whole tensor."""
+    chunks = ((name, starts) for name, tensor in flatten(tensors).items() for starts, _ in chunks_of(tensor))
+    return {chunk: number for number, chunk in enumerate(chunks)}
+
+
+def _layout(rank: int, outline: Outline, places: Mapping[tuple[str, tuple[int, ...]], int], template: Template, metadata: bytes) -> _Layout:
     files = [StagedFile(name=shard_name(rank), offset=0, num_bytes=template.num_bytes)]
     if metadata:
         files.append(StagedFile(name=METADATA_NAME, offset=template.num_bytes, num_bytes=len(metadata)))
@@ -298,11 +327,10 @@ def _layout(rank: int, outline: Outline, names: Sequence[str], template: Templat
     )
     layout = [[entry.name, entry.dtype, list(entry.shape), entry.offset] for entry in entries]
     name = sha256_hex(canonical_json(layout) + metadata)
-    places = {full_name: index for index, full_name in enumerate(names)}
     return _Layout(
         outline=outline,
         template=template,
-        sources=tuple(places[placed.index.fqn] for placed in template.placed),
+        sources=tuple(places[placed.index.fqn, placed.starts] for placed in template.placed),
         metadata=metadata,
         files=tuple(files),
         tensors=entries,

@@ -109,6 +109,7 @@ class Evaluation:
     attempt: int
     nats: float  # per token
     perplexity: float
+    others: Mapping[str, float] = field(default_factory=dict)  # its other figures by name, see figures.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+INSTALLED_DOCS: Final = "installed-docs"  # of data.source
+TOKENIZERS: Final = ("bpe", "unigram", "words", "characters", "bytes")  # of data.tokenizer, if it is not a path
+TRANSFORMERS: Final = ("gpt", "llama", "bert")  # of model.kind, those of our own
+RECURRENT: Final = frozenset({"rnn", "lstm", "gru"})  # of model.kind
 
 
 class Section(BaseModel):
@@ -27,14 +32,26 @@ class RunSection(Section):
 class DataSection(Section):
     source: str = "installed-docs"
     """Text to train on: "installed-docs" (the English documentation installed with Python, PyTorch and NumPy), or a path or URL of a
-    text file or a folder of text files."""
+    file or a folder of files: text, JSONL (.jsonl) or Parquet (.parquet), also packed with gzip (.gz) or zstandard (.zst)."""
     sources: tuple[str, ...] = ()
     """Several of them, instead of `source`; each has its own epochs."""
     weights: tuple[float, ...] = ()
     """How often samples of each of the `sources` come, relative to each other (exact to 65,536ths of all); empty: by their size."""
-    order: Literal["shuffled", "blocks", "sequential"] = "shuffled"
+    text_field: str = "text"
+    """Field of a JSONL line, or column of a Parquet file, that holds a document. Pairs are read from "prompt" and "completion", classes
+    from this field and "label"."""
+    normalize: Literal["none", "nfc", "nfkc"] = "nfc"
+    """Unicode normalization of the text; "nfkc" also replaces compatibility characters, such as ligatures and full-width letters."""
+    strip_control: bool = True
+    """Remove control characters but tabs and line ends, and make every line end "\\n"."""
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    """Leave out documents that came before: "exact", with the same text; "near", with a similar one (MinHash of word 5-grams)."""
+    near_threshold: float = Field(0.8, gt=0, le=1)
+    """Jaccard similarity from which deduplicate = "near" takes two documents for the same."""
+    order: Literal["shuffled", "blocks", "sequential", "streams"] = "shuffled"
     """Order of the samples of an epoch: "shuffled"; "blocks": blocks of consecutive samples in random order, shuffled inside, for text that
-    is read from far away; "sequential": as the source has them."""
+    is read from far away; "sequential": as the source has them; "streams", for recurrent models: each row of a batch goes on where that
+    row of the batch before ended, and the model's state goes with it (truncated back-propagation through time)."""
     block_samples: int = Field(1024, ge=1)
     """Consecutive samples of a block, for order = "blocks"."""
     pack: Literal["stream", "documents"] = "stream"
@@ -44,14 +61,20 @@ class DataSection(Section):
     """Positions of the data order that are never trained on, "FIRST:LAST" each (half-open), for example ["1024:1040"]."""
     streaming: bool = False
     """Read the token file from the root block by block, each verified, instead of copying it to every node first."""
-    tokenizer: Literal["bpe", "bytes"] = "bpe"
-    """"bpe": byte-level BPE learnt from the text; "bytes": one token per byte."""
-    vocabulary: int = Field(2048, ge=257, le=1 << 20)
-    """Number of tokens of the BPE vocabulary, the 256 bytes and the end-of-text token included. Ignored for "bytes"."""
+    tokenizer: str = "bpe"
+    """"bpe": byte-level BPE learnt from the text; "unigram": a Unigram model learnt from it; "words" or "characters": those of the text;
+    "bytes": one token per byte; or the path or URL of a tokenizer.json, or of a run's root whose tokenizer it shall be."""
+    vocabulary: int = Field(2048, ge=2, le=1 << 20)
+    """At most so many tokens, all special ones included; of "words" and "characters" the most frequent. "bpe" and "unigram" need at least
+    512 and hold all 256 bytes, so that they can write any text. Ignored for "bytes" and a tokenizer that exists."""
+    min_frequency: int = Field(1, ge=1)
+    """"words" and "characters" that occur less often become the unknown token."""
     held_out: float = Field(0.02, gt=0, lt=0.5)
     """Share of the documents of each source kept for evaluation."""
     max_bytes: int = Field(0, ge=0)
     """Use at most so many bytes of the text of each source, 0 for all."""
+    shard_mb: int = Field(256, ge=1)
+    """A token file holds at most so many megabytes; more text makes more files."""
 
     @property
     def all_sources(self) -> tuple[str, ...]:
@@ -64,37 +87,64 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    kind: Literal["gpt"] = "gpt"
-    """Architecture."""
+    kind: Literal["gpt", "llama", "bert", "rnn", "lstm", "gru", "hf"] = "gpt"
+    """Architecture: "gpt" (GPT-2), "llama" (rotary positions, RMSNorm, SwiGLU, grouped queries), "bert" (an encoder, for
+    objective = "masked" or "classes"), a recurrent one: "rnn", "lstm", "gru", or "hf": the causal model of Hugging Face transformers that
+    `folder` describes."""
+    folder: str = ""
+    """Local folder with the config.json of kind = "hf"; its parameters are taken where train.start names the folder as well."""
     layers: int = Field(4, ge=1)
-    """Transformer blocks."""
+    """Transformer blocks, or recurrent layers."""
     width: int = Field(128, ge=8)
-    """Size of the residual stream."""
+    """Size of the residual stream, or of the recurrent state."""
     heads: int = Field(4, ge=1)
     """Attention heads; must divide width."""
+    kv_heads: int = Field(0, ge=0)
+    """Heads of keys and values in "llama"; must divide heads. 0: as many as heads."""
+    inside: int = Field(0, ge=0)
+    """Width of the inner layer of an MLP; 0: 4 x width, in "llama" 8/3 x width rounded up to a multiple of 32."""
     context: int = Field(128, ge=2)
     """Tokens per sample."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout on the embeddings and on what each attention and MLP adds to the residual stream."""
+    """Dropout on the embeddings and on what each attention and MLP adds to the residual stream, or on what each recurrent layer gives."""
+    tied: bool = True
+    """The output layer uses the weights of the embedding."""
+    bias: bool = False
+    """Linear layers and layer norms have biases, as GPT-2's have. Those of recurrent layers always have."""
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """Of the MLP in "gpt" and "bert"; "gelu_tanh" is GPT-2's approximation."""
+    rope_base: float = Field(10000.0, gt=1)
+    """Base of the rotary positions of "llama"."""
 
 
 class OptimizerSection(Section):
-    kind: Literal["adamw"] = "adamw"
+    kind: Literal["adamw", "adam", "sgd", "rmsprop", "adagrad"] = "adamw"
     """Optimizer."""
     lr: float = Field(3e-3, gt=0)
     """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "one-cycle"] = "cosine"
+    """How the learning rate goes on after the warm-up: down along half a cosine wave or a line, not at all, after staying for long
+    ("wsd": warm up, stay, decay); or up and down by itself ("one-cycle", without warm-up)."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    """Learning rate at the last step as a share of the peak (cosine schedule)."""
+    """Learning rate at the last step as a share of the peak."""
     warmup_steps: int = Field(20, ge=0)
     """Updates of linear warm-up."""
+    decay_share: float = Field(0.2, gt=0, le=1)
+    """Share of the updates after the warm-up in which "wsd" decays, the last of them."""
     beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """Decay of the first moment in "adam" and "adamw"."""
     beta2: float = Field(0.95, ge=0, lt=1)
-    """Decay of the second moment."""
+    """Decay of the second moment in "adam", "adamw" and "rmsprop"."""
     eps: float = Field(1e-8, gt=0)
     """Added to the denominator."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Of "sgd" and "rmsprop"."""
+    nesterov: bool = False
+    """Nesterov's momentum, in "sgd"; needs momentum."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled weight decay of matrices; vectors (biases, norms) are exempt."""
+    """Weight decay of matrices, decoupled in "adamw", else added to the gradient (L2); vectors (biases, norms) are exempt."""
+    l1: float = Field(0.0, ge=0)
+    """This times the sign of each weight of a matrix is added to its gradient, after clipping (L1)."""
     clip_norm: float = Field(1.0, ge=0)
     """Global gradient norm is clipped to this; 0 switches clipping off."""
 
@@ -118,7 +168,47 @@ class SpikeSection(Section):
     """Rewinds that a run may make by itself; the next bad step ends it with exit code 4."""
 
 
+class LoraSection(Section):
+    """Low-rank adaptation (Hu et al. 2021): the model stays as it is, and small matrices beside its linear layers are trained."""
+
+    rank: int = Field(0, ge=0)
+    """Rank of those matrices; 0: no adaptation, the model itself is trained."""
+    alpha: float = Field(16.0, gt=0)
+    """What they add is scaled with alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on what they are given."""
+    layers: tuple[str, ...] = ("*.qkv", "*.q", "*.k", "*.v", "*.out", "*.up", "*.gate")
+    """Patterns of the names of the linear layers that are adapted."""
+
+
 class TrainSection(Section):
+    objective: Literal["next-token", "masked", "pairs", "classes"] = "next-token"
+    """What is learnt: "next-token"; "masked": tokens that were masked, from both sides (BERT); "pairs": to complete the field "prompt" with
+    the field "completion", the loss being that of the completion; "classes": the field "label" of a document."""
+    start: str = ""
+    """Begin with these parameters instead of random ones: a run's root ("ROOT", its newest checkpoint, or "ROOT@STEP"), a .safetensors
+    file, or a folder of Hugging Face transformers."""
+    start_without: tuple[str, ...] = ()
+    """Patterns of the names of parameters that `start` may lack or have in another shape; they begin with random values."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of the names of parameters that are not trained."""
+    truncate: bool = False
+    """Cut pairs and documents of classes that are longer than model.context at their end; false: refuse them."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """So much of the target's probability is spread over all tokens (Szegedy et al. 2016). Evaluations are without."""
+    mask_share: float = Field(0.15, gt=0, lt=1)
+    """Share of the tokens that objective = "masked" asks for; of these 80 % are masked, 10 % are another token, 10 % stay."""
+    lora: LoraSection = LoraSection()
+    """Low-rank adaptation."""
+    sharding: Literal["full", "node", "none"] = "full"
+    """What a rank keeps: "full", its part of the parameters among all ranks (FSDP2); "node", its part among the ranks of its node, of which
+    every node has all (hybrid sharding); "none", all of them (DDP)."""
+    tensor_parallel: int = Field(1, ge=1)
+    """So many ranks of a node compute the heads and inner widths of one transformer together (tensor parallelism)."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each block, and compute its activations again in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile each block with torch.compile; what was compiled is kept on the node, and a restart finds it."""
     script: str = ""
     """Run this Python script instead of the LM trainer, as torchrun would. Empty: the LM trainer."""
     script_args: tuple[str, ...] = ()
@@ -156,7 +246,8 @@ class CheckpointSection(Section):
     """Niceness of the process that writes and hashes checkpoints: how far training goes before it. 0: they compete. Where ranks keep all
     cores busy, a nice persister may be starved, and commits come late."""
     write_mb_per_s: float = Field(0, ge=0)
-    """A node writes checkpoints with at most so many megabytes per second, the last one of a run excepted; 0: as fast as it goes."""
+    """A node writes checkpoints with at most so many megabytes per second, but the last one of a run and those of best evaluations; 0: as
+    fast as it goes."""
     scrub: bool = True
     """Read each new checkpoint back in the background and compare every byte with its hash; false: what the store acknowledged counts
     as right."""
@@ -171,6 +262,15 @@ class EvaluateSection(Section):
     """Updates between evaluations on the held-out text; 0: only at the end."""
     max_tokens: int = Field(65536, ge=1)
     """Evaluate on at most so many held-out tokens."""
+    top_k: int = Field(5, ge=1)
+    """Share of the tokens that are among the so many most probable ones."""
+    generate: int = Field(0, ge=0)
+    """With objective = "pairs": complete so many held-out prompts after the last step, greedily, for BLEU, chrF and exact matches."""
+    patience: int = Field(0, ge=0)
+    """End the training after so many evaluations in a row that were not better than the best; 0: never. The best one's checkpoint stays
+    (`--step best`)."""
+    min_delta: float = Field(0.0, ge=0)
+    """An evaluation is better when its loss is lower by more than so many nats."""
 
 
 class TraceSection(Section):

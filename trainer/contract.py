@@ -43,7 +43,7 @@ class Phase(IntEnum):
     SAVE = 3
     EVALUATE = 4
     FINISH = 5
-    DONE = 6  # all steps finished, final checkpoint staged
+    DONE = 6  # nothing is left to train (the steps are done, or evaluations got no better), final checkpoint staged
     STOPPED = 7  # left at a step boundary because it was asked to, checkpoint staged
 
 

@@ -107,9 +107,7 @@ class _Reading:
                 self._take_step(attempt, line, segments)
             elif isinstance(found := line.get("evaluation"), dict) and isinstance(step := found.get("step"), int):
                 if any(segment.holds(step) for segment in segments):
-                    self.evaluations[step] = Evaluation(
-                        step=step, attempt=attempt, nats=_number(found.get("held_out_nats")), perplexity=_number(found.get("perplexity"))
-                    )
+                    self.evaluations[step] = _evaluation(step, attempt, found)
             elif isinstance(rejected := line.get("rejected"), dict):
                 self.rejected.append(_rejected(attempt, rejected))
 
@@ -231,6 +229,13 @@ def _digest(ledger: Any) -> int:
     if not isinstance(ledger, list) or not ledger or not all(isinstance(row, list) and len(row) == 3 for row in ledger):
         return 0
     return hash(tuple(row[2] for row in ledger))
+
+
+def _evaluation(step: int, attempt: int, found: Mapping[str, Any]) -> Evaluation:
+    own = ("step", "held_out_tokens", "held_out_nats", "perplexity")
+    others = {name: _number(value) for name, value in found.items() if name not in own}
+    nats, perplexity = (_number(found.get(name)) for name in own[2:])
+    return Evaluation(step=step, attempt=attempt, nats=nats, perplexity=perplexity, others=others)
 
 
 def _rejected(attempt: int, line: Mapping[str, Any]) -> Incident:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from keepstep.storage.skips import Range, ranges
 
@@ -54,8 +55,11 @@ class Feed:
         return (step - 1) * self.samples_per_step, step * self.samples_per_step
 
     def share(self, step: int, rank: int, world_size: int) -> Range:
-        """A rank's contiguous part of `turns(step)`; parts differ by one sample at most."""
-        first, _ = self.turns(step)
+        """A rank's contiguous part of `turns(step)`; parts differ by one sample at most, but the last ones of "streams" by more."""
+        first, last = self.turns(step)
+        if self.order.kind == "streams":  # as DTensor cuts rows: the state of the model that belongs to them lies where they are fed
+            largest = -(-self.samples_per_step // world_size)
+            return min(first + rank * largest, last), min(first + (rank + 1) * largest, last)
         return tuple(first + self.samples_per_step * r // world_size for r in (rank, rank + 1))  # type: ignore[return-value]
 
     def at(self, first: int, last: int) -> Positions:
@@ -66,6 +70,14 @@ class Feed:
     def samples(self, first: int, last: int) -> Positions:
         """The samples of the turns [first, last)."""
         return self.order.samples(self.at(first, last))
+
+    def goes_on(self, first: int, last: int) -> npt.NDArray[np.bool_]:
+        """Of the turns [first, last) in the order "streams": whether each row's tokens follow those of that row in the step before."""
+        if first < self.samples_per_step:
+            return np.zeros(last - first, dtype=np.bool_)
+        before = self.samples(first - self.samples_per_step, last - self.samples_per_step)
+        follows: npt.NDArray[np.bool_] = self.samples(first, last) == before + np.uint64(1)
+        return follows
 
     def positions(self, step: int) -> Range:
         """From the first position that the step consumes to behind its last; skipped ones may lie between."""
@@ -108,8 +120,21 @@ def feed_for(sizes: Sequence[int], config: TrainerConfig, *, skips: Sequence[str
             f"data.weights: the share of data.sources[{quotas.index(0)}] is below 1/65536, and it would never be trained on; give it a "
             "larger weight, or take it out"
         )
-    order = Order(seed=config.run.seed, sizes=tuple(sizes), quotas=quotas, kind=config.data.order, block_samples=config.data.block_samples)
-    return Feed(order=order, samples_per_step=batch_tokens // context, skips=ranges((*config.data.skip, *skips)))
+    samples_per_step = batch_tokens // context
+    if config.data.order == "streams" and min(sizes) < samples_per_step:
+        raise ValueError(
+            f'data.order = "streams" needs a sample for each of the {samples_per_step} rows of a batch (train.batch_tokens / '
+            f"model.context), and {config.data.source_key(0)} gave {min(sizes)}: give it more text, or make batches smaller"
+        )
+    order = Order(
+        seed=config.run.seed,
+        sizes=tuple(size - size % samples_per_step if config.data.order == "streams" else size for size in sizes),
+        quotas=quotas,
+        kind=config.data.order,
+        block_samples=config.data.block_samples,
+        streams=samples_per_step if config.data.order == "streams" else 1,
+    )
+    return Feed(order=order, samples_per_step=samples_per_step, skips=ranges((*config.data.skip, *skips)))
 
 
 def micro_batches(first: int, last: int, largest_share: int, micro_batch_samples: int) -> list[Range]:

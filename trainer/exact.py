@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from . import rng
 from .engine import nll_of
 from .loader import MicroBatch
-from .models import Gpt
+from .models import LanguageModel
 from .optim import ShardOptimizer
-from .parallel import World
+from .parallel import World, whole
 from .rows import RowLayout
 from .scaler import LossScaler
 from .sums import Sums, exact
@@ -46,8 +46,8 @@ class ExactEngine:
 
     def __init__(
         self,
-        replica: Gpt,
-        sharded: Gpt,
+        replica: LanguageModel,
+        sharded: LanguageModel,
         optimizer: ShardOptimizer,
         *,
         world: World,
@@ -55,11 +55,13 @@ class ExactEngine:
         logical_ranks: int,
         batch_tokens: int,
         scaler: LossScaler,
+        label_smoothing: float = 0.0,
     ) -> None:
+        self._label_smoothing = label_smoothing
         self.model, self.sharded, self.optimizer = replica, sharded, optimizer
         self._world, self._seed, self._leaves = world, seed, logical_ranks
         self._batch_tokens, self._scaler = batch_tokens, scaler
-        self._whole: Mapping[str, nn.Parameter] = dict(replica.named_parameters())
+        self._whole: Mapping[str, nn.Parameter] = {name: each for name, each in replica.named_parameters() if each.requires_grad}
         self._layout = RowLayout({name: parameter.shape for name, parameter in self._whole.items()}, world.size)
         self._nodes = [nodes_within(owned(rank, world.size, logical_ranks), logical_ranks) for rank in range(world.size)]
         self._spare: list[Tensor] = []  # gradient vectors to use again: fresh memory is slow
@@ -76,6 +78,7 @@ class ExactEngine:
         if self._world.size > self._leaves and self._world.rank == 0:
             idle = self._world.size - self._leaves
             log.warning("%d of %d ranks have nothing to compute: cluster.logical_ranks = %d", idle, self._world.size, self._leaves)
+        self._take_frozen()
         self._take_parameters()
 
     def backward(self, parts: Sequence[MicroBatch], *, step: int) -> Sums:
@@ -108,6 +111,9 @@ class ExactEngine:
         self.optimizer.update(lr=lr, scale=scale)
         self._take_parameters()
 
+    def discard(self) -> None:
+        self.optimizer.discard_gradients()
+
     def _leaf(self, parts: Sequence[MicroBatch], step: int) -> tuple[Tensor, float, int]:
         """(gradient as a vector, sum of the losses, number of targets) of one logical rank."""
         rng.seed_everything(self._seed, step, parts[0].share)
@@ -117,7 +123,7 @@ class ExactEngine:
         if not counting:
             gradient.zero_()
         for i, part in enumerate(counting):
-            nll, count = nll_of(self.model, part, self._world.device)
+            nll, count = nll_of(self.model, part, self._world.device, label_smoothing=self._label_smoothing)
             torch.autograd.backward(nll * self._scaler.scale / self._batch_tokens)
             self._layout.pack(gradient, {name: _taken(parameter) for name, parameter in self._whole.items()}, add=i > 0)
             nll_sum += nll.detach()
@@ -149,8 +155,16 @@ class ExactEngine:
         vectors = [vector.view(self._world.size, self._layout.shard_numel) for vector in mine]
         return torch.stack(vectors, dim=1).view(-1) if vectors else torch.empty(0, device=self._world.device)
 
+    def _take_frozen(self) -> None:
+        """Collective. What is not trained, and so stays what it is now."""
+        shards = dict(self.sharded.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if not parameter.requires_grad:
+                    parameter.copy_(whole(shards[name]))
+
     def _take_parameters(self) -> None:
-        """Collective. The replica's parameters become those of the shards of all ranks, in its own precision."""
+        """Collective. The replica's trained parameters become those of the shards of all ranks, in its own precision."""
         with torch.no_grad():
             dtype = next(iter(self._whole.values())).dtype
             mine = torch.zeros(self._layout.shard_numel, dtype=dtype, device=self._world.device)

@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from keepstep.storage.faults import fault_point
 
 from .agreement import Agreed
@@ -101,10 +103,8 @@ def excerpt(run: Run, samples: Sequence[Sample]) -> str:
     """How the worst sample begins, escaped, at most 80 characters."""
     if not samples:
         return ""
-    turn = run.feed.turn(samples[0].position)
-    assert turn is not None
-    row = run.share.rows(turn, turn + 1)[0]
-    text = run.tokens.tokenizer.decode([token for token in row.tolist() if token >= 0])
+    number = run.feed.order.samples(np.array([samples[0].position], dtype=np.uint64))
+    text = run.tokens.tokenizer.decode([token for token in run.samples.ids(number)[0].tolist() if token >= 0])
     return repr(text)[:_EXCERPT_CHARS]
 
 

@@ -15,11 +15,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from keepstep.storage.store import Store
 
 from .config import TrainerConfig
 from .data import Feed, feed_for
-from .samples import Batch, Samples, samples_of
+from .samples import Rows, Samples, rows_of, samples_of
 from .tokens import open_tokens
 
 if TYPE_CHECKING:
@@ -38,8 +40,10 @@ def entry_of(parts: Sequence[MicroBatch]) -> Entry:
     return fed[0].turns[0], fed[-1].turns[1], crc
 
 
-def _crc(rows: Batch, crc: int = 0) -> int:
-    return zlib.crc32(rows.astype("<i8", copy=False).tobytes(), crc)
+def _crc(rows: Rows, crc: int = 0) -> int:
+    """Row by row, so that parts of a batch give what the whole of it gives."""
+    both = np.concatenate(rows, axis=1).astype("<i8", copy=False)
+    return zlib.crc32(both.tobytes(), crc)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +72,7 @@ def prove(store: Store, config: TrainerConfig, records: Sequence[Mapping[str, An
         ValueError: the root holds no tokens, or they are damaged.
     """
     with tempfile.TemporaryDirectory(prefix="keepstep-") as scratch:  # mapped files stay readable after they are gone
-        samples = samples_of(open_tokens(store, Path(scratch), streaming=True), config.data, config.model.context)
+        samples = samples_of(open_tokens(store, Path(scratch), streaming=True), config)
     return check_ledger(records, samples, feed_for(samples.sizes, config, skips=skips))
 
 
@@ -93,13 +97,13 @@ def check_ledger(records: Sequence[Mapping[str, Any]], samples: Samples, feed: F
 def _problems(step: int, record: Mapping[str, Any], samples: Samples, feed: Feed) -> list[str]:
     turn, last = feed.turns(step)
     out = []
-    rows = samples.rows(feed.samples(turn, last))
+    rows = rows_of(samples, feed, turn, last)
     for rank, (first, end, crc) in enumerate(record["ledger"]):
         if first != turn:
             what = "a gap" if first > turn else "consumed twice"
             out.append(f"{what}: samples {min(first, turn)} to {max(first, turn)}, before those of rank {rank}")
         begin = feed.turns(step)[0]
-        if _crc(rows[max(0, first - begin) : max(0, end - begin)]) != crc:
+        if _crc(rows.part(max(0, first - begin), max(0, end - begin))) != crc:
             out.append(f"the rows that rank {rank} was fed are not samples {first} to {end}")
         turn = end
     if turn != last:

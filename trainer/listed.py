@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .portions import Portion
 from .state import NestedTensors
 
 
@@ -25,7 +26,7 @@ class Outline:
 
 
 def outline_of(tensors: NestedTensors) -> tuple[Outline, list[Tensor]]:
-    """The outline, and this rank's part of each tensor in the same order; shares memory."""
+    """The outline, and this rank's part of each tensor in the same order, or parts, as `parts_of` gives them; shares memory."""
     outline = Outline([], [])
     shards: list[Tensor] = []
     with torch.no_grad():
@@ -39,6 +40,9 @@ def _walk(tree: dict[str, Any], outline: Outline, shards: list[Tensor]) -> None:
         if isinstance(value, dict):
             _walk(value, outline, shards)
             outline.names.append(None)
+        elif isinstance(value, Portion):
+            shards += value.parts()
+            outline.kinds.append((value.shape, value.dtype, value.to_local().shape))
         elif isinstance(value, DTensor):
             shard = value.to_local()
             shards.append(shard)

@@ -29,7 +29,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from keepstep.storage.skips import Range
 
 from .data import Feed, micro_batches
-from .samples import Batch, Samples
+from .samples import Rows, Samples, rows_of
 from .streaming import StreamedTokens
 
 AHEAD: Final = 2  # batches per worker that are read and wait, at the most
@@ -37,7 +37,7 @@ SLOW_S: Final = 0.5  # a batch of streamed tokens that is not there by then is w
 
 
 class MicroBatch(NamedTuple):
-    rows: Batch  # (samples, context + 1) token ids, see samples.py
+    rows: Rows  # inputs and targets, see samples.py
     turns: Range  # which samples these are
     share: int = 0  # that it belongs to, of `Share.num_shares`
 
@@ -70,9 +70,9 @@ class Share:
         parts = micro_batches(first, last, largest, self.micro_batch_samples)
         return [MicroBatch(self.rows(start, max(end, start + 1)), (start, end), share) for start, end in parts]
 
-    def rows(self, first: int, last: int) -> Batch:
+    def rows(self, first: int, last: int) -> Rows:
         """Of the turns [first, last)."""
-        return self.samples.rows(self.feed.samples(first, last))
+        return rows_of(self.samples, self.feed, first, last)
 
 
 @contextlib.contextmanager

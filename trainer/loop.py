@@ -9,40 +9,47 @@ from typing import Final
 
 from keepstep.storage.faults import fault_point
 
-from . import guard
+from . import guard, translation
 from .agreement import Agreed, agree
+from .blocks import COMPILE_S
 from .contract import Phase
 from .finish import evaluate_run, finish
 from .loader import MicroBatch, batches
-from .optim import clip_scale, learning_rate
+from .optim import clip_scale
 from .recorder import record_step, record_surroundings
 from .run import Run
+from .schedule import learning_rate
 
 log = logging.getLogger("keepstep.trainer")
 
 _STREAM_S: Final = 600.0  # a batch of streamed tokens: a few calls of the store, each with its deadline (storage.timeout_s)
+_BEST_WAIT_S: Final = 600  # for the save before it, and how long the persister tries
 
 
 def train(run: Run) -> None:
     """Collective. From the step that `run` stands at to the last one, or to the step at which all ranks agree to stop."""
     config, steps = run.config, run.config.run.steps
-    run.me.report(Phase.STEP, run.step)
+    run.me.report(Phase.STEP, run.step, within_s=COMPILE_S if config.train.compile else 0.0)  # the first step compiles
     run.began_at = time.monotonic()
     record_surroundings(run)
+    if config.evaluate.generate:
+        translation.require(config)  # now, not when it is too late
     fault_point("rank.begin", rank=run.world.rank, step=run.step)
     slow = lambda: run.me.report(Phase.STEP, run.step, within_s=_STREAM_S)  # noqa: E731
     with batches(run.share, range(run.step + 1, steps + 1), config.train.loader_workers, slow) as shares:
-        while run.step < steps:
+        while not run.is_over:
             agreed = advance(run, next(shares))
             fault_point("rank.step", rank=run.world.rank, step=run.step)
             run.checkpointer.get_ready(run.tensors)  # once, after the first step: a restart is over before it plans its saves
 
-            if agreed.stop or run.step == steps:
+            if run.step == steps or (agreed.stop and not config.evaluate.patience):
                 break
-            if config.evaluate.interval and run.step % config.evaluate.interval == 0:
-                evaluate_run(run)  # before the save: whoever goes on from that does not come by here again
-                run.me.report(Phase.STEP, run.step)
-            if agreed.save:
+            is_best = evaluate_if_due(run)  # before the save: whoever goes on from that does not come by here again
+            if run.is_over or agreed.stop:
+                break
+            if is_best:
+                save_best(run)
+            elif agreed.save:
                 save(run)
     finish(run)
 
@@ -63,7 +70,7 @@ def advance(run: Run, parts: Sequence[MicroBatch]) -> Agreed:
     lr = learning_rate(config.optimizer, step, config.run.steps)
     with run.trace.update(step, agreed.param_norm):
         if overflowed:
-            run.engine.optimizer.discard_gradients()
+            run.engine.discard()
         else:
             run.engine.update(lr=lr, scale=agreed.gradient_scale * clip_scale(agreed.grad_norm, config.optimizer.clip_norm))
             run.window.add(agreed.loss, agreed.grad_norm)
@@ -76,10 +83,31 @@ def advance(run: Run, parts: Sequence[MicroBatch]) -> Agreed:
     return agreed
 
 
-def save(run: Run) -> None:
+def evaluate_if_due(run: Run) -> bool:
+    """Collective. Whether the current step was evaluated, is the best one so far, and its checkpoint is to stay."""
+    if not run.best.is_due(run.step, run.config.evaluate.interval):
+        return False
+    is_best = evaluate_run(run)
+    run.me.report(Phase.STEP, run.step)
+    return is_best and run.config.evaluate.patience > 0
+
+
+def save_best(run: Run) -> None:
+    """Collective. A checkpoint of this very step, which has no successor: it waits for the one before it, and its persister tries again."""
+    if not run.checkpointer.can_save:
+        return
+    for _ in range(_BEST_WAIT_S):  # ranks wait together, and all of them show that they live
+        run.me.report(Phase.SAVE, run.step)
+        if not run.world.gather([float(run.checkpointer.busy)]).any():
+            break
+        run.checkpointer.wait(1.0)
+    save(run, patience_s=_BEST_WAIT_S)
+
+
+def save(run: Run, *, patience_s: float = 0.0) -> None:
     """Stages this rank's part of a checkpoint of the current step; training goes on while it is written."""
     run.me.report(Phase.SAVE, run.step)
-    is_staged = run.checkpointer.begin_save(run.step, run.tensors, run.rank_state().to_json())
+    is_staged = run.checkpointer.begin_save(run.step, run.tensors, run.rank_state().to_json(), patience_s=patience_s)
     now = time.monotonic()
     run.cadence = run.cadence.saved(run.step, now)
     if is_staged:

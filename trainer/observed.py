@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .agreement import gradient_scale_of
+from .blocks import in_recomputation, opaque
 from .contract import BAD_STEP_KIND
 from .loader import MicroBatch
-from .parallel import whole
+from .portions import whole
 from .replay import View
 from .run import Run
 from .samples import IGNORED
@@ -39,7 +40,7 @@ class Forward:
     Attributes:
         rows: by module, in the order of the forward pass: figures of the samples that are wanted, see traceback.py.
         tensors: by rank and module: outputs, where a dump is wanted.
-        samples: one for each sample that is wanted: its place, its loss, its row of token ids.
+        samples: one for each sample that is wanted: its place and its loss.
     """
 
     run: Run
@@ -53,7 +54,9 @@ class Forward:
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         with activation_statistics(model, every=True) as found:
-            handles = [module.register_forward_hook(partial(self._take, name or LOGITS)) for name, module in model.named_modules()]
+            compiled = opaque(model)
+            seen = {name or LOGITS: module for name, module in model.named_modules() if not name.startswith(compiled)}
+            handles = [module.register_forward_hook(partial(self._take, name)) for name, module in seen.items()]
             try:
                 yield
             finally:
@@ -63,9 +66,12 @@ class Forward:
             self.rows = found.rows(wanted)
 
     def _wants(self, part: MicroBatch) -> bool:
-        return part.counts and self.view.rank in (None, part.share)
+        """The first rank of a tensor-parallel group tells of its samples; of what the group cuts it has its own part."""
+        return part.counts and not self.run.world.tensor_rank and self.view.rank in (None, part.share)
 
     def _take(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if in_recomputation():
+            return
         part = self.parts[self._calls]
         if self._wants(part) and isinstance(output, Tensor):
             if "activations" in self.view.dump:
@@ -76,14 +82,14 @@ class Forward:
             self._calls += 1
 
     def _take_samples(self, part: MicroBatch, logits_BTV: Tensor) -> None:
-        targets_BT = torch.from_numpy(part.rows[:, 1:]).to(logits_BTV.device)
+        targets_BT = torch.from_numpy(part.rows.targets).to(logits_BTV.device)
         flat = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="none")
         counts = (targets_BT != IGNORED).sum(1)
         losses = flat.view(targets_BT.shape).double().sum(1) / counts
         feed, (first, last) = self.run.feed, part.turns
         places = zip(feed.at(first, last).tolist(), feed.samples(first, last).tolist(), strict=True)
-        for (position, sample), loss, tokens, row in zip(places, losses.tolist(), counts.tolist(), part.rows, strict=True):
-            self.samples.append({"rank": part.share, "position": position, "sample": sample, "loss": loss, "tokens": tokens, "row": row})
+        for (position, sample), loss, tokens in zip(places, losses.tolist(), counts.tolist(), strict=True):
+            self.samples.append({"rank": part.share, "position": position, "sample": sample, "loss": loss, "tokens": tokens})
 
 
 class ObservedEngine:
@@ -102,7 +108,7 @@ class ObservedEngine:
         with self.forward.watching(self._engine.model):
             sums = self._engine.backward(parts, step=step)
         self.found["parameters"] = self._look(self._shards, "parameters", "-before")
-        tokens = float(self._run.world.gather([sums.tokens]).sum())
+        tokens = float(self._run.world.data.gather([sums.tokens]).sum())
         scale = gradient_scale_of(self._run, tokens)
         gradients = {name: shard.grad * scale for name, shard in self._shards.items() if shard.grad is not None}
         self.found["gradients"] = self._look(gradients, "gradients")
@@ -161,7 +167,7 @@ def observe(run: Run, parts: Sequence[MicroBatch], view: View, advance: Callable
     return {
         **observed.found,
         "activations": _together(forward.rows),
-        "samples": [{key: value for key, value in sample.items() if key != "row"} for sample in forward.samples],
+        "samples": forward.samples,
         "worst": _worst(run, forward.samples),
         "rejected": rejected,
     }
@@ -185,9 +191,7 @@ def _save_activations(forward: Forward, view: View) -> None:
 def _worst(run: Run, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of this process: the samples with the highest loss, those without a finite one first, with their text."""
     ordered = sorted(samples, key=badness, reverse=True)[:WORST]
-    shown = [{key: value for key, value in sample.items() if key != "row"} for sample in ordered]
-    texts = ({"place": place_of(run, sample["sample"]), "text": _text(run, sample["row"])} for sample in ordered)
-    return [own | text for own, text in zip(shown, texts, strict=True)]
+    return [{**sample, "place": place_of(run, sample["sample"]), "text": _text(run, sample["sample"])} for sample in ordered]
 
 
 def badness(sample: Mapping[str, Any]) -> float:
@@ -207,5 +211,6 @@ def place_of(run: Run, sample: int) -> str:
     return f"{numbers} of {run.config.data.source_key(number)}"
 
 
-def _text(run: Run, row: Any) -> str:
-    return run.tokens.tokenizer.decode([int(token) for token in row if token != IGNORED])
+def _text(run: Run, sample: int) -> str:
+    (ids,) = run.samples.ids(np.array([sample], dtype=np.uint64)).tolist()
+    return run.tokens.tokenizer.decode([token for token in ids if token != IGNORED])

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from . import rng
+from .best import Best
 from .data import skips_before
-from .optim import changed_hyper_parameters, changes, schedule_of
+from .optim import changed_hyper_parameters
 from .registry import Part, Registry
+from .schedule import changes, schedule_of
 from .spikes import Window
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ BY_STEP: Final = "by step"  # a loader whose index is the step: its workers have
 
 def registry_of(run: Run) -> Registry:
     """Every part of `run`."""
-    registry = Registry(rank=run.world.rank, world_size=run.world.size)
+    registry = Registry(rank=run.world.rank, world_size=run.world.size, tensor_parallel=run.world.tensor_size)
     registry.add(
         _progress(run),
         _position(run),
@@ -39,6 +41,7 @@ def registry_of(run: Run) -> Registry:
         _schedule(run),
         run.scaler.part(),
         _spikes(run),
+        _best(run),
         threads(),
         run.trace.part(),
         *_streams(run),
@@ -164,6 +167,22 @@ def _spikes(run: Run) -> Part:
     return Part(name="spike", capture=capture, restore=restore, check=check)
 
 
+def _best(run: Run) -> Part:
+    """What the evaluations have come to: without it a training that gets no better would go on for longer after each restart."""
+
+    def capture() -> dict[str, Any]:
+        return run.best.to_json()
+
+    def check(saved: dict[str, Any]) -> Iterable[str]:
+        Best.from_json(saved)  # raises where it cannot be read
+        return ()
+
+    def restore(saved: dict[str, Any]) -> None:
+        run.best = Best.from_json(saved)
+
+    return Part(name="best", capture=capture, restore=restore, check=check)
+
+
 def threads() -> Part:
     """Of PyTorch: how many a sum is split over decides its last bits, and nodes have different numbers of cores."""
 
@@ -198,7 +217,7 @@ def _streams(run: Run) -> list[Part]:
         return rng.derived_parts(lambda: rng.seed_everything(run.config.run.seed, run.step))  # as exact.py leaves them after a step
 
     def derive() -> str:
-        rng.seed_everything(run.config.run.seed, run.step, run.world.rank)
+        rng.seed_everything(run.config.run.seed, run.step, run.world.data_rank)
         return "random streams follow from (seed, step, rank)"
 
     return rng.parts(derive)

@@ -34,11 +34,10 @@ def poison(model: nn.Module, samples: Samples, feed: Feed) -> None:
         if unknown or spoil is None or "position" not in facts:
             raise ValueError(f"{POINT} knows position, module and way ({', '.join(WAYS)}), not {facts}")
         number = feed.order.samples(np.array([int(facts["position"])], dtype=np.uint64))
-        _plant(model, torch.from_numpy(samples.rows(number)[0, :-1]), facts.get("module", ""), spoil)
+        _plant(model, torch.from_numpy(samples.ids(number)[0, :-1]), facts.get("module", ""), spoil)
 
 
 def _plant(model: nn.Module, ids_T: Tensor, module: str, spoil: Callable[[Tensor, Tensor], Tensor]) -> None:
-    ids_T = ids_T.clamp(min=0)  # as the model is given padding
     is_hit: list[Tensor] = []  # of the batch that is under way, (B,)
 
     def look(_: nn.Module, args: tuple[Any, ...]) -> None:

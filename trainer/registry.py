@@ -15,6 +15,7 @@ from typing import Any, Final
 log = logging.getLogger("keepstep.trainer")
 
 PARTS: Final = "parts"  # their key in a rank's state
+TENSOR_PARALLEL: Final = "tensor_parallel"  # another key: of how many ranks one such group consisted, if not of one
 _REMEDY: Final = (
     "Resume it with the version of keepstep, the script and the sections of run.toml that it was saved with; "
     "its tensors alone are had with `keepstep checkpoints export`"
@@ -68,10 +69,14 @@ class Part:
 
 
 class Registry:
-    """The parts of one rank, in the order in which they are restored."""
+    """The parts of one rank, in the order in which they are restored.
 
-    def __init__(self, *, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
+    Args:
+        tensor_parallel: so many ranks have the same random streams and samples: a world with other groups is another one.
+    """
+
+    def __init__(self, *, rank: int, world_size: int, tensor_parallel: int = 1) -> None:
+        self.rank, self.world_size, self._tensor_parallel = rank, world_size, tensor_parallel
         self._parts: dict[str, Part] = {}
 
     def add(self, *parts: Part) -> None:
@@ -99,7 +104,7 @@ class Registry:
         missing = [name for name in self._parts if not all(name in parts for parts in saved)]
         extra = sorted(set[str]().union(*saved) - set(self._parts))
         there = [part for part in self._parts.values() if part.name not in missing]
-        found = {part.name: tuple(self._problems(part, [parts[part.name] for parts in saved], len(states))) for part in there}
+        found = {part.name: tuple(self._problems(part, [parts[part.name] for parts in saved], states)) for part in there}
         different = {name: problems for name, problems in found.items() if problems}
         if missing or extra or different:
             raise StateMismatch(missing=missing, extra=extra, different=different)
@@ -114,7 +119,7 @@ class Registry:
         saved, sentences = self._counting(states), dict[str, None]()
         for name, part in self._parts.items():
             values = [parts[name] for parts in saved]
-            if part.per_rank and len(states) != self.world_size:
+            if part.per_rank and not self._is_same_world(states):
                 assert part.elsewhere is not None
                 sentences[part.elsewhere(values)] = None
             else:
@@ -124,17 +129,21 @@ class Registry:
 
     def _counting(self, states: RankStates) -> list[Mapping[str, Json]]:
         """The parts that are compared: this rank's own; at another world size those of all ranks."""
-        count = [states[self.rank]] if len(states) == self.world_size else states
+        count = [states[self.rank]] if self._is_same_world(states) else states
         return [state.get(PARTS, {}) for state in count]
 
-    def _problems(self, part: Part, values: Sequence[Json], saved_by: int) -> Iterator[str]:
-        if saved_by == self.world_size or not part.per_rank:
+    def _is_same_world(self, states: RankStates) -> bool:
+        """Whether each rank of this one can go on from what the same rank of that one had."""
+        return len(states) == self.world_size and states[0].get(TENSOR_PARALLEL, 1) == self._tensor_parallel
+
+    def _problems(self, part: Part, values: Sequence[Json], states: RankStates) -> Iterator[str]:
+        if self._is_same_world(states) or not part.per_rank:
             if odd := [rank for rank, value in enumerate(values) if value != values[0]]:
                 told = f"rank 0 had saved {_short(values[0])}, rank {odd[0]} {_short(values[odd[0]])}"
                 yield f"{told}, so {self.world_size} ranks cannot go on from one of them"
             yield from _found(part.check, values[0])
         elif part.elsewhere is None:
-            yield f"every rank has its own, so what {saved_by} ranks had saved is nothing for {self.world_size}"
+            yield f"every rank has its own, so what {len(states)} ranks had saved is nothing for {self.world_size}"
         else:
             yield from (
                 f"of rank {rank}: {problem}" for rank, value in enumerate(values) for problem in _found(part.check_elsewhere, value)

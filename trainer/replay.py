@@ -54,6 +54,7 @@ class Stretch:
     last: int
     skips: tuple[str, ...] = ()
     threads: int = 0  # of PyTorch; 0: unknown
+    num_nodes: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

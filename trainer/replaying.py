@@ -22,6 +22,7 @@ from keepstep.storage.store import Store
 from keepstep.storage.verify import read_manifest
 
 from .attach import Attached
+from .config import TrainerConfig
 from .contract import ENV_SPEC, RankSpec
 from .handover import NONCE, FolderStaging
 from .replay import Job
@@ -40,11 +41,11 @@ _LOST_PEER = re.compile(
 class Replaying(Attached):
     """A rank that nobody watches; what it would have written down stays in `records`."""
 
-    def __init__(self, spec: RankSpec, rank: int, world_size: int) -> None:
+    def __init__(self, spec: RankSpec, rank: int, world_size: int, num_nodes: int) -> None:
         super().__init__(None)
         self.spec = spec
         self.rank = self.local_rank = rank
-        self.world_size = self.local_world_size = world_size
+        self.world_size, self.local_world_size = world_size, world_size // num_nodes  # on one machine, but grouped as they were
         self.records: list[dict[str, Any]] = []
 
     @property
@@ -115,9 +116,11 @@ def _replay(job: Job, rank: int, telling: Connection) -> dict[str, Any]:
     from .surroundings import surroundings
 
     stretch, view = job.stretch, job.view
-    me = Replaying(_spec(job), rank, job.num_processes)
+    in_turn = job.num_processes != stretch.world_size
+    config = _for_one_process(stretch.config) if in_turn else stretch.config
+    me = Replaying(_spec(job), rank, job.num_processes, 1 if in_turn else stretch.num_nodes)
     meeting = dist.FileStore(str(Path(job.folder, "meeting")), job.num_processes)  # type: ignore[attr-defined]
-    run = open_run(stretch.config, me, join(me, meeting))
+    run = open_run(config, me, join(me, meeting, train=config.train))
     assert run.step == stretch.after
     serial = _in_turn(job, run)
     views = []
@@ -136,17 +139,22 @@ def _replay(job: Job, rank: int, telling: Connection) -> dict[str, Any]:
     return {"records": me.records, "views": views, "streams": tuple(serial.streams) if serial else (), "surroundings": surroundings()}
 
 
+def _for_one_process(config: TrainerConfig) -> TrainerConfig:
+    """It has nobody to share the model with."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"sharding": "full", "tensor_parallel": 1})})
+
+
 def _in_turn(job: Job, run: Run) -> SerialEngine | None:
     """Where one process does the work of several ranks, its engine; with exact reduction the usual one does it already."""
     from . import rng
     from .serial import SerialEngine, streams_after_resume
 
-    num_ranks = job.stretch.world_size
+    num_ranks = job.stretch.world_size // job.stretch.config.train.tensor_parallel  # a group of several computes one share
     if run.config.cluster.exact_reduction:
         return None
-    if num_ranks == job.num_processes:
+    if job.stretch.world_size == job.num_processes:
         if job.derives:  # as many processes handed the state over, so open_run took what the share that came last had drawn from
-            rng.seed_everything(run.config.run.seed, run.step, run.world.rank)
+            rng.seed_everything(run.config.run.seed, run.step, run.world.data_rank)
         return None
     saved = job.streams or _saved_streams(job)
     run.engine = SerialEngine(run.engine, streams_after_resume(saved, num_ranks, seed=run.config.run.seed, step=run.step))
@@ -154,15 +162,16 @@ def _in_turn(job: Job, run: Run) -> SerialEngine | None:
 
 
 def _saved_streams(job: Job) -> list[Mapping[str, Any]]:
-    """Of every rank that saved the checkpoint."""
-    from .registry import PARTS
+    """Of every rank that saved the checkpoint; of one of each tensor-parallel group, whose streams are alike."""
+    from .registry import PARTS, TENSOR_PARALLEL
     from .rng import streams_in
 
     if job.origin is None:
         return []
     resume = job.origin.resume
     manifest = read_manifest(Store.open(job.origin.root), resume.directory, resume.manifest_sha256)
-    return [streams_in(rank.state[PARTS]) for rank in manifest.ranks]
+    saved = manifest.ranks[:: manifest.ranks[0].state.get(TENSOR_PARALLEL, 1)]
+    return [streams_in(rank.state[PARTS]) for rank in saved]
 
 
 def _hand_over(job: Job, run: Run) -> None:

@@ -1,6 +1,6 @@
 """Restoring: every byte is verified against the committed manifest before it reaches a tensor, and nothing is unpickled.
 
-A rank whose tensors are cut as they were saved (the same world size) reads its chunks straight into them. Otherwise DCP's load planner says
+A rank whose tensors are cut as they were saved (the same world size) reads its chunks straight into them. Otherwise DCP says
 which parts of which saved chunks make up each local one, and those rows alone are read. Either way it is one call for all tensors, so that
 the reader can read many blocks at once.
 """
@@ -16,15 +16,14 @@ from typing import Any, Final, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
 from keepstep.storage.collector import collector_paused
@@ -37,7 +36,7 @@ from keepstep.storage.verify import CheckpointReader, Piece, read_manifest
 from .attach import Attached
 from .contract import DAMAGED_KIND, Phase
 from .matching import skipped
-from .parallel import chunks_of
+from .portions import Portion, box, chunks_of, parts_of
 from .registry import Registry
 from .state import NestedTensors, byte_view, flatten, owner_of
 
@@ -199,26 +198,34 @@ def _uncut(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -> list[Par
     chunks = {(entry.name, entry.starts, entry.shape): entry for entry in saved if entry.shape != entry.global_shape}
     parts = []
     for name, tensor in flat.items():
-        if not isinstance(tensor, DTensor) and name in whole and tensor.numel():
+        if not isinstance(tensor, (DTensor, Portion)) and name in whole and tensor.numel():
             parts.append(whole_chunk(whole[name], tensor))  # of the same shape: that was compared
             continue
-        shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        for starts, sizes in chunks_of(tensor) if shard.numel() else ():
+        for (starts, sizes), part in zip(chunks_of(tensor), parts_of(tensor), strict=True):
+            if not part.numel():
+                continue
             entry = chunks.get((name, starts, sizes)) or whole.get(name)
             if entry is None or (entry.starts, entry.shape) != (starts, sizes):
                 return None
-            parts.append(whole_chunk(entry, shard))
+            parts.append(whole_chunk(entry, part))
     return parts
 
 
 def _resharded(saved: Iterable[TensorEntry], flat: Mapping[str, Tensor]) -> list[Part]:
-    planner = DefaultLoadPlanner()
-    planner.set_up_planner(dict(flat), metadata_of(saved := list(saved)), is_coordinator=False)
-    entries = {MetadataIndex(entry.name, entry.starts): entry for entry in saved}
-    items = planner.create_local_plan().items
-    return [
-        part_of(entries[item.storage_index], item.storage_offsets, item.lengths, planner.resolve_tensor(item).detach()) for item in items
-    ]
+    saved = list(saved)
+    entries = {(entry.name, entry.starts): entry for entry in saved}
+    described = metadata_of(saved).state_dict_metadata
+    parts = []
+    for name, tensor in flat.items():
+        there = described[name]
+        assert isinstance(there, TensorStorageMetadata)
+        for (starts, sizes), mine in zip(chunks_of(tensor), parts_of(tensor), strict=True):
+            here = ChunkStorageMetadata(offsets=torch.Size(starts), sizes=torch.Size(sizes))
+            for item in create_read_items_for_chunk_list(name, there, [here]) if mine.numel() else ():
+                assert item.storage_index.offset is not None
+                target = mine.detach()[box((tuple(item.dest_offsets), tuple(item.lengths)))]
+                parts.append(part_of(entries[name, tuple(item.storage_index.offset)], item.storage_offsets, item.lengths, target))
+    return parts
 
 
 def read_parts(reader: VerifiedReader, parts: Iterable[Part]) -> None:

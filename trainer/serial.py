@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import rng
 from .engine import Engine
 from .loader import MicroBatch
+from .models import LanguageModel
 from .optim import ShardOptimizer
 from .sums import Sums, exact
 
@@ -37,7 +38,7 @@ class SerialEngine:
         return self._engine.model
 
     @property
-    def sharded(self) -> nn.Module:
+    def sharded(self) -> LanguageModel:
         return self._engine.sharded
 
     @property
@@ -71,6 +72,9 @@ class SerialEngine:
 
     def update(self, *, lr: float, scale: float) -> None:
         self._engine.update(lr=lr, scale=scale)
+
+    def discard(self) -> None:
+        self._engine.discard()
 
 
 def _squares(gradients: Mapping[str, Tensor], num_ranks: int) -> list[float]:

@@ -23,7 +23,9 @@ from torch.distributed.tensor import DTensor
 from keepstep.storage.canonical import canonical_json, sha256_hex
 
 from .optim import ShardOptimizer
-from .parallel import whole
+from .parallel import placed
+from .portions import Portion, whole
+from .registry import TENSOR_PARALLEL
 
 _OWNED: Final = re.compile(r"(?:^|\.)rank-(\d{5})\.")
 NestedTensors = dict[str, dict[str, Any]]  # {"model": {name: tensor}, "optimizer": {name: {key: tensor}}}
@@ -34,10 +36,15 @@ class RankState:
     """What a rank keeps beside its tensors; the JSON under "state" of its rank index."""
 
     parts: Mapping[str, Any]  # see registry.py
+    best_step: int = -1  # whose checkpoint is to stay, see manifest.BEST_STEP; -1: none
     result: Mapping[str, Any] | None = None  # rank 0, final checkpoint: what result.json says
+    tensor_parallel: int = 1  # ranks that computed the same samples together: their streams are alike
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = asdict(self)
+        if self.tensor_parallel == 1:
+            del fields[TENSOR_PARALLEL]
+        return fields
 
 
 def tensors_of(model: nn.Module, optimizer: ShardOptimizer) -> NestedTensors:
@@ -45,15 +52,19 @@ def tensors_of(model: nn.Module, optimizer: ShardOptimizer) -> NestedTensors:
 
     The optimizer's moments are plain shards; here they carry the placement of their parameter.
     """
-    parameters = dict(model.named_parameters())
+    parameters = placed(model)
     moments = {
         name: {key: placed_like(parameters[name], value) for key, value in state.items()} for name, state in optimizer.state().items()
     }
-    return {"model": {name: parameter.detach() for name, parameter in parameters.items()}, "optimizer": moments}
+    return {"model": parameters, "optimizer": moments}
 
 
-def placed_like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A shard as the part of the whole that it is: a DTensor where `parameter` is one and has this shape; shares memory."""
+def placed_like(parameter: Tensor | Portion, value: Tensor) -> Tensor | Portion:
+    """A shard as the part of the whole that it is: a DTensor or Portion where `parameter` is one and has this shape; shares memory."""
+    if isinstance(parameter, Portion) and value.ndim == parameter.ndim:
+        held = placed_like(parameter.held, value)
+        assert isinstance(held, Tensor)
+        return parameter.like(held)
     if not isinstance(parameter, DTensor) or value.ndim != parameter.ndim:
         return value
     return DTensor.from_local(

@@ -13,7 +13,6 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .config import TraceSection
 from .loader import MicroBatch
@@ -37,9 +36,8 @@ class StepTrace:
 
     def __init__(self, config: TraceSection, optimizer: ShardOptimizer, world: World) -> None:
         self._interval, self._updates, self._world = config.interval, config.updates, world
-        counted = {name: is_counted(parameter, world.rank) for name, parameter in optimizer.parameters.items()}
         self._names = tuple(optimizer.parameters)
-        self._shards = {name: shard for name, shard in optimizer.shards.items() if counted[name] and shard.numel()}
+        self._shards = {name: shard for name, shard in optimizer.shards.items() if name in optimizer.counted and shard.numel()}
         self._values = [shard.detach() for shard in self._shards.values()]
         self._before = [torch.empty_like(value) for value in self._values] if config.updates else []
         self._squares = torch.zeros(0, dtype=torch.float64)  # of the shards, before this step's update
@@ -142,15 +140,6 @@ class StepTrace:
             rows[mine, _SQUARE] = self._squares
             rows[mine, _UPDATE_SQUARE] = self._update_squares
         return rows.cpu()
-
-
-def is_counted(parameter: Tensor, rank: int) -> bool:
-    """Whether this rank's part of it belongs into sums over ranks: what several ranks hold alike counts once, with the first of them."""
-    if not isinstance(parameter, DTensor):
-        return rank == 0
-    coordinates = parameter.device_mesh.get_coordinate()
-    assert coordinates is not None
-    return all(placement.is_shard() or at == 0 for placement, at in zip(parameter.placements, coordinates, strict=True))
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ from .samples import Samples
 def throw_away_step(config: TrainerConfig, world: World, samples: Samples, engine: Engine) -> None:
     """Collective. One step with the shapes of a real one, and then as if there had been none, but for the parameters' values."""
     streams, threads = rng.capture(), torch.get_num_threads()
-    initialise(engine.sharded, seed=config.run.seed, layers=config.model.layers)  # what memory holds may be no number, and slow
+    initialise(engine.sharded, seed=config.run.seed)  # what memory holds may be no number, and slow
     engine.settle()
     shares, num_shares = engine.shares
     share = Share(

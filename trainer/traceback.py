@@ -19,6 +19,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from .blocks import in_recomputation, opaque
+
 LOGITS: Final = "logits"  # what the whole model gives
 _ACTIVATIONS: Final = (nn.GELU, nn.ReLU, nn.SiLU)  # their outputs are units that may die
 _EXACT: Final = (torch.float32, torch.float64)
@@ -167,12 +169,14 @@ def activation_statistics(model: nn.Module, *, every: bool = False, gradients: b
     """Looks at what modules of `model` give, in every forward pass inside the `with`.
 
     Args:
-        every: all modules; else those that `watched` names.
+        every: all modules; else those that `watched` names. What is compiled with its block cannot be looked at.
         gradients: also the loss's gradient with respect to each of these outputs, as "NAME:grad". As costly again.
     """
     found = Activations()
     modules = {name or LOGITS: module for name, module in model.named_modules()} if every else watched(model)
-    handles = [module.register_forward_hook(partial(_look_at_output, found, name, gradients)) for name, module in modules.items()]
+    compiled = opaque(model)
+    seen = {name: module for name, module in modules.items() if not name.startswith(compiled)}
+    handles = [module.register_forward_hook(partial(_look_at_output, found, name, gradients)) for name, module in seen.items()]
     handles.append(model.register_forward_hook(found.end_call))
     try:
         yield found
@@ -194,7 +198,7 @@ def watched(model: nn.Module) -> Mapping[str, nn.Module]:
 
 def _look_at_output(found: Activations, name: str, gradients: bool, module: nn.Module, inputs: Any, output: Any) -> None:
     """A forward hook that returns nothing: the output stays what it is."""
-    if not isinstance(output, Tensor):
+    if not isinstance(output, Tensor) or in_recomputation():
         return
     found.look(name, output, units=isinstance(module, _ACTIVATIONS))
     if gradients and output.requires_grad:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .blocks import in_recomputation
+
 ROOT = "model"
 
 
@@ -29,6 +31,7 @@ class Traced:
     bad_B: Tensor | None = None  # backward: samples with a gradient that is not finite somewhere
     is_bad_weight: bool = False  # backward: the gradient of a parameter, over all samples of the pass, is not finite
     _seen: int = 0
+    _samples: int = 0  # of the pass
     _callers: list[str] = field(default_factory=list)
     _users: dict[int, str] = field(default_factory=dict)  # id of a tensor -> the module that backward enters behind it
     _kept: list[Tensor] = field(default_factory=list)  # so that ids stay theirs
@@ -56,7 +59,11 @@ def traced(model: nn.Module) -> Iterator[Traced]:
 
 
 def _enter(found: Traced, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    if in_recomputation():
+        return
     caller = found._callers[-1] if found._callers else ROOT
+    if not found._callers and args:
+        found._samples = len(args[0])
     for tensor in _floating(args):
         _look(found, tensor, caller)
         _watch(found, tensor, name)
@@ -66,6 +73,8 @@ def _enter(found: Traced, name: str, module: nn.Module, args: tuple[Any, ...]) -
 
 
 def _leave(found: Traced, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if in_recomputation():
+        return
     found._callers.pop()
     caller = found._callers[-1] if found._callers else ROOT
     for tensor in _floating(output):
@@ -82,9 +91,9 @@ def _look(found: Traced, tensor: Tensor, module: str) -> None:
 def _watch(found: Traced, tensor: Tensor, user: str, *, is_weight: bool = False) -> None:
     """Whoever uses the tensor last, and innermost, is whose backward pass makes its gradient; each tensor has one hook.
 
-    Tensors without a dimension for samples, such as embeddings of positions, (T, C), are left out.
+    Tensors without a dimension for samples, such as embeddings of positions, (T, C) or (1, T, C), are left out.
     """
-    if not (tensor.requires_grad and torch.is_grad_enabled() and (is_weight or tensor.ndim > 2)):
+    if not (tensor.requires_grad and torch.is_grad_enabled() and (is_weight or (tensor.ndim > 2 and len(tensor) == found._samples))):
         return
     if id(tensor) not in found._users:
         look = _look_back_at_weight if is_weight else _look_back

@@ -10,29 +10,31 @@ from pathlib import Path
 
 from keepstep.storage.errors import NotFound
 from keepstep.storage.layout import RUN_CONFIG_KEY
-from keepstep.storage.records import Commit
-from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 from keepstep.storage.verify import CheckpointReader, read_manifest
 
 from .config import TrainerConfig
-from .models import Gpt, build_model
+from .models import LanguageModel, build_model
+from .origin import Wanted, commit_of_step
 from .parallel import initialise
+from .pinned import pinned
 from .restore import restore
 from .tokens import Tokens, open_tokens
+
+__all__ = ["Trained", "Wanted", "commit_of_step", "load_trained"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
     config: TrainerConfig
     tokens: Tokens
-    model: Gpt  # in evaluation mode, on the CPU
+    model: LanguageModel  # in evaluation mode, on the CPU
     step: int
     skipped: tuple[str, ...] = ()  # tensors that differ, and may: as `initialise` made them
 
 
-def load_trained(root: str, step: int | None = None, *, partial: Sequence[str] = ()) -> Trained:
-    """The model of a committed checkpoint, of the newest one for None. Every byte is verified.
+def load_trained(root: str, step: Wanted = None, *, partial: Sequence[str] = ()) -> Trained:
+    """The model of a committed checkpoint, of the newest one for None, of that with the best evaluation for "best". Every byte is verified.
 
     Args:
         partial: patterns of the names of tensors that may differ from those that run.toml describes; see `restore`.
@@ -47,11 +49,13 @@ def load_trained(root: str, step: int | None = None, *, partial: Sequence[str] =
     commit = commit_of_step(store, step)
     with tempfile.TemporaryDirectory(prefix="keepstep-") as scratch:  # mapped files stay readable after they are gone
         tokens = open_tokens(store, Path(scratch), streaming=True)  # nobody reads the training text
-    model = build_model(config.model, tokens.index.vocabulary)
+    outputs = len(tokens.index.labels) if config.train.objective == "classes" else 0
+    with pinned(config, store) as described:
+        model = build_model(described.model, tokens.index.vocabulary, outputs=outputs, train=config.train)
     manifest = read_manifest(store, commit.directory, commit.manifest_sha256)
     reader = CheckpointReader(store, commit.directory, manifest)
     if partial:
-        initialise(model, seed=config.run.seed, layers=config.model.layers)
+        initialise(model, seed=config.run.seed)
     restored = restore(manifest, reader, {"model": {name: value.detach() for name, value in model.named_parameters()}}, partial=partial)
     return Trained(config=config, tokens=tokens, model=model.eval(), step=commit.step, skipped=restored.skipped)
 
@@ -61,17 +65,3 @@ def _config(store: Store) -> TrainerConfig:
         return TrainerConfig.model_validate(tomllib.loads(store.get(RUN_CONFIG_KEY).decode()))
     except NotFound:
         raise ValueError(f"{store.name} holds no run: there is no {RUN_CONFIG_KEY} in it") from None
-
-
-def commit_of_step(store: Store, step: int | None) -> Commit:
-    """The usable commit of a step, for None the newest. Raises ValueError where there is none, naming those that are there."""
-    lineage = RunLog.open(store).lineage
-    usable = [commit for commit in lineage.commits if lineage.is_usable(commit)]
-    if not usable:
-        raise ValueError(f"{store.name} holds no committed checkpoint yet")
-    if step is None:
-        return usable[-1]
-    found = next((commit for commit in usable if commit.step == step), None)
-    if found is None:
-        raise ValueError(f"step {step} is not committed in {store.name}; committed are {', '.join(str(commit.step) for commit in usable)}")
-    return found

@@ -90,7 +90,7 @@ class TestSaving:
         assert index.files[0].hashes == hash_blocks(memoryview(content_of(20)))
         assert (index.tensors, index.state) == (tensors_of(NUM_BYTES), {"rng": 20})
         of = {"attempt": 1, "step": 20, "rank": 0}
-        durable = {"directory": directory, "index_sha256": sha256_hex(node.store.get(key)), "num_bytes": NUM_BYTES + 100}
+        durable = {"directory": directory, "index_sha256": sha256_hex(node.store.get(key)), "num_bytes": NUM_BYTES + 100, "best_step": -1}
         assert node.lines == [{"kind": "persisted", **of, **durable}]
 
     def test_tensors_are_sent_once_and_stand_in_every_index(self, node: Node) -> None:

@@ -59,7 +59,7 @@ def change_sizes(start: Start, folder: Path, *overrides: str) -> LiveRun:
 def prove_ledger(run: LiveRun) -> None:
     """Each sample of the beginning of the canonical order was consumed once."""
     config = TrainerConfig.model_validate(tomllib.loads(run.store.get("run.toml").decode()))
-    samples = samples_of(open_tokens(run.store), config.data, config.model.context)
+    samples = samples_of(open_tokens(run.store), config)
     history = RunLog.open(run.store).lineage.history(read_steps(run.store))
     ledger = check_ledger([step.record for step in history], samples, feed_for(samples.sizes, config))
     assert ledger.problems == ()

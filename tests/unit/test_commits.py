@@ -25,7 +25,7 @@ ROWS = 8
 NONCE = "nonce-1"
 
 
-def part(store: Store, step: int, rank: int, *, attempt: int = 1, first_row: int | None = None) -> RankIndex:
+def part(store: Store, step: int, rank: int, *, attempt: int = 1, first_row: int | None = None, best_step: int = -1) -> RankIndex:
     """One rank's part of a tensor of WORLD * ROWS bytes, durable."""
     data = bytes([step % 256, rank] * (ROWS // 2))
     tensor = TensorEntry(
@@ -46,7 +46,7 @@ def part(store: Store, step: int, rank: int, *, attempt: int = 1, first_row: int
         directory=checkpoint_directory(attempt, step, NONCE),
         files=(StagedFile(name=shard_name(rank), offset=0, num_bytes=ROWS),),
         tensors=(tensor,),
-        state={"rng": step},
+        state={"rng": step, "best_step": best_step},
         data=memoryview(data),
     )
     return RankIndex.parse(persist(store, submission, lambda: None))
@@ -104,6 +104,28 @@ def test_a_successor_rolls_a_whole_directory_forward(tmp_path: Path, begun: tupl
     assert (found.resume.step, steps_of(log)) == (40, [40])
     verify_checkpoint(store, found.resume.directory, found.resume.manifest_sha256)
     assert not find(logbook).rolled_forward, "once is enough"
+
+
+def test_the_best_evaluated_one_is_rolled_forward_too(tmp_path: Path, begun: tuple[RunLog, Logbook]) -> None:
+    """Nobody could commit it behind a newer one."""
+    for step in (20, 40, 60):
+        for rank in range(WORLD):
+            part(begun[0].store, step, rank, best_step=40 if step >= 40 else 20)
+    log, logbook = open_term(tmp_path)
+    found = find(logbook)
+    assert found.resume
+    assert (found.resume.step, steps_of(log)) == (60, [40, 60])
+    best = log.lineage.best()
+    assert best
+    assert best.step == 40
+
+
+def test_a_commit_says_which_step_was_the_best(begun: tuple[RunLog, Logbook]) -> None:
+    log, logbook = begun
+    for step, best_step in ((20, 20), (40, 20), (60, -1)):
+        request = commit_request([part(log.store, step, rank, best_step=best_step) for rank in range(WORLD)])
+        logbook.commit(write_manifest(log.store, request))
+    assert [commit.best_step for commit in log.lineage.commits] == [20, 20, -1]
 
 
 def test_what_lacks_a_part_is_never_committed(tmp_path: Path, begun: tuple[RunLog, Logbook]) -> None:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from keepstep.orchestrator.config import RunConfig, explain_difference, identity, load, parse, settled, to_toml
 from keepstep.orchestrator.errors import InputError
-from keepstep.orchestrator.relations import shown
+from keepstep.orchestrator.rules import shown
 from keepstep.orchestrator.sections import known_keys, section_types, value_of
-from keepstep.trainer.config import TrainerConfig
+from keepstep.trainer.config import EvaluateSection, TrainerConfig
 
 GOLDEN = Path(__file__).with_name("config_keys.txt")
 
@@ -119,7 +119,9 @@ class TestUnknownKeys:
         assert problem(text) == f"run.toml: {message}"
 
     def test_where_nothing_is_near_the_known_ones_are_listed(self) -> None:
-        assert problem("[evaluate]\nzzzzzz = 1\n") == "run.toml: evaluate.zzzzzz is not a key; known are interval, max_tokens"
+        assert problem("[evaluate]\nzzzzzz = 1\n") == "run.toml: evaluate.zzzzzz is not a key; known are " + ", ".join(
+            EvaluateSection.model_fields
+        )
 
     def test_an_unknown_override_is_refused_alike(self) -> None:
         assert problem("", "cluster.node=2") == "-o: cluster.node is not a key; did you mean cluster.nodes?"
@@ -184,7 +186,7 @@ class TestTypes:
             ("cluster.lease_s = 0", "cluster.lease_s = 0 must be greater than 0"),
             ("run.name = 3", "run.name = 3 must be a valid string"),
             ('run.name = "a b"', 'run.name = "a b" must match pattern'),
-            ('data.tokenizer = "word"', "data.tokenizer = \"word\" must be 'bpe' or 'bytes'"),
+            ('data.pack = "word"', "data.pack = \"word\" must be 'stream' or 'documents'"),
             ("checkpoint.interval = true", "checkpoint.interval = true must be a valid integer or be a valid string"),
             ("train.script_args = [1]", "train.script_args[0] = 1 must be a valid string"),
             ("optimizer.lr = nan", "optimizer.lr = NaN must"),

@@ -9,7 +9,8 @@ import pytest
 
 from keepstep.orchestrator.config import parse
 from keepstep.orchestrator.errors import InputError
-from keepstep.orchestrator.relations import RULES, shown
+from keepstep.orchestrator.relations import RULES
+from keepstep.orchestrator.rules import shown
 from keepstep.orchestrator.sections import known_keys
 
 
@@ -77,6 +78,70 @@ BREAKING: Mapping[str, tuple[str, str]] = {
         "data.streaming = true reads ahead by itself, with connections that its forks cannot use: train.loader_workers = 2 must be 0",
     ),
     "optimizer.warmup_steps <= run.steps": ("run.steps = 10", "optimizer.warmup_steps = 20 must not exceed run.steps = 10"),
+    "bert hides tokens": ('model.kind = "bert"', 'model.kind = "bert" does not go with train.objective = "next-token"'),
+    "a folder of hf": ('model.kind = "hf"', 'model.kind = "hf" and model.folder = "" do not go together'),
+    "model.kv_heads | model.heads": ("model.kv_heads = 3", "model.kv_heads = 3 must divide model.heads = 4"),
+    "optimizer.nesterov": (
+        "optimizer.nesterov = true",
+        'optimizer.nesterov = true is a kind of momentum of optimizer.kind = "sgd": give that',
+    ),
+    "cluster.exact_reduction fully sharded": (
+        'train.sharding = "none"\ncluster.exact_reduction = true\ncluster.logical_ranks = 2',
+        'cluster.exact_reduction = true has an order of its own for sums: train.sharding = "none" must be "full" and',
+    ),
+    "train.tensor_parallel of transformers": (
+        'model.kind = "gru"\ntrain.tensor_parallel = 2',
+        'train.tensor_parallel = 2 is for transformers of our own: model.kind = "gru" must be',
+    ),
+    "train.tensor_parallel | model.heads": (
+        "train.tensor_parallel = 3",
+        "train.tensor_parallel = 3 must divide model.heads = 4, model.kv_heads = 0 and the inner width (model.inside = 0;",
+    ),
+    "train.tensor_parallel | cluster.ranks_per_node": (
+        "train.tensor_parallel = 2\ncluster.ranks_per_node = 3",
+        "train.tensor_parallel = 2 must divide cluster.ranks_per_node = 3: those ranks are neighbours",
+    ),
+    "train.tensor_parallel or train.lora.rank": (
+        "train.tensor_parallel = 2\ntrain.lora.rank = 4",
+        "train.tensor_parallel = 2 cuts the layers that train.lora.rank = 4 adapts",
+    ),
+    "train.activation_checkpointing of rows without state": (
+        'model.kind = "gru"\ndata.order = "streams"\ntrain.activation_checkpointing = true',
+        'train.activation_checkpointing = true would compute the state of a row twice: not with data.order = "streams"',
+    ),
+    "train.lora.rank of linear layers": (
+        'model.kind = "gru"\ntrain.lora.rank = 4',
+        'train.lora.rank = 4 adapts linear layers, and those of model.kind = "gru" are none',
+    ),
+    "train.objective of records": (
+        'train.objective = "pairs"',
+        'train.objective = "pairs" needs files of records: name a JSONL or Parquet file in data.source = "installed-docs"',
+    ),
+    "train.compile of transformers": (
+        'model.kind = "gru"\ntrain.compile = true',
+        'train.compile = true is for transformers: model.kind = "gru" has',
+    ),
+    "data.tokenizer": ('data.tokenizer = "word"', 'data.tokenizer = "word" must be "bpe", "unigram", "words", "characters", "bytes", or'),
+    "data.order of recurrent models": ('data.order = "streams"', 'data.order = "streams" is for recurrent models'),
+    "data.order of one text": (
+        'model.kind = "gru"\ndata.order = "streams"\ndata.pack = "documents"',
+        'data.order = "streams" needs one text without gaps: not several data.sources = [], and "stream", not data.pack = "documents"',
+    ),
+    "data.order without cluster.exact_reduction": (
+        'model.kind = "gru"\ndata.order = "streams"\ncluster.exact_reduction = true\ncluster.logical_ranks = 2',
+        'data.order = "streams" keeps the state of a row on the rank that computes it',
+    ),
+    "data.vocabulary of bytes": ("data.vocabulary = 200", 'data.vocabulary = 200 must be at least 258 for data.tokenizer = "bpe"'),
+    "train.truncate": ("train.truncate = true", 'train.truncate = true is of pairs and classes: train.objective = "next-token" must be'),
+    "train.start_without": (
+        'train.start_without = ["head.weight"]',
+        'train.start_without = ["head.weight"] names what train.start = "" may lack',
+    ),
+    "evaluate.patience": ("evaluate.patience = 2", "evaluate.patience = 2 counts evaluations: evaluate.interval = 0 must be at least 1"),
+    "evaluate.generate": (
+        "evaluate.generate = 2",
+        'evaluate.generate = 2 completes held-out prompts: train.objective = "next-token" must be',
+    ),
     "samples >= logical ranks": (
         "cluster.exact_reduction = true\ncluster.logical_ranks = 40",
         "train.batch_tokens = 4096 with model.context = 128 gives fewer samples than there are logical ranks (cluster.logical_ranks = 40)",

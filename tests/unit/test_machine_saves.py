@@ -32,6 +32,23 @@ def test_the_newest_complete_save_comes_first() -> None:
     assert request.step == 40
 
 
+def test_before_it_comes_the_one_with_the_best_evaluation() -> None:
+    told = [part(0), part(1), *(part(rank, 40).model_copy(update={"best_step": 20}) for rank in (0, 1))]
+    found = saves.note(BEGUN, told)
+    request = saves.complete(found, 2)
+    assert request is not None
+    assert (request.step, saves.newest_whole(found, 2)) == (20, 40)
+    request = saves.complete(saves.commit(found, commit(20)), 2)
+    assert request is not None
+    assert request.step == 40
+
+
+def test_the_newest_whole_save_counts_whether_it_is_committed_or_not() -> None:
+    assert saves.newest_whole(BEGUN, 2) == -1
+    assert saves.newest_whole(saves.note(BEGUN, [part(0), part(1), part(0, 40)]), 2) == 20
+    assert saves.newest_whole(saves.commit(BEGUN, commit(60)), 2) == 60
+
+
 def test_parts_of_other_attempts_and_older_steps_are_dropped() -> None:
     found = saves.commit(BEGUN, commit(40))
     assert saves.note(found, [part(0, 60, attempt=1), part(0, 40), part(0, 20)]) is found

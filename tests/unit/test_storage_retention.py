@@ -28,8 +28,9 @@ def began(attempt: int, resume: tuple[int, int] | None = None) -> Attempt:
     return Attempt(term=1, attempt=attempt, nodes=("a#1",), world_size=1, resume_step=step, resume_directory=path, nonce="n")
 
 
-def commit(step: int, attempt: int = 1) -> Commit:
-    return Commit(term=1, attempt=attempt, step=step, directory=directory(step, attempt), manifest_sha256="00", world_size=1)
+def commit(step: int, attempt: int = 1, best_step: int = -1) -> Commit:
+    path = directory(step, attempt)
+    return Commit(term=1, attempt=attempt, step=step, directory=path, manifest_sha256="00", world_size=1, best_step=best_step)
 
 
 def verified(*steps: int) -> list[Record]:
@@ -126,6 +127,28 @@ class TestWhatStays:
         assert steps(chosen) == [20]
         assert chosen.stays[directory(10)] == "the newest that was read back"
 
+    def test_the_best_evaluated_one_of_each_that_stays(self) -> None:
+        """A run that is rewound to one of them has that one's best again."""
+        best = {10: 10, 20: 10, 30: 30, 40: 30, 50: 30, 60: 60}
+        lineage = lineage_of(began(1), *(commit(step, best_step=best[step]) for step in best), *verified(*best))
+        assert steps(choose_retired(lineage, keep=1)) == [10, 20, 30, 40, 50], "60 is the best one itself"
+        chosen = choose_retired(lineage, keep=2)
+        assert steps(chosen) == [10, 20, 40]
+        assert chosen.stays[directory(30)] == "the best evaluation, as of step 50"
+        assert (
+            directory(10)
+            in choose_retired(lineage_of(began(1), *(commit(step, best_step=10) for step in best), *verified(*best)), keep=1).stays
+        )
+
+    def test_a_best_one_that_is_damaged_or_left_the_history_is_no_reason(self) -> None:
+        commits = [commit(step, best_step=20) for step in STEPS[1:]]
+        lineage = lineage_of(began(1), commit(10, best_step=10), *commits, *verified(*STEPS))
+        assert lineage.best() == commits[0]
+        assert fold(lineage, damaged(20)).best() is None
+        back = fold(lineage, rewound(10))
+        assert back.best() == back.commits[0], "as of step 10, step 10 was the best"
+        assert directory(20) not in choose_retired(back, keep=1).stays
+
     def test_fewer_than_one_cannot_be_kept(self) -> None:
         with pytest.raises(ValueError, match="keep = 0"):
             choose_retired(Lineage(), keep=0)
@@ -144,6 +167,11 @@ class TestRefusals:
         retire = Retire(term=1, directories=(directory(20),))
         assert refusal(lineage, retire) == f"it would retire {directory(20)}, from which attempt 2 is starting"
         assert not refusal(fold(lineage, commit(30, 2)), retire)
+
+    def test_the_log_refuses_to_lose_the_best_evaluated_one(self) -> None:
+        lineage = lineage_of(began(1), *(commit(step, best_step=20) for step in STEPS), *verified(*STEPS))
+        assert refusal(lineage, Retire(term=1, directories=(directory(20),))) == "it would retire the checkpoint with the best evaluation"
+        assert not refusal(lineage, Retire(term=1, directories=(directory(10), directory(30))))
 
 
 class TestGarbage:
@@ -193,7 +221,9 @@ class History:
             target = data.draw(st.sampled_from(usable), label="rewound to")
             return Rewind(term=1, directory=target.directory if target else "", step=target.step if target else -1)
         if kind == "c":
-            return commit(lineage.committed_step + data.draw(st.integers(1, 9), label="steps"), newest.attempt)
+            step = lineage.committed_step + data.draw(st.integers(1, 9), label="steps")
+            before = lineage.commits[-1].best_step if lineage.commits else -1
+            return commit(step, newest.attempt, step if data.draw(st.booleans(), label="is the best") else before)
         if not lineage.live:
             return None
         path = data.draw(st.sampled_from(lineage.live), label=kind).directory
@@ -233,7 +263,10 @@ def test_whatever_happened_retention_keeps_its_promises(data: st.DataObject, pol
     assert set(newest) <= usable_verified(after), "the newest verified ones survive"
     assert before.newest_committed() == after.newest_committed(), "nobody resumes from elsewhere"
     assert choose_retired(after, **policy).retire == (), "nothing more goes until something happens"
-    usable = [c for c in after.commits if c.directory not in after.pinned and after.is_usable(c)]
+    bests = {path for path, why in chosen.stays.items() if why.startswith("the best")}
+    for kept in after.commits:
+        assert not after.is_usable(kept) or kept.directory in bests or after.best(kept) == before.best(kept), "nor their best ones"
+    usable = [c for c in after.commits if c.directory not in after.pinned and after.is_usable(c) and c.directory not in bests]
     if usable_verified(before) and not policy["every"] and not policy["trust_writes"]:
         verified_steps = [c.step for c in after.commits if c.directory in usable_verified(after)]
         assert len([c for c in usable if c.step <= verified_steps[-1]]) <= policy["keep"], "and what stays is bounded"

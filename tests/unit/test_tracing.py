@@ -52,7 +52,9 @@ def root(tmp_path: Path) -> Path:
     def of(step: int) -> dict[str, Any]:
         return record(step, layers=layers) if step % 10 == 0 else record(step)
 
-    evaluation = {"evaluation": {"step": STEPS, "held_out_nats": 4.6, "perplexity": 99.5}}
+    evaluation = {
+        "evaluation": {"step": STEPS, "held_out_nats": 4.6, "held_out_tokens": 9, "perplexity": 99.5, "accuracy": 0.125, "f1": None}
+    }
     store = rooted(
         tmp_path,
         [attempt(1), commit(1, 30), attempt(2, 30, 1), commit(2, STEPS)],
@@ -94,7 +96,7 @@ class TestCommand:
         assert document["steps"]["update_ratio"][-1] is None
         assert document["lost"]["step"] == [31, 32, 33, 34, 35]
         assert [(a["attempt"], a["kept_steps"], a["lost_steps"]) for a in document["attempts"]] == [(1, 30, 5), (2, 30, 0)]
-        assert document["evaluations"] == [{"step": 60, "attempt": 2, "nats": 4.6, "perplexity": 99.5}]
+        assert document["evaluations"] == [{"step": 60, "attempt": 2, "nats": 4.6, "perplexity": 99.5, "accuracy": 0.125, "f1": None}]
         assert document["findings"] == []
         assert document["ledger"] is None
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from keepstep.trainer import loop
+from keepstep.trainer.best import Best
 from keepstep.trainer.cadence import Auto, Cadence, EverySeconds, EverySteps, Interval, parse_interval
 from keepstep.trainer.contract import Pacing
 from keepstep.trainer.run import SaveRequests
@@ -91,10 +92,14 @@ def test_one_showing_of_a_save_request_is_one_save() -> None:
 def test_what_is_due_together_is_evaluated_before_it_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever goes on from that checkpoint begins behind the evaluation: after the save it would be lost with any rank."""
     happened: list[str] = []
-    config = SimpleNamespace(run=SimpleNamespace(steps=5), train=SimpleNamespace(loader_workers=0), evaluate=SimpleNamespace(interval=2))
+    config = SimpleNamespace(
+        run=SimpleNamespace(steps=5),
+        train=SimpleNamespace(loader_workers=0, compile=False),
+        evaluate=SimpleNamespace(interval=2, patience=0, generate=0),
+    )
     ready = SimpleNamespace(get_ready=lambda tensors: None)
-    me, world = SimpleNamespace(report=lambda phase, step: None), SimpleNamespace(rank=0)
-    run = SimpleNamespace(config=config, me=me, world=world, checkpointer=ready, tensors={}, step=0, share=None)
+    me, world = SimpleNamespace(report=lambda phase, step, within_s=0.0: None), SimpleNamespace(rank=0)
+    run = SimpleNamespace(config=config, me=me, world=world, checkpointer=ready, tensors={}, step=0, share=None, best=Best(), is_over=False)
 
     def advance(run: Any, parts: Any) -> SimpleNamespace:
         run.step += 1

@@ -57,7 +57,7 @@ def reference(root: Path, made: dict[str, Any]) -> list[tuple[float, float, int]
     import torch
     import torch.nn.functional as F
 
-    from keepstep.trainer.optim import learning_rate
+    from keepstep.trainer.schedule import learning_rate
 
     config, model, feed, samples = opened(root, made)
     optimizer = torch.optim.AdamW(
@@ -65,7 +65,7 @@ def reference(root: Path, made: dict[str, Any]) -> list[tuple[float, float, int]
     )
     curve = []
     for step in range(1, config.run.steps + 1):
-        rows = torch.from_numpy(samples.rows(feed.samples(*feed.turns(step))))
+        rows = torch.from_numpy(samples.ids(feed.samples(*feed.turns(step))))
         loss = F.cross_entropy(model(rows[:, :-1].clamp(min=0)).flatten(0, 1), rows[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()
         loss.backward()
@@ -86,10 +86,10 @@ def opened(root: Path, made: dict[str, Any]) -> tuple[TrainerConfig, Any, Any, A
 
     config = TrainerConfig.model_validate(made)
     tokens = open_tokens(Store.open(root))
-    samples = samples_of(tokens, config.data, config.model.context)
+    samples = samples_of(tokens, config)
     model = build_model(config.model, tokens.index.vocabulary)
     model.to_empty(device="cpu")
-    initialise(model, seed=config.run.seed, layers=config.model.layers)
+    initialise(model, seed=config.run.seed)
     return config, model, feed_for(samples.sizes, config), samples
 
 

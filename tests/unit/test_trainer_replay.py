@@ -30,9 +30,10 @@ from keepstep.trainer.config import ModelSection, TrainerConfig
 from keepstep.trainer.contract import Resume
 from keepstep.trainer.data import feed_for
 from keepstep.trainer.models import Gpt, build_model
-from keepstep.trainer.optim import clip_scale, learning_rate
+from keepstep.trainer.optim import clip_scale
 from keepstep.trainer.replay import Job, Stretch, replay
 from keepstep.trainer.samples import samples_of
+from keepstep.trainer.schedule import learning_rate
 from keepstep.trainer.tokens import open_tokens
 
 pytestmark = pytest.mark.slow
@@ -243,8 +244,8 @@ class ByHand:
 
 def by_hand(config: TrainerConfig, before: Mapping[str, torch.Tensor], root: Path, scratch: Path) -> ByHand:
     tokens = open_tokens(Store.open(root), scratch)
-    samples = samples_of(tokens, config.data, config.model.context)
-    rows = torch.from_numpy(samples.rows(feed_for(samples.sizes, config).samples(0, 8)))
+    samples = samples_of(tokens, config)
+    rows = torch.from_numpy(samples.ids(feed_for(samples.sizes, config).samples(0, 8)))
     model = build_model(ModelSection(**dict(config.model)), tokens.index.vocabulary)
     model.load_state_dict(dict(before))
     outputs = dict[str, torch.Tensor]()

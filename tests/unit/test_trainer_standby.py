@@ -20,6 +20,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16": {"train": {"precision": "bf16", "reshard": False, "micro_batch_samples": 1}},
     "fp16": {"train": {"precision": "fp16"}, "trace": {"interval": 1}},
     "exact": {"cluster": {"exact_reduction": True, "logical_ranks": 4}},
+    "replicas": {"train": {"sharding": "none", "activation_checkpointing": True}},
+    "tensor": {"train": {"tensor_parallel": 2}},
+    "compiled": {"train": {"compile": True}, "model": {"layers": 1}},
 }
 
 
@@ -46,7 +49,8 @@ def train_standby(rank: int, world_size: int, root: str, config: dict[str, Any],
     door.be_standby(order)
     me = Attached(replace(spec_of(folder, rank, 100 + attempt, None), attempt=0))
     me.__dict__["staging"] = FolderStaging(folder, attempt=attempt, rank=rank, world_size=world_size)
-    run = open_run(TrainerConfig.model_validate(config), me, join(me))
+    parsed = TrainerConfig.model_validate(config)
+    run = open_run(parsed, me, join(me, train=parsed.train))
     assert asked == [1]
     assert me.spec
     assert (me.spec.attempt, me.resume) == (attempt, resume)

@@ -51,6 +51,7 @@ SHOWN: Final = {
     "threads": BITS,
     "scaler": BITS,
     "spike": BITS,
+    "best": BITS,
     "traceback": BITS,
     "rng.python": BITS,
     "rng.numpy": BITS,
@@ -183,6 +184,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, devices: Devices) -> Lab:
         "checkpoint": {"interval": STOP},
         "run": {"seed": 3, "steps": STEPS},
         "trace": {"interval": 2},
+        "evaluate": {"interval": STOP, "patience": 9, "min_delta": 5.0},
     }
     return Lab(tmp_path, {name: TINY.get(name, {}) | own.get(name, {}) for name in TINY | own}, devices)
 
@@ -282,6 +284,13 @@ BROKEN: Final[dict[str, tuple[Any, ...]]] = {
     "progress": (None, {}, {"step": "3", "loss_hex": ""}, {"step": 2, "loss_hex": None}, {"step": 2, "loss_hex": "x"}),
     "scaler": ({"scale": 2.0}, {"scale": 3.0, "applied": 0}, {"scale": "2", "applied": 0}, {"scale": 2.0, "applied": None}, 7),
     "spike": ({}, [["0x0p+0"]], [[1.0, 2.0]], None),
+    "best": (
+        None,
+        {},
+        {"step": 2, "nats": "x", "worse": 0, "seen": 2},
+        {"step": 3, "nats": "0x1p+0", "worse": 0, "seen": 2},
+        {"step": 2, "nats": "0x1p+0", "worse": True, "seen": 2},
+    ),
     "threads": (0, "1", None, True),
     "traceback": (-1.0, "1", [], math.inf),
     "optimizer": (7, {"decayed": 3}),

@@ -101,7 +101,7 @@ def test_an_engine_may_pass_over_what_does_not_count() -> None:
 
 def tiny_gpt() -> Gpt:
     model = build_model(ModelSection(layers=2, width=16, heads=2, context=8, dropout=0.2), 257)
-    initialise(model, seed=1, layers=2)
+    initialise(model, seed=1)
     return model
 
 
@@ -358,7 +358,7 @@ def replicated(rank: int, world_size: int) -> None:
 
     from keepstep.trainer.attach import Attached
     from keepstep.trainer.optim import local
-    from keepstep.trainer.parallel import join
+    from keepstep.trainer.parallel import counted_in, join
 
     world = join(Attached(None))
     value = torch.full((3, 2), 2.0)
@@ -372,11 +372,12 @@ def replicated(rank: int, world_size: int) -> None:
     for shard in shards.values():
         shard.grad = torch.ones_like(shard)
     shards["overflowed"].grad = torch.full_like(value, math.inf)
-    trace = StepTrace(TraceSection(interval=1), SimpleNamespace(parameters=parameters, shards=shards), world)  # type: ignore[arg-type]
+    model = SimpleNamespace(named_parameters=parameters.items, named_modules={}.items)
+    optimizer = SimpleNamespace(parameters=parameters, shards=shards, counted=counted_in(model, world))  # type: ignore[arg-type]
+    trace = StepTrace(TraceSection(interval=1), optimizer, world)  # type: ignore[arg-type]
     squares = world.gather([trace.parameter_square()]).sum().item()
     assert squares == pytest.approx(4 * 6 * 4.0)
-    model = Echo()
-    with trace.activations(1, model, []):
+    with trace.activations(1, Echo(), []):
         pass
     with trace.update(1, math.sqrt(squares)), torch.no_grad():
         for shard in shards.values():
@@ -403,7 +404,8 @@ def test_what_ranks_hold_alike_counts_once() -> None:
 def trace_alone(rank: int, gather: Callable[[list[float]], torch.Tensor], config: TraceSection, *, holds: bool = True) -> StepTrace:
     linear = nn.Linear(2, 2)
     shards = dict(linear.named_parameters()) if holds else {name: torch.empty(0) for name, _ in linear.named_parameters()}
-    optimizer = SimpleNamespace(parameters=dict(linear.named_parameters()), shards=shards)
+    counted = frozenset(shards if rank == 0 else ())
+    optimizer = SimpleNamespace(parameters=dict(linear.named_parameters()), shards=shards, counted=counted)
     world = SimpleNamespace(rank=rank, size=2, device=torch.device("cpu"), gather=gather)
     return StepTrace(config, optimizer, world)  # type: ignore[arg-type]
 

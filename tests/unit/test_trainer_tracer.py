@@ -25,7 +25,7 @@ def model() -> Gpt:
     model = build_model(MODEL, 64)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, 0, MODEL.layers))
+            parameter.copy_(initial_value(model, name, parameter.shape, 0))
     return model.eval()
 
 
@@ -106,7 +106,13 @@ def test_the_loss_of_a_sample_is_its_own_and_padding_does_not_count(model: Gpt) 
 
 
 def test_a_padded_sample_is_planted_as_the_model_sees_it() -> None:
-    """data.pack = "documents": its row ends with IGNORED, and the model is given 0 there."""
-    model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
+    """data.pack = "documents": its row ends with IGNORED, which the model is given as it is."""
+
+    class Padded(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids.clamp(min=0))
+
+    model = nn.Sequential(Padded(4, 2), nn.Linear(2, 2))
     _plant(model, torch.tensor([1, 2, IGNORED, IGNORED]), "1", WAYS["output"])
-    assert model(torch.tensor([[1, 2, 0, 0], [1, 2, 3, 0]])).isnan().all((1, 2)).tolist() == [True, False]
+    rows = torch.tensor([[1, 2, IGNORED, IGNORED], [1, 2, 0, IGNORED]])
+    assert model(rows).isnan().all((1, 2)).tolist() == [True, False]
