@@ -6,6 +6,7 @@ tools, because their `dcp.load` finds the tensors through it and unpickles it wi
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 from collections.abc import Mapping
@@ -42,9 +43,17 @@ class _Restricted(pickle.Unpickler):
     """Looks up what DCP's metadata consists of, and torch's dtypes; whatever else a pickle asks for is refused before it is imported."""
 
     def find_class(self, module: str, name: str, /) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # the first releases of Python 3.11 write the member of an enumeration so
+            return _member
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it would load {module}.{name}, which is no part of DCP's metadata")
+
+
+def _member(of: Any, name: str) -> enum.Enum:
+    if not (isinstance(of, type) and issubclass(of, enum.Enum)):
+        raise pickle.UnpicklingError(f"it would load {name} of {of}, which is no part of DCP's metadata")
+    return of[name]
 
 
 def read_metadata(body: bytes) -> Metadata:

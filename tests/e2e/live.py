@@ -102,10 +102,13 @@ class LiveRun:
     process: subprocess.Popen[str] | None = None
     output: list[str] = field(default_factory=list)
     _coordinator: tuple[str, str] | None = None
+    _store: Store | None = None
 
     @property
     def store(self) -> Store:
-        return Store.open(self.root, self.options)
+        """Opened once: on S3 a session of its own for each look would take the CPU from the run, and from a proxy in this process."""
+        self._store = self._store or Store.open(self.root, self.options)
+        return self._store
 
     def start(self, *, faults: str = "") -> LiveRun:
         command = [sys.executable, "-m", "keepstep.orchestrator.cli", "run", str(self.config), *self.flags, "-o", f"run.root={self.root}"]

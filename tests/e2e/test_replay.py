@@ -16,6 +16,7 @@ import pytest
 
 from e2e.live import ENV_MARK, NO_HANG, PATIENCE_S, LiveRun, environment_of, gates, keepstep, no_process_left, poll_until
 from keepstep.orchestrator.replaying import Archive, Way, replay_steps, travel
+from keepstep.storage.steps import read_steps
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -75,6 +76,7 @@ def test_lost_work_is_computed_again_as_it_was(broken: LiveRun) -> None:
 def test_the_command_shows_a_step_of_a_live_run_and_its_exit_code_says_whether_it_came_out(start: Start, tmp_path: Path) -> None:
     run = start(NO_HANG, faults=gates(tmp_path, 10))
     run.wait_at_gate()
+    poll_until(lambda: any(record["step"] == 8 for record in read_steps(run.store).get(1, ())), "step 8 is in the history", run.said)
     out = tmp_path / "step8"
     done = keepstep("replay", run.root, "--step", "8", "--rank", "3", "--dump", "gradients", "--out", str(out), "--json")
     run.open_gate()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sharded_state import STEP, folder_of, same_bits, save_in_turn, whole_state
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex
 from trainer_ranks import manifest_of
 from typer.testing import CliRunner
 
@@ -26,7 +27,7 @@ from keepstep.storage.manifest import Manifest
 from keepstep.trainer import export as exporting
 from keepstep.trainer.contract import Resume
 from keepstep.trainer.export import export
-from keepstep.trainer.metadata import check_metadata, read_metadata
+from keepstep.trainer.metadata import _Restricted, check_metadata, read_metadata
 from keepstep.trainer.state import flatten
 
 
@@ -191,10 +192,27 @@ class TestMetadata:
         with pytest.raises(DamagedCheckpoint, match=says):
             check_metadata(pickle.dumps(metadata), manifest)
 
+    def test_the_first_releases_of_python_3_11_write_members_of_enumerations_by_getattr(self) -> None:
+        """And nothing else comes by that way."""
+        opened = _Restricted(io.BytesIO(pickle.dumps(GetAttribute(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")))).load()
+        assert opened is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+        for of, name in ((Metadata, "__init__"), (_MEM_FORMAT_ENCODING, "__init__")):
+            with pytest.raises(ValueError, match="cannot be opened"):
+                read_metadata(pickle.dumps(GetAttribute(of, name)))
+
     @pytest.mark.parametrize("body", [b"", b"no pickle", pickle.dumps({"a": 1}), pickle.dumps(print), pickle.dumps(torch.Size([1]))])
     def test_anything_else_is_refused(self, root: Path, saved: Resume, body: bytes) -> None:
         with pytest.raises(DamagedCheckpoint, match=r"\.metadata: (cannot be opened|holds)"):
             check_metadata(body, manifest_of(root, saved))
+
+
+@dataclass(frozen=True)
+class GetAttribute:
+    of: type
+    name: str
+
+    def __reduce__(self) -> tuple[Any, tuple[type, str]]:
+        return getattr, (self.of, self.name)
 
 
 def move(metadata: Metadata, **where: Any) -> None:
