@@ -113,7 +113,8 @@ def _pass_on_memory(folder: Path) -> None:
 
 
 def _from_below(folder: Path) -> Iterator[Path]:
-    for entry in os.scandir(folder):
-        if entry.is_dir():
-            yield from _from_below(Path(entry.path))
+    with os.scandir(folder) as entries:
+        folders = [Path(entry.path) for entry in entries if entry.is_dir()]
+    for each in folders:
+        yield from _from_below(each)
     yield folder

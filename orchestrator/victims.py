@@ -63,9 +63,9 @@ def _pids_here(pid: int) -> Iterator[int]:
     """As seen from this machine, of all processes that see themselves as `pid`: in a host's namespace it has another one here."""
     assert pid > 1, "0 and 1 would be far more than a rank"
     yield pid
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and _innermost_pid(entry.name) == pid:
-            yield int(entry.name)
+    for name in os.listdir("/proc"):
+        if name.isdigit() and _innermost_pid(name) == pid:
+            yield int(name)
 
 
 def _innermost_pid(pid: str) -> int:
