@@ -53,7 +53,7 @@ class Engine(Protocol):
 
 
 class FsdpEngine:
-    """FSDP2: parameters are gathered block by block, gradients are reduced once, with the last micro-batch.
+    """FSDP2: parameters are gathered block by block, gradients are reduced once, with the last micro-batch. Or one rank that has all.
 
     Attributes:
         carried: what the model carries from step to step, if it does.
@@ -69,12 +69,11 @@ class FsdpEngine:
         scaler: LossScaler,
         label_smoothing: float = 0.0,
     ) -> None:
-        assert isinstance(model, FSDPModule)
         self.carried: Carried | None = None
         self._label_smoothing = label_smoothing
         self.model, self.optimizer = model, optimizer
         self.sharded: LanguageModel = model
-        self._fsdp: FSDPModule = model
+        self._fsdp = model if isinstance(model, FSDPModule) else None
         self._world, self._batch_tokens, self._scaler = world, batch_tokens, scaler
 
     @property
@@ -91,7 +90,8 @@ class FsdpEngine:
             nll, num_targets = nll_of(self.model, part, self._world.device, label_smoothing=self._label_smoothing, memory=memory)
             if self.carried and memory:
                 self.carried.after(part, memory)
-            self._fsdp.set_requires_gradient_sync(i == len(parts) - 1)
+            if self._fsdp:
+                self._fsdp.set_requires_gradient_sync(i == len(parts) - 1)
             torch.autograd.backward(nll * self._scaler.scale / self._batch_tokens)
             total += nll.detach()
             tokens += num_targets

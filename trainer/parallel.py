@@ -153,24 +153,26 @@ def meshes_of(grid: Grid, device: torch.device) -> tuple[DeviceMesh, DeviceMesh 
     return mesh[tuple(name for name in names if name != "tensor")], tensor
 
 
-def shard(model: LanguageModel, world: World, *, precision: str, reshard: bool) -> FSDPModule:
+def shard(model: LanguageModel, world: World, *, precision: str, reshard: bool) -> None:
     """FSDP2: each block and the root gather their parameters when they are needed; gradients are summed, not averaged.
 
-    Where the mesh has replicas, each sums over its shards first, and the replicas add up these sums.
+    Where the mesh has replicas, each sums over its shards first, and the replicas add up these sums. A rank that has no others, and
+    computes in the precision of its parameters, would only copy them: it gets nothing of FSDP2.
 
     Sums, because every rank already divides by the tokens of the whole batch: the gradient is the same mean at any world size, even
     where ranks have unequal shares.
     """
-    dtype = COMPUTES_IN[precision]
+    dtype, is_alone = COMPUTES_IN[precision], world.mesh.size() == 1
+    if is_alone and dtype is torch.float32:
+        return
     policy = MixedPrecisionPolicy() if dtype is torch.float32 else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.blocks:
         fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
-    sharded = fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and not is_alone:  # alone there is one summand; a factor would be divided by nevertheless
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    return sharded
 
 
 def placed(model: nn.Module) -> dict[str, Tensor | Portion]:
