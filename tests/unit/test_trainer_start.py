@@ -28,7 +28,7 @@ from keepstep.trainer.checkpoint import Checkpointer
 from keepstep.trainer.config import TrainerConfig
 from keepstep.trainer.export import export
 from keepstep.trainer.models import LanguageModel, build_model, initial_value, is_lora
-from keepstep.trainer.optim import ShardOptimizer
+from keepstep.trainer.optim import ShardOptimizer, local
 from keepstep.trainer.origin import START_KEY, look
 from keepstep.trainer.parallel import World, initialise, join, shard, whole
 from keepstep.trainer.start import StartChanged, StartMismatch, begin
@@ -60,7 +60,7 @@ def begun(config: TrainerConfig, root: Path, *, ranks: int = 1, vocabulary: int 
             shard(model, world, precision="fp32", reshard=True)
             parameters = tensors_of(model, ShardOptimizer(model, config.optimizer))["model"]
             begin(config, Store.open(root), world, model, parameters)
-            parts.append({name: tensor.to_local().clone() for name, tensor in parameters.items()})
+            parts.append({name: local(tensor).clone() for name, tensor in parameters.items()})
     return parts
 
 
