@@ -1,8 +1,8 @@
-"""Writes the data of three examples as JSONL: `python examples/data.py numbers|places|reviews FOLDER`.
+"""Writes the data of three examples as JSONL: `python examples/data.py numbers|facts|reviews FOLDER`.
 
 numbers   pairs for translation: numbers in English words and in German ones, by the library num2words
-places    pairs for question answering: stories about who goes where and one question each, in the manner of bAbI's first task
-          (Weston et al. 2015, "Towards AI-Complete Question Answering"), made here
+facts     pairs for question answering: currency, language and first day of the week of each country, in five phrasings; the facts are
+          those of the Unicode CLDR in the library Babel
 reviews   classes for sentiment: 14,000 sentences of film and product reviews with the mean rating of twenty people each
           (Hutto and Gilbert 2014, "VADER"), from the source distribution of the package vaderSentiment, MIT licence, fetched with pip
 """
@@ -10,6 +10,7 @@ reviews   classes for sentiment: 14,000 sentences of film and product reviews wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import random
@@ -21,10 +22,29 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 NUMBERS = 20_000  # of those below a million
-STORIES = 20_000
-PEOPLE = ("Mary", "John", "Daniel", "Sandra", "Anna", "Peter")
-PLACES = ("kitchen", "garden", "office", "bathroom", "hallway", "bedroom")
-MOVES = ("went to", "moved to", "walked to", "ran to")
+PHRASINGS = {
+    "currency": (
+        "What do people pay with in {}?",
+        "Which currency does {} use?",
+        "What money is used in {}?",
+        "Name the currency of {}.",
+        "In {}, what is the currency?",
+    ),
+    "language": (
+        "What do people speak in {}?",
+        "Which language does {} use?",
+        "What language is spoken in {}?",
+        "Name the official language of {}.",
+        "In {}, what is the language?",
+    ),
+    "day": (
+        "When does the week begin in {}?",
+        "Which day does a week in {} start with?",
+        "What is the first day of the week in {}?",
+        "Name the first weekday of {}.",
+        "In {}, on which day does a week begin?",
+    ),
+}
 NEUTRAL = 0.5  # ratings go from -4 to 4; those nearer to 0 are of neither class
 SNIPPETS = ("movieReviewSnippets_GroundTruth.txt", "amazonReviewSnippets_GroundTruth.txt")
 Record = Mapping[str, str]
@@ -39,16 +59,27 @@ def numbers(chance: random.Random) -> Iterator[Record]:
         yield {"prompt": num2words(number, lang="en"), "completion": num2words(number, lang="de")}
 
 
-def places(chance: random.Random) -> Iterator[Record]:
-    for _ in range(STORIES):
-        where: dict[str, str] = {}
-        sentences = []
-        for _ in range(chance.randint(2, 5)):
-            person = chance.choice(PEOPLE)
-            where[person] = chance.choice(PLACES)
-            sentences.append(f"{person} {chance.choice(MOVES)} the {where[person]}.")
-        asked = chance.choice(sorted(where))
-        yield {"prompt": f"{' '.join(sentences)} Where is {asked}?", "completion": where[asked]}
+def facts(chance: random.Random) -> Iterator[Record]:
+    """Each fact in every phrasing: the one that is held out is asked in words that were not used of this territory before."""
+    from babel import Locale, UnknownLocaleError
+    from babel.languages import get_official_languages
+    from babel.numbers import get_territory_currencies
+
+    english = Locale("en")
+    asked = []
+    for code, territory in sorted(english.territories.items()):
+        if not (currencies := get_territory_currencies(code)):
+            continue
+        answers = {"currency": english.currencies.get(currencies[0])}
+        if languages := get_official_languages(code):
+            answers["language"] = english.languages.get(languages[0])
+            with contextlib.suppress(UnknownLocaleError):
+                answers["day"] = english.days["format"]["wide"][Locale.parse(f"{languages[0]}_{code}").first_week_day]
+        for what, answer in answers.items():
+            asked += [(phrasing.format(territory), answer) for phrasing in PHRASINGS[what] if answer]
+    chance.shuffle(asked)
+    for question, answer in asked:
+        yield {"prompt": question, "completion": f" {answer}"}
 
 
 def reviews(chance: random.Random) -> Iterator[Record]:
@@ -97,7 +128,7 @@ def write(records: Iterable[Record], path: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    makers = {"numbers": numbers, "places": places, "reviews": reviews}
+    makers = {"numbers": numbers, "facts": facts, "reviews": reviews}
     parser.add_argument("what", choices=makers)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()

@@ -21,7 +21,8 @@ def generate(
 ) -> Iterator[list[str]]:
     """Continues prompts with a committed checkpoint (None: the newest): first the prompts, then whatever text each gets, bit by bit.
 
-    Deterministic for a seed; what a prompt gets does not depend on the others. A text ends with the end-of-text token.
+    Deterministic for a seed; what a prompt gets does not depend on the others. A text ends with the end-of-text token. A model that was
+    trained on pairs completes prompts as it learnt it.
 
     Args:
         partial: names of tensors that may differ, see `load_trained`.
@@ -39,6 +40,8 @@ def generate(
         raise ValueError(f'model.kind = "{trained.config.model.kind}" sees what comes next: it cannot generate text')
     tokenizer = trained.tokens.tokenizer
     given = [list(ids) or [tokenizer.end_of_text] for ids in tokenizer.encode_all(prompts)]
+    if trained.config.train.objective == "pairs":  # as in training, where the completion begins behind it
+        given = [[*ids, tokenizer.end_of_text] for ids in given]
     texts = [_Text(tokenizer, ids, max_tokens) for ids in given]
     yield [text.news() for text in texts]
     for tokens in continuations(trained.model, given, sampling or Sampling(), seed=seed):

@@ -144,3 +144,22 @@ def test_several_prompts_are_continued_as_each_alone(root: Path) -> None:
     ]
     told = CliRunner().invoke(app, ["generate", str(root), *(word for prompt in prompts for word in ("--prompt", prompt)), "--tokens", "5"])
     assert told.stdout.count("Call") >= 2
+
+
+@pytest.mark.slow
+def test_a_model_of_pairs_completes_a_prompt_as_it_learnt_to(tmp_path: Path) -> None:
+    """Behind the token that ends a prompt in training."""
+    pairs = [{"prompt": prompt, "completion": completion} for prompt, completion in (("aa", "xyz"), ("bb", "zzy"))]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs * 20)))
+    config: dict[str, Any] = TINY | {
+        "run": {"root": str(tmp_path), "steps": 60},
+        "data": {"source": str(tmp_path / "pairs.jsonl"), "tokenizer": "bytes"},
+        "train": {"objective": "pairs", "batch_tokens": 128},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 5},
+        "checkpoint": {"interval": 60},
+    }
+    train_ranks(tmp_path, config, world_size=1)
+    write_toml(tmp_path / "run.toml", config)
+    (folder,) = tmp_path.glob("data/a000001/s000000060-*")
+    write_log(tmp_path, 1, [commit(tmp_path, str(folder.relative_to(tmp_path)))])
+    assert [text_of(str(tmp_path), prompt, temperature=0) for prompt in ("aa", "bb")] == ["aaxyz", "bbzzy"]
