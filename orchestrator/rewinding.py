@@ -40,6 +40,9 @@ _WHY_FIXED: Final = {
     "run.": "it is what the root belongs to",
     "train.batch_tokens": "where a step begins in the data follows from it",
     "train.script": "another script is another run",
+    **dict.fromkeys(
+        ("train.objective", "train.start", "train.freeze", "train.lora."), "the checkpoints hold the parameters that follow from it"
+    ),
     "cluster.exact_reduction": _ORDER_OF_SUMS,
     "cluster.logical_ranks": _ORDER_OF_SUMS,
     "": "it is no part of the training: change it in run.toml, at any start",

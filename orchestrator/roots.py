@@ -8,6 +8,7 @@ from typing import Final
 
 from keepstep.storage.errors import NotFound, StorageError, StoreError
 from keepstep.storage.layout import RUN_CONFIG_KEY
+from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import ENV_OPTIONS, StorageOptions, Store
 
 from . import config as configs
@@ -41,14 +42,15 @@ def open_root(config: RunConfig) -> Store:
 def claim(store: Store, config: RunConfig) -> RunConfig:
     """Makes the root this run's, or checks that it is already; returns the config to go on with. Raises InputError with the remedy.
 
-    The resolved config of the newest `run` is what stands in run.toml; the identity never changes.
+    The resolved config of the newest `run` is what stands in run.toml. The identity never changes once a coordinator has begun the
+    run's log: a first start that was refused, for its data or its model, leaves no run behind.
     """
     try:
         stored = _stored_config(store)
         config = configs.settled(config, stored)
         if stored is None:
             store.probe()
-        elif differences := configs.explain_difference(stored, config):
+        elif (differences := configs.explain_difference(stored, config)) and RunLog.open(store).newest_opened():
             raise InputError(*(f"{config.run.root} holds another run: {text}" for text in differences), REMEDY)
         store.put(RUN_CONFIG_KEY, configs.to_toml(config).encode())
     except StoreError as error:

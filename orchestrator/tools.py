@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
 def prepare_tokens(config: RunConfig, store: Store) -> TokenIndex:
     """The root's token files, made unless they are there. Raises InputError where text, train.start or a library is missing."""
     from keepstep.trainer import pinned
-    from keepstep.trainer.origin import check_vocabulary, look
+    from keepstep.trainer.descent import check_start
+    from keepstep.trainer.heldout import held_out_of
+    from keepstep.trainer.origin import look
     from keepstep.trainer.preparing import prepare
-    from keepstep.trainer.tokens import read_index
+    from keepstep.trainer.samples import samples_of
+    from keepstep.trainer.tokens import open_tokens, read_index
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -46,7 +50,11 @@ def prepare_tokens(config: RunConfig, store: Store) -> TokenIndex:
                 pinned.look(config, store)
             index = prepare(config, store, show)
             if is_new:
-                check_vocabulary(store, config, index.vocabulary)
+                check_start(store, config, index)
+                with tempfile.TemporaryDirectory(prefix="keepstep-") as scratch:  # documents too long, sources too short: now, not in ranks
+                    tokens = open_tokens(store, Path(scratch), streaming=True)
+                    samples_of(tokens, config)
+                    held_out_of(tokens, config)
             return index
         except (ValueError, ImportError) as error:
             raise InputError(str(error)) from error

@@ -107,9 +107,12 @@ class Lineage:
         return next((commit for commit in reversed(self.commits) if commit.step <= step and commit.directory not in self.quarantined), None)
 
     def best(self, until: Commit | None = None) -> Commit | None:
-        """The checkpoint of the history with the best evaluation up to this one, by default the one to resume from; None: there is none."""
-        step = until.best_step if (until := until or self.newest_committed()) else -1
-        return next((commit for commit in self.commits if commit.step == step and commit.directory not in self.quarantined), None)
+        """The checkpoint of the history with the best evaluation up to this one, by default the one to resume from: of those that were
+        committed and are not damaged. None: there is none."""
+        until = until or self.newest_committed()
+        usable = {commit.step: commit for commit in self.commits if commit.directory not in self.quarantined}
+        steps = (commit.best_step for commit in reversed(self.commits) if until and commit.step <= until.step)
+        return next((usable[step] for step in steps if step in usable), None)
 
     def is_usable(self, commit: Commit) -> bool:
         return commit.directory not in self.quarantined and self.commit_of(commit.directory) is not None
@@ -432,7 +435,7 @@ class Folding:
         if pinned := sorted(going & self._pinned):
             return f"it would retire {', '.join(pinned)}, which {'is' if len(pinned) == 1 else 'are'} pinned"
         attempt, source = self._attempt, self._resumed
-        if attempt and source and source.directory in going and attempt.attempt not in self._ends:
+        if attempt and not self._rewound and source and source.directory in going and attempt.attempt not in self._ends:
             return f"it would retire {source.directory}, from which attempt {attempt.attempt} is starting"
         if self._rewound and self._rewound.directory in going:
             return f"it would retire {self._rewound.directory}, to which the run was rewound"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from .cleaning import clean
 from .samples import IGNORED, class_rows
 from .trained import Trained, Wanted, load_trained
 
@@ -29,7 +30,7 @@ def classify(root: str, texts: Sequence[str], *, step: Wanted = None) -> list[Ma
 def probabilities(trained: Trained, text: str) -> list[float]:
     """Of each class in turn. One row at a time: no padding, and no neighbour. Raises ValueError for a text that is too long."""
     tokenizer, context = trained.tokens.tokenizer, trained.model.context
-    (encoded,) = tokenizer.encode_all([text])
+    (encoded,) = tokenizer.encode_all([clean(text, trained.config.data)])
     ids = [*encoded, tokenizer.end_of_text]
     if len(ids) > context and not trained.config.train.truncate:
         raise ValueError(f"a text has {len(ids)} tokens, more than model.context = {context}, and train.truncate = false: shorten it")

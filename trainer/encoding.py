@@ -81,7 +81,7 @@ class Encoder:
             ids[end : end + len(text)] = text
             end += len(text) + 1
             ids[end - 1] = self._planned.tokenizer.end_of_text
-        mark = len(texts[0]) + 1 if self._objective == "pairs" else self._labels.get(entry.document.label, 0)
+        mark = len(texts[0]) + 1 if self._objective == "pairs" else self._labels[entry.document.label] if self._labels else 0
         return _Encoded(entry, side, ids, mark)
 
 

@@ -76,7 +76,7 @@ def _completed(run: Run) -> dict[str, Any]:
     model = cast("LanguageModel", run.engine.model)
     run.me.report(Phase.EVALUATE, run.step)
     alive = lambda: run.me.report(Phase.EVALUATE, run.step)  # noqa: E731
-    return translation.translate(model, run.tokens, run.config.evaluate.generate, run.world, alive)
+    return translation.translate(model, run.tokens, run.config.evaluate.generate, run.world.data, alive)
 
 
 def _halfway(run: Run) -> RankState:

@@ -249,4 +249,6 @@ def _document(name: str, place: str, values: Sequence[Any], wanted: Wanted) -> D
     label = values[-1] if wanted.label else ""
     if isinstance(label, bool) or not isinstance(label, (str, int)):
         raise ValueError(f'{place}: "{wanted.label}" is {type(label).__name__}; a label is text or an integer')
+    if wanted.label and not str(label).strip():
+        raise ValueError(f'{place}: "{wanted.label}" is empty; give each document its class, or take it out')
     return Document(name, tuple(text or "" for text in texts), str(label))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from .cleaning import clean
 from .sampling import Sampling, continuations
 from .tokenizer import Tokenizer
 from .trained import Wanted, load_trained
@@ -39,7 +40,9 @@ def generate(
     if not trained.model.is_causal:
         raise ValueError(f'model.kind = "{trained.config.model.kind}" sees what comes next: it cannot generate text')
     tokenizer = trained.tokens.tokenizer
-    given = [list(ids) or [tokenizer.end_of_text] for ids in tokenizer.encode_all(prompts)]
+    given = [
+        list(ids) or [tokenizer.end_of_text] for ids in tokenizer.encode_all([clean(prompt, trained.config.data) for prompt in prompts])
+    ]
     if trained.config.train.objective == "pairs":  # as in training, where the completion begins behind it
         given = [[*ids, tokenizer.end_of_text] for ids in given]
     texts = [_Text(tokenizer, ids, max_tokens) for ids in given]

@@ -4,6 +4,8 @@ next-token   windows of `model.context` tokens, one after the other; the first t
 masked       such windows too; what is hidden in one follows from (run.seed, its number)
 pairs        a document each; the completion is predicted, the prompt is given
 classes      a document each; its class is predicted
+
+Documents come in an order of their own (`shuffled`): where not all are asked for, those that are come from all files, whatever their order.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import TrainerConfig
-from .order import Positions
+from .order import Positions, hashed
 from .samples import IGNORED, Batch, ClassSamples, Mask, PairSamples, Rows, Samples, mask_of
 from .tokenizer import Tokenizer
 from .tokens import TokenReader, Tokens
@@ -72,9 +74,15 @@ def _documents_of(tokens: Tokens, config: TrainerConfig, limit: int) -> HeldOut:
     kind = PairSamples if objective == "pairs" else ClassSamples
     sources, is_cut = tokens.index.held_out.sources, config.train.truncate
     samples = kind(tokens.held_out, tokens.held_out_starts, sources, config.model.context, tokens.held_out_marks, is_cut=is_cut)
-    ends = np.append(tokens.held_out_starts[1:].astype(np.int64), len(tokens.held_out))
-    num_rows = max(1, int(np.searchsorted(ends, limit, side="right")))
-    return Documents(samples, num_rows, tokens.index.labels if objective == "classes" else ())
+    lengths = np.diff(np.append(tokens.held_out_starts.astype(np.int64), len(tokens.held_out)))
+    order = shuffled(len(lengths))
+    num_rows = max(1, int(np.searchsorted(np.cumsum(lengths[order.astype(np.int64)]), limit, side="right")))
+    return Documents(samples, order[:num_rows], tokens.index.labels if objective == "classes" else ())
+
+
+def shuffled(count: int) -> Positions:
+    """The numbers below `count` in an order that depends on nothing else."""
+    return np.argsort(hashed(np.arange(count, dtype=np.uint64)), kind="stable").astype(np.uint64)
 
 
 class Windows(HeldOut):
@@ -109,13 +117,15 @@ class MaskedWindows(HeldOut):
 
 
 class Documents(HeldOut):
-    """The first `num_rows` of them."""
+    """Those whose numbers are given, in this order."""
 
-    def __init__(self, samples: Samples, num_rows: int, labels: tuple[str, ...]) -> None:
-        self._samples, self.context, self.num_rows, self.labels = samples, samples.context, num_rows, labels
+    def __init__(self, samples: Samples, chosen: Positions, labels: tuple[str, ...]) -> None:
+        self._samples, self.context, self.labels = samples, samples.context, labels
+        self._chosen, self.num_rows = chosen, len(chosen)
 
     def _rows(self, numbers: Positions) -> Rows:
-        return self._samples.rows(numbers, numbers)
+        chosen = self._chosen[numbers.astype(np.int64)]
+        return self._samples.rows(chosen, chosen)
 
 
 def _windows(tokens: TokenReader, end: int, numbers: Positions, width: int, stride: int) -> Batch:

@@ -18,7 +18,6 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Final, Literal, TypeAlias
 
@@ -31,8 +30,6 @@ from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 from keepstep.storage.verify import CheckpointReader, read_manifest
 
-from .config import TrainerConfig
-
 START_KEY: Final = "start.json"
 PART: Final = "model."  # of the names of tensors, as in a checkpoint
 
@@ -42,7 +39,7 @@ _WEIGHTS: Final = "model.safetensors"
 _INDEX: Final = f"{_WEIGHTS}.index.json"
 _MAX_HEADER_BYTES: Final = 100 << 20  # safetensors' own limit
 _DTYPES: Final = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8)}
-_EMBEDDINGS: Final = ("tokens.weight", "transformer.wte.weight", "wte.weight", "model.embed_tokens.weight", "embed_tokens.weight")
+EMBEDDINGS: Final = ("tokens.weight", "transformer.wte.weight", "wte.weight", "model.embed_tokens.weight", "embed_tokens.weight")
 _STEP: Final = re.compile(r"^(.+)@(\d+)$")
 
 Alive = Callable[[], None]
@@ -155,18 +152,6 @@ def look(store: Store, start: str) -> None:
         locate(start)
 
 
-def check_vocabulary(store: Store, config: TrainerConfig, vocabulary: int) -> None:
-    """The same as early as possible, once the text's tokens are known. Raises ValueError where the embedding there has other tokens."""
-    if not config.train.start or config.model.kind == "hf":  # which may have more tokens than its tokenizer
-        return
-    origin = recall(store, config.train.start) or locate(config.train.start)
-    for name in _EMBEDDINGS:
-        entry = origin.tensors.get(name)
-        may_differ = any(fnmatchcase(each, pattern) for each in (name, _EMBEDDINGS[0]) for pattern in config.train.start_without)
-        if entry is not None and not may_differ and entry.global_shape[0] != vocabulary:
-            raise ValueError(f"{origin.name}: {other_vocabulary(origin, entry.global_shape[0], vocabulary, [name])}")
-
-
 def other_vocabulary(origin: Origin, there: int, here: int, names: Sequence[str]) -> str:
     """The sentence for it, with the remedy."""
     tokenizer = f'data.tokenizer = "{origin.start}"' if origin.is_run else "the tokenizer.json that belongs to it,"
@@ -187,7 +172,9 @@ def commit_of_step(store: Store, step: Wanted) -> Commit:
     if step == "best":
         if best := lineage.best():
             return best
-        raise ValueError(f"{store.name} has no checkpoint of a best evaluation: only a run with evaluate.patience marks one; name a step")
+        raise ValueError(
+            f"{store.name} has no checkpoint of a best evaluation: a run with evaluate.patience has one, unless it is damaged; name a step"
+        )
     found = next((commit for commit in usable if commit.step == step), None)
     if found is None:
         raise ValueError(f"step {step} is not committed in {store.name}; committed are {', '.join(str(commit.step) for commit in usable)}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -171,6 +171,14 @@ class PairSamples(_WholeDocuments):
     """Of a prompt and its completion, both ended by end-of-text; the mark counts the tokens of the former."""
 
     extra = 1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if too_long := int((self._marks > self.context).sum()):
+            raise ValueError(
+                f"of {too_long} of {len(self._marks)} pairs the prompt alone fills model.context = {self.context}, and nothing of the "
+                f"completion is left: set model.context = {int(self._marks.max())} or more, or take them out"
+            )
 
     def rows(self, samples: Positions, positions: Positions) -> Rows:
         return completion_rows(self.ids(samples), self._marks[samples.astype(np.int64)])

@@ -17,6 +17,7 @@ import torch
 
 from .config import TrainerConfig
 from .evaluate import Company, evaluating, share_of
+from .heldout import shuffled
 from .models import LanguageModel
 from .sampling import Sampling, continuations
 from .tokens import Tokens
@@ -62,11 +63,12 @@ def translate(
 
 
 def pairs_of(tokens: Tokens, count: int) -> list[Pair]:
-    """The first ones. Raises ValueError where the held-out text holds none."""
+    """The first ones in the order in which documents are evaluated. Raises ValueError where the held-out text holds none."""
     starts, marks = tokens.held_out_starts, tokens.held_out_marks
     if marks is None:
         raise ValueError('the tokens of this root are those of a text: train.objective = "pairs" needs another run.root')
-    bounds = list(zip(starts.tolist(), marks.tolist(), [*starts[1:].tolist(), len(tokens.held_out)], strict=True))[:count]
+    ends = np.append(starts[1:], len(tokens.held_out))
+    bounds = [(int(starts[i]), int(marks[i]), int(ends[i])) for i in shuffled(len(starts))[:count].tolist()]
     documents = [(tokens.held_out[start:end].tolist(), mark) for start, mark, end in bounds]
     return [Pair(prompt=tuple(ids[:mark]), completion=tuple(ids[mark:-1])) for ids, mark in documents]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from keepstep.storage.runlog import RunLog
+from keepstep.storage.store import Store
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -83,9 +87,25 @@ def test_a_root_that_cannot_be_written(run_file: Path, root: str) -> None:
     refused(keepstep("run", str(run_file), "-o", f"run.root={root}"), root)
 
 
+def test_a_first_start_that_was_refused_does_not_stand_in_the_way_of_the_remedy(run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"body": "a few plain words of document {i}"}}\n' for i in range(3000)))
+    flags = ("-o", f"run.root={tmp_path / 'root'}", "-o", f"data.source={tmp_path / 'texts.jsonl'}")
+    refused(keepstep("prepare", str(run_file), *flags), 'no field "text"', "data.text_field")
+    assert keepstep("prepare", str(run_file), *flags, "-o", "data.text_field=body").returncode == 0
+
+
+def test_documents_that_are_too_long_are_told_when_they_are_prepared(run_file: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"{i}", "completion": "x" * (90 if i == 7 else 9)} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    flags = ("-o", f"run.root={tmp_path / 'root'}", "-o", f"data.source={tmp_path / 'pairs.jsonl'}", "-o", "train.objective=pairs")
+    refused(keepstep("prepare", str(run_file), *flags), "longer than model.context = 32", "train.truncate = true")
+    assert keepstep("prepare", str(run_file), *flags, "-o", "train.truncate=true").returncode == 0
+
+
 def test_the_root_of_another_run_is_left_alone(run_file: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     assert keepstep("prepare", str(run_file), "-o", f"run.root={root}").returncode == 0
+    RunLog.open(Store.open(root)).open_term(run="bad-input", identity="i", host="here", pid=1)
     before = contents(root)
     refused(keepstep("run", str(run_file), "-o", f"run.root={root}", "-o", "run.seed=9"), "holds another run", "run.seed = 9", "run.root")
     assert contents(root) == before

@@ -98,7 +98,11 @@ def test_the_best_one_is_that_of_the_newest_checkpoint(tmp_path: Path) -> None:
     assert commit_of_step(log.store, "best").step == 4, "as the newest one that is left has it"
 
 
-@pytest.mark.parametrize("best_steps", [{4: -1}, {4: 4, 8: 6}])
+def test_of_a_best_one_that_was_never_committed_the_one_before_it_is_taken(tmp_path: Path) -> None:
+    assert commit_of_step(log_of(tmp_path, {4: 4, 8: 6, 12: 10}).store, "best").step == 4
+
+
+@pytest.mark.parametrize("best_steps", [{4: -1}, {4: 2, 8: 6}])
 def test_where_no_best_one_is_there_it_is_told(tmp_path: Path, best_steps: dict[int, int]) -> None:
     with pytest.raises(ValueError, match=r"evaluate\.patience"):
         commit_of_step(log_of(tmp_path, best_steps).store, "best")

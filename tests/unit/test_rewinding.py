@@ -120,6 +120,8 @@ def test_the_same_run_toml_continues_with_the_overrides_on_top(run: Kept) -> Non
         (20, ["7:7"], [], "--skip: '7:7' must be FIRST:LAST"),
         (20, ["600:700"], [], "step 20 has consumed the samples before position 640; go back further, or leave out 640:700"),
         (20, [], ["model.layers=9"], "model.layers cannot be changed by a rewind: the checkpoints hold this model"),
+        (20, [], ["train.lora.alpha=9"], "train.lora.alpha cannot be changed by a rewind: the checkpoints hold the parameters that follow"),
+        (0, [], ["train.objective=masked"], "train.objective cannot be changed by a rewind: the checkpoints hold the parameters"),
         (20, [], ["data.skip=[]"], "leave samples out with --skip"),
         (20, [], ["data.source=/x"], "the order of the samples"),
         (20, [], ["run.seed=3"], "it decides the order of the samples"),

@@ -144,10 +144,16 @@ class TestWhatStays:
         commits = [commit(step, best_step=20) for step in STEPS[1:]]
         lineage = lineage_of(began(1), commit(10, best_step=10), *commits, *verified(*STEPS))
         assert lineage.best() == commits[0]
-        assert fold(lineage, damaged(20)).best() is None
+        assert fold(lineage, damaged(20)).best() == lineage.commits[0], "the best before it"
         back = fold(lineage, rewound(10))
         assert back.best() == back.commits[0], "as of step 10, step 10 was the best"
         assert directory(20) not in choose_retired(back, keep=1).stays
+
+    def test_what_a_rewound_attempt_began_from_may_go(self) -> None:
+        lineage = lineage_of(began(1), commit(10), commit(20), began(2, (20, 1)), commit(30, 2), rewound(10), *verified(10))
+        chosen = choose_retired(lineage, keep=1)
+        assert directory(20) in chosen.retire
+        assert refusal(lineage, Retire(term=1, directories=chosen.retire)) == ""
 
     def test_fewer_than_one_cannot_be_kept(self) -> None:
         with pytest.raises(ValueError, match="keep = 0"):

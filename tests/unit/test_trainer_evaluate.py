@@ -79,7 +79,7 @@ def documents_of_classes() -> Documents:
     tokens = chance.integers(0, VOCABULARY, int(lengths.sum())).astype(np.uint16)
     marks = chance.integers(0, 3, 70).astype(np.uint32)
     samples = ClassSamples(tokens, starts, [Extent(documents=70, tokens=len(tokens))], CONTEXT, marks)
-    return Documents(samples, 70, LABELS)
+    return Documents(samples, np.arange(70, dtype=np.uint64), LABELS)
 
 
 def masked() -> MaskedWindows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,43 @@ def test_another_vocabulary_is_named_when_the_text_is_prepared(source: Path, bas
     assert "the checkpoint has 257 tokens, and the data " in str(result.exception)
     assert f'use its tokenizer, data.tokenizer = "{base}"' in str(result.exception)
     assert not (tmp_path / "root/start.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"model": GPT2 | {"heads": 2}}, "it has model.heads = 4, here 2"),
+        ({"model": GPT2 | {"activation": "gelu"}}, 'it has model.activation = "gelu_tanh", here "gelu"'),
+        ({"model": {"kind": "llama", "heads": 4}}, 'it has model.kind = "gpt", here "llama"'),
+        ({"model": GPT2, "train": {"lora": LORA | {"alpha": 64.0}}}, "it has train.lora.alpha = 16, here 64"),
+    ],
+)
+def test_a_run_that_computes_something_else_with_equal_shapes_is_refused(
+    source: Path, tuned: Path, tmp_path: Path, changed: dict[str, Any], says: str
+) -> None:
+    changed = changed | {"train": {"start": str(tuned)} | changed.get("train", {})}
+    (tmp_path / "run.toml").write_text(toml(sections(tmp_path / "root", source, **changed)))
+    result = CliRunner().invoke(app, ["prepare", str(tmp_path / "run.toml")])
+    assert isinstance(result.exception, InputError), result.output
+    assert says in str(result.exception)
+    assert "Set [model] and [train.lora] so" in str(result.exception)
+
+
+def test_another_tokenizer_of_the_same_size_is_refused_and_its_own_is_not(tmp_path: Path) -> None:
+    source = text(tmp_path / "text")
+    other = tmp_path / "other.txt"
+    other.write_text("Whenever it is a damp, drizzly November in my soul, I account it high time to get to sea.\n\n" * 400)
+    data = {"tokenizer": "bpe", "vocabulary": 300, "held_out": 0.2}
+    base = trained(tmp_path / "base", sections(tmp_path / "base", source, data=data), world_size=1)
+    for tokenizer, refused in (("bpe", True), (str(base), False)):
+        mine = sections(tmp_path / "root", other, data=data | {"tokenizer": tokenizer}, train={"start": str(base)})
+        (tmp_path / "run.toml").write_text(toml(mine))
+        result = CliRunner().invoke(app, ["prepare", str(tmp_path / "run.toml")])
+        if refused:
+            assert f'learnt other tokens, though equally many: use its tokenizer, data.tokenizer = "{base}"' in str(result.exception)
+            shutil.rmtree(tmp_path / "root")
+        else:
+            assert result.exit_code == 0, result.exception
 
 
 def test_a_run_that_learnt_no_classes_names_none(base: Path) -> None:

@@ -189,6 +189,11 @@ class TestBadRecords:
         with pytest.raises(ValueError, match=r"line 2 is longer than 2 MiB; cut that document into several, or is it not JSONL"):
             read(tmp_path)
 
+    def test_a_label_is_not_empty(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "x", "label": " "}\n')
+        with pytest.raises(ValueError, match=r'line 1: "label" is empty; give each document its class, or take it out'):
+            read(tmp_path, wanted("classes"))
+
     @pytest.mark.parametrize("label", ["1.5", "null", "true", "[]"])
     def test_a_label_is_text_or_an_integer(self, tmp_path: Path, label: str) -> None:
         (tmp_path / "a.jsonl").write_text(f'{{"text": "x", "label": {label}}}\n')

@@ -163,3 +163,28 @@ def test_a_model_of_pairs_completes_a_prompt_as_it_learnt_to(tmp_path: Path) -> 
     (folder,) = tmp_path.glob("data/a000001/s000000060-*")
     write_log(tmp_path, 1, [commit(tmp_path, str(folder.relative_to(tmp_path)))])
     assert [text_of(str(tmp_path), prompt, temperature=0) for prompt in ("aa", "bb")] == ["aaxyz", "bbzzy"]
+
+
+@pytest.mark.slow
+def test_prompts_are_completed_alike_by_ranks_that_share_a_model(tmp_path: Path) -> None:
+    """A tensor-parallel group is one rank where prompts are dealt out."""
+    pairs = [{"prompt": f"{i}", "completion": f"{i + 1}"} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    found = []
+    for tensor_parallel in (1, 2):
+        root = tmp_path / str(tensor_parallel)
+        root.mkdir()
+        config: dict[str, Any] = TINY | {
+            "run": {"root": str(root), "steps": 10},
+            "data": {"source": str(tmp_path / "pairs.jsonl"), "tokenizer": "bytes", "held_out": 0.4},
+            "model": TINY["model"] | {"dropout": 0.0},
+            "train": {"objective": "pairs", "batch_tokens": 128, "tensor_parallel": tensor_parallel},
+            "optimizer": {"lr": 1e-2, "warmup_steps": 5},
+            "evaluate": {"generate": 20},
+        }
+        train_ranks(root, config, world_size=2)
+        (folder,) = root.glob("data/a000001/s000000010-*")
+        result = json.loads((folder / "rank-00000.json").read_text())["state"]["result"]
+        found.append((result["completed"], result["chrf"]))
+    assert found[0] == (20, pytest.approx(found[1][1], abs=5))
+    assert found[1][0] == 20
