@@ -197,6 +197,8 @@ async def test_a_launcher_that_ran_out_of_memory_is_why_its_ranks_died(node: Nod
     monkeypatch.setattr(node._witness, "verdict", lambda pid: "SIGKILL by the kernel's OOM killer" if pid == group.launcher_pid else "")
     group.lost_launcher = True
     group.kill()
+    for process in group.processes:  # both before the node hears of one: it would stop the other
+        process.wait()
     group.stopped.clear()
     report = await until_exited(node, 0)
     assert (report.kind, report.why) == ("oom", "SIGKILL by the kernel's OOM killer")
