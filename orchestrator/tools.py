@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from keepstep.storage.runlog import RunLog
 from keepstep.storage.store import Store
 
 from .errors import InputError
@@ -30,11 +31,9 @@ def prepare_tokens(config: RunConfig, store: Store) -> TokenIndex:
     """The root's token files, made unless they are there. Raises InputError where text, train.start or a library is missing."""
     from keepstep.trainer import pinned
     from keepstep.trainer.descent import check_start
-    from keepstep.trainer.heldout import held_out_of
     from keepstep.trainer.origin import look
     from keepstep.trainer.preparing import prepare
-    from keepstep.trainer.samples import samples_of
-    from keepstep.trainer.tokens import open_tokens, read_index
+    from keepstep.trainer.tokens import read_index
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -44,20 +43,36 @@ def prepare_tokens(config: RunConfig, store: Store) -> TokenIndex:
             progress.update(task, description=what, completed=done, total=total or None)
 
         try:
-            is_new = read_index(store) is None
-            if is_new:  # a run that has begun needs neither any more
+            begun = RunLog.open(store).newest_opened() is not None  # then it needs neither text nor train.start any more
+            if not begun and read_index(store) is None:
                 look(store, config.train.start)
                 pinned.look(config, store)
             index = prepare(config, store, show)
-            if is_new:
+            if not begun:
                 check_start(store, config, index)
-                with tempfile.TemporaryDirectory(prefix="keepstep-") as scratch:  # documents too long, sources too short: now, not in ranks
-                    tokens = open_tokens(store, Path(scratch), streaming=True)
-                    samples_of(tokens, config)
-                    held_out_of(tokens, config)
+                _check_samples(store, config)
             return index
         except (ValueError, ImportError) as error:
             raise InputError(str(error)) from error
+
+
+def _check_samples(store: Store, config: RunConfig) -> None:
+    """Documents too long, sources too short: said now, not by ranks. Raises ValueError, and the tokens are gone: other text may come."""
+    from keepstep.trainer import index
+    from keepstep.trainer.data import feed_for
+    from keepstep.trainer.heldout import held_out_of
+    from keepstep.trainer.samples import samples_of
+    from keepstep.trainer.tokens import open_tokens
+
+    with tempfile.TemporaryDirectory(prefix="keepstep-") as scratch:
+        tokens = open_tokens(store, Path(scratch), streaming=True)
+        try:
+            feed_for(samples_of(tokens, config).sizes, config)
+            held_out_of(tokens, config)
+        except ValueError:
+            store.delete(index.INDEX)  # first: without it there are no tokens
+            store.delete_tree(index.FOLDER)
+            raise
 
 
 def prepare_data(config: RunConfig, *, as_json: bool) -> None:

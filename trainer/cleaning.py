@@ -25,7 +25,7 @@ def clean(text: str, config: DataSection) -> str:
 
     Halves of surrogate pairs, which JSON can spell and UTF-8 cannot, become U+FFFD in any case.
     """
-    text = _encodable(text)
+    text = encodable(text)
     if config.strip_control:
         text = without_control(text)
     if config.normalize == "none" or text.isascii():
@@ -33,7 +33,7 @@ def clean(text: str, config: DataSection) -> str:
     return unicodedata.normalize(_FORMS[config.normalize], text)
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:

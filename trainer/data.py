@@ -117,8 +117,8 @@ def feed_for(sizes: Sequence[int], config: TrainerConfig, *, skips: Sequence[str
     quotas = apportion(config.data.weights or sizes)
     if 0 in quotas:
         raise ValueError(
-            f"data.weights: the share of data.sources[{quotas.index(0)}] is below 1/65536, and it would never be trained on; give it a "
-            "larger weight, or take it out"
+            f"data.weights: the share of data.sources[{quotas.index(0)}] is below 1/65536 (without weights: by its size), and it would "
+            "never be trained on; give it a larger weight, or take it out"
         )
     samples_per_step = batch_tokens // context
     if config.data.order == "streams" and min(sizes) < samples_per_step:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Final
 
+from .cleaning import encodable
 from .config import INSTALLED_DOCS, TrainerConfig
 from .installed import installed_docs
 from .sources import PACKED, Seen, Source, SourceFile, chunks, opened, unpacked_name
@@ -217,7 +218,7 @@ def _of_rows(source: Source, file: SourceFile, where: str, wanted: Wanted, seen:
                 _check_fields(where, table.schema_arrow.names, "column", wanted)
                 for number, row in enumerate(_rows(table, wanted.fields, file.num_bytes, seen)):
                     yield _document(f"{file.name}#{number}", f"{where}: row {number + 1}", row, wanted)
-        except arrow.ArrowInvalid as error:
+        except (arrow.ArrowException, UnicodeDecodeError) as error:
             raise ValueError(f"{where} is no Parquet file, or a damaged one ({error}); put it right or take it out") from None
 
 
@@ -251,4 +252,4 @@ def _document(name: str, place: str, values: Sequence[Any], wanted: Wanted) -> D
         raise ValueError(f'{place}: "{wanted.label}" is {type(label).__name__}; a label is text or an integer')
     if wanted.label and not str(label).strip():
         raise ValueError(f'{place}: "{wanted.label}" is empty; give each document its class, or take it out')
-    return Document(name, tuple(text or "" for text in texts), str(label))
+    return Document(name, tuple(text or "" for text in texts), encodable(str(label)))

@@ -5,6 +5,7 @@ What it finds is the plan of the second pass, which encodes the same documents: 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,6 +26,7 @@ from .tokenizer import Tokenizer
 FORMAT: Final = 1
 PLAN: Final = f"{FOLDER}/plan.json"
 MAX_LABELS: Final = 1 << 16
+_NUMBER: Final = re.compile(r"-?[0-9]{1,18}")
 _UNPACKED: Final = 4  # times what is packed, about
 
 Kept = npt.NDArray[np.bool_]
@@ -181,7 +183,7 @@ class _Scout:
             if len(self.labels) > MAX_LABELS:
                 raise ValueError(f'{self._corpus.sources[source].key} has more than {MAX_LABELS} different labels: "label" must be a class')
         texts = document.texts if self._learner.max_bytes and teaches(document.name, self._share) else ()
-        return self._splits[source].add(self._count, document.name, texts)
+        return self._splits[source].add(self._count, document.name, texts, entry.num_bytes)
 
     def _teach(self, texts: Sequence[str]) -> None:
         if self._left > 0 and texts:
@@ -202,5 +204,5 @@ def _text_bytes(name: str, num_bytes: int) -> int:
 
 def _ordered(labels: set[str]) -> tuple[str, ...]:
     """Numbers by their size, other labels by their letters."""
-    by_size: Mapping[str, Any] = {label: (int(label), label) for label in labels if label.lstrip("-").isdecimal()}
+    by_size: Mapping[str, Any] = {label: (int(label), label) for label in labels if _NUMBER.fullmatch(label)}
     return tuple(sorted(labels, key=by_size.__getitem__ if len(by_size) == len(labels) else str))

@@ -28,6 +28,7 @@ from .config import TrainerConfig
 from .corpus import Corpus, Place, Reading, SourceChanged
 from .encoding import dtype_for, write_units
 from .index import FOLDER, INDEX, PARTS, TOKENIZER, Extent, Part, TokenIndex, documents_key, marks_key, read_index, recipe_digest
+from .learning import is_learnt, open_learner
 from .planning import PLAN, Plan, Planned, make_plan, packed, unpacked
 from .spool import Spool
 from .tokenizer import load_tokenizer
@@ -63,7 +64,7 @@ def prepare(
         told.passed(corpus, units[-1].next if units else Place())
         units = write_units(corpus, planned, store, Reading(told.seen, expected=planned.plan.files), units)
     except SourceChanged:
-        store.delete_tree(FOLDER)  # no later `prepare` could go on with it
+        _discard(store)  # no later `prepare` could go on with it
         raise
     told.begins("writing tokens")
     return _finished(corpus, planned, units, store)
@@ -102,12 +103,18 @@ def _planned(corpus: Corpus, recipe: str, store: Store, told: _Told, threads: in
     told.begins("reading text")
     if (planned := _known_plan(corpus, recipe, store)) is not None:
         return planned
-    store.delete_tree(FOLDER)
+    _discard(store)
     planned = make_plan(corpus, recipe, told.seen, lambda: told.begins("learning the tokenizer"), threads)
     store.put(TOKENIZER, planned.tokenizer.to_json())
     store.put(KEPT, packed(planned.kept))
     store.put(PLAN, planned.plan.body())
     return planned
+
+
+def _discard(store: Store) -> None:
+    """The plan first: whatever is left when this is killed belongs to none."""
+    store.delete(PLAN)
+    store.delete_tree(FOLDER)
 
 
 def _known_plan(corpus: Corpus, recipe: str, store: Store) -> Planned | None:
@@ -121,6 +128,8 @@ def _known_plan(corpus: Corpus, recipe: str, store: Store) -> Planned | None:
         return None
     if (sha256_hex(tokenizer), sha256_hex(kept)) != (plan.tokenizer_sha256, plan.kept_sha256):
         return None
+    if not is_learnt(corpus.config) and open_learner(corpus.config).finish().to_json() != tokenizer:
+        return None  # the tokenizer.json is another one now
     return Planned(plan=plan, tokenizer=load_tokenizer(tokenizer), kept=unpacked(kept, plan.num_documents))
 
 

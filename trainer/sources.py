@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -73,7 +74,7 @@ def _listed(source: str, key: str) -> Source:
     try:
         filesystem, path = fsspec.core.url_to_fs(source, **_options(source))
         if filesystem.isdir(path):
-            found = filesystem.find(path, detail=True)
+            found = dict(_walked(filesystem, path)) if "file" in filesystem.protocol else filesystem.find(path, detail=True)
         else:
             found = {path: filesystem.info(path)}
     except FileNotFoundError:
@@ -88,6 +89,19 @@ def _listed(source: str, key: str) -> Source:
     if not files:
         raise ValueError(f"{key} holds hidden files only; {REMEDY}")
     return Source(key=key, files=files, filesystem=filesystem)
+
+
+def _walked(filesystem: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Regular files below a local folder, links followed, each folder once; a link is what it leads to."""
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(path, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) not in seen]
+        for file in (os.path.join(folder, name) for name in files):
+            if os.path.isfile(file):
+                yield file, filesystem.info(os.path.realpath(file))
+            elif not os.path.exists(file):  # a link to nothing: whoever reads it says so
+                yield file, filesystem.info(file)
 
 
 def _is_hidden(name: str) -> bool:

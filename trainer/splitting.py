@@ -16,7 +16,7 @@ from typing import Final
 import xxhash
 
 FEW_DOCUMENTS: Final = 256
-FEW_CHARS: Final = 8 << 20  # that are kept in memory until it is known how many documents there are
+FEW_BYTES: Final = 8 << 20  # that are kept in memory until it is known how many documents there are
 _ALL: Final = 2**64
 _TEACHES: Final = 1  # seed of the other choice that is made by name
 
@@ -54,19 +54,24 @@ class Split:
         self._held_out = held_out
         self.count = self._num_held_out = 0
         self._few: list[Candidate] | None = []  # all of them, as long as they are few
-        self._few_chars = 0
+        self._few_bytes = 0
         self._lowest: Candidate | None = None  # training document, while nothing is held out
         self._highest: Candidate | None = None  # held-out document, while there is nothing to train on
 
-    def add(self, number: int, name: str, texts: Texts) -> Texts:
-        """The next document, duplicates left out; returns texts that are certain to be trained on."""
+    def add(self, number: int, name: str, texts: Texts, num_bytes: int = 0) -> Texts:
+        """The next document, duplicates left out; returns texts that are certain to be trained on.
+
+        Args:
+            texts: from which a tokenizer may learn.
+            num_bytes: of the document, whoever learns from it: what the split depends on must not depend on the tokenizer.
+        """
         mine = Candidate(number, name, texts)
         self.count += 1
         if self._few is None:
             return self._by_name(mine)
         self._few.append(mine)
-        self._few_chars += sum(map(len, texts))
-        if len(self._few) <= FEW_DOCUMENTS and self._few_chars <= FEW_CHARS:
+        self._few_bytes += num_bytes
+        if len(self._few) <= FEW_DOCUMENTS and self._few_bytes <= FEW_BYTES:
             return ()
         few, self._few = self._few, None
         return tuple(chain.from_iterable(map(self._by_name, few)))

@@ -33,7 +33,7 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]
 class Tokenizer(Protocol):
     @property
     def size(self) -> int:
-        """Number of different ids."""
+        """All ids are below it."""
 
     @property
     def end_of_text(self) -> int:
@@ -123,6 +123,7 @@ class LibraryTokenizer:
         self._tokenizer.no_padding()
         model = json.loads(self.to_json())
         self._is_cut = _never_across_words(model)
+        self._size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # there may be ids that no token has
         self._end, self.mask = self._named(END_NAMES), self._named(MASK_NAMES)
         self.unknown = _unknown_of(model["model"], tokenizer)
         if self._end is None:
@@ -134,7 +135,7 @@ class LibraryTokenizer:
 
     @property
     def size(self) -> int:
-        return int(self._tokenizer.get_vocab_size())
+        return self._size
 
     @property
     def end_of_text(self) -> int:
@@ -149,7 +150,12 @@ class LibraryTokenizer:
 
     def encode_all(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         parts = [list(_parts(text)) if self._is_cut else [text] for text in texts]
-        encoded = self._tokenizer.encode_batch_fast([part for some in parts for part in some], add_special_tokens=False)
+        try:
+            encoded = self._tokenizer.encode_batch_fast([part for some in parts for part in some], add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(
+                f"data.tokenizer cannot encode a text: {error}; put its tokenizer.json right, or choose another one"
+            ) from error
         ids = iter([encoding.ids for encoding in encoded])
         return [_joined([next(ids) for _ in some]) for some in parts]
 
@@ -187,7 +193,9 @@ def load_tokenizer(body: bytes) -> Tokenizer:
 
 def _characters_of(spec: dict[str, Any]) -> list[str] | None:
     """Those of `CharacterTokenizer`, in the order of their ids; None for any other tokenizer."""
-    model = spec.get("model", {})
+    model = spec.get("model")
+    if not isinstance(model, dict):
+        raise ValueError("it is no tokenizer.json of the library tokenizers: it describes no model")
     if model.get("type") != "BPE" or model.get("merges") or model.get("unk_token") != UNKNOWN or spec.get("pre_tokenizer"):
         return None
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)

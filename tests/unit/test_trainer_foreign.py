@@ -348,6 +348,8 @@ def test_another_tokenizer_of_the_same_size_is_refused_and_its_own_is_not(tmp_pa
         (tmp_path / "run.toml").write_text(toml(mine))
         result = CliRunner().invoke(app, ["prepare", str(tmp_path / "run.toml")])
         if refused:
+            again = CliRunner().invoke(app, ["prepare", str(tmp_path / "run.toml")])
+            assert str(again.exception) == str(result.exception), "not only the first time"
             assert f'learnt other tokens, though equally many: use its tokenizer, data.tokenizer = "{base}"' in str(result.exception)
             shutil.rmtree(tmp_path / "root")
         else:

@@ -14,7 +14,9 @@ from prepared import config, content, write_text
 
 from keepstep.storage.store import Store
 from keepstep.trainer import corpus, encoding, learning
+from keepstep.trainer.config import TrainerConfig
 from keepstep.trainer.preparing import prepare
+from keepstep.trainer.sources import find_source
 from keepstep.trainer.splitting import is_below
 from keepstep.trainer.tokens import Tokens, open_tokens
 
@@ -266,3 +268,52 @@ class TestBadText:
         monkeypatch.setattr(learning, "_bpe", broken)
         with pytest.raises(ZeroDivisionError):
             prepare(config(text, tokenizer="bpe"), Store.open(tmp_path / "root"))
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "near").mkdir()
+    for i in range(9):
+        (tmp_path / f"far/{i}.txt").write_text(f"text {i} " * 40)
+    (tmp_path / "near/link").symlink_to(tmp_path / "far")
+    (tmp_path / "far/round").symlink_to(tmp_path / "near")
+    source = find_source(str(tmp_path / "near"), "data.source")
+    assert [file.name for file in source.files] == [f"link/{i}.txt" for i in range(9)]
+    assert all(file.num_bytes > 40 for file in source.files)
+
+
+def test_what_is_held_out_does_not_depend_on_the_tokenizer(tmp_path: Path) -> None:
+    """Of few documents that are long."""
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} " + "word " * 12_000}) + "\n" for i in range(200)))
+    split = []
+    for tokenizer in ("bytes", "bpe"):
+        store = Store.open(tmp_path / tokenizer)
+        data = {"source": str(path), "tokenizer": tokenizer, "vocabulary": 300, "held_out": 0.02}
+        prepare(TrainerConfig.model_validate({"data": data}), store)
+        tokens = open_tokens(store)
+        starts = tokens.held_out_starts.astype(int)
+        split.append([tokens.tokenizer.decode(tokens.held_out[start : start + 3].tolist())[:3] for start in starts])
+    assert split[0]
+    assert [int(text.split()[0]) for text in split[0]] == [int(text.split()[0]) for text in split[1]]
+
+
+def test_a_tokenizer_json_that_changed_after_a_kill_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"a b c {i}"}) + "\n" for i in range(50)))
+    words = {"<|endoftext|>": 0, "a": 1, "b": 2, "?": 3}
+    kept = tmp_path / "tokenizer.json"
+
+    def write(vocabulary: dict[str, int]) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.save(str(kept))
+
+    write({name: i for name, i in words.items() if name != "?"})
+    settings = TrainerConfig.model_validate({"data": {"source": str(tmp_path / "text.jsonl"), "tokenizer": str(kept), "held_out": 0.1}})
+    store = Store.open(tmp_path / "root")
+    with pytest.raises(ValueError, match=r"data.tokenizer cannot encode a text: .*; put its tokenizer.json right"):
+        prepare(settings, store)
+    write(words | {"?": 9})  # ids that no token has: the vocabulary goes on to the largest
+    assert prepare(settings, store).vocabulary == 10
