@@ -113,7 +113,8 @@ def _planned(corpus: Corpus, recipe: str, store: Store, told: _Told, threads: in
 
 def _discard(store: Store) -> None:
     """The plan first: whatever is left when this is killed belongs to none."""
-    store.delete(PLAN)
+    if store.exists(PLAN):
+        store.delete(PLAN)
     store.delete_tree(FOLDER)
 
 

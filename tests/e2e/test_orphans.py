@@ -93,16 +93,17 @@ def test_nothing_survives_whichever_process_is_killed(start: Start, undisturbed:
     environment = {"TMPDIR": str(temporary), "KEEPSTEP_SCRATCH_BASE": str(short_folder)}
     run = start("train.loader_workers=2", NO_HANG, root=root, faults=faults, environment=environment)
 
-    def at_gate(find: Callable[[Node, Node], int], *, opens: bool = False) -> None:
+    def at_gate(find: Callable[[Node, Node], int], *, first: Callable[[], None] = lambda: None, opens: bool = False) -> None:
         """Kills what `find` finds on one of the two nodes; the whole attempt must be gone before the next begins.
 
-        The gate is opened where somebody must run to notice.
+        The gate is opened where somebody must run to notice. `first` is done before the kill.
         """
         status = run.wait_at_gate()
         attempt = attempt_of(run, status)
         assert len(attempt) == 4 + 4 * 2, "four ranks with two loader workers each"
         victim = find(*status["nodes"])
         poll_until(lambda: not list(names_in_shared_memory(run)), "no name is left (a semaphore has one while it is made)", run.said)
+        first()
         run.kill(victim)
         if opens:
             run.open_gate()
@@ -124,9 +125,7 @@ def test_nothing_survives_whichever_process_is_killed(start: Start, undisturbed:
     at_gate(lambda first, second: helper(run, first, "multiprocessing.forkserver"))
     at_gate(lambda first, second: int(second["pid"]))
     scratch = next(short_folder.glob("*/*/node1"))
-    poll_until(lambda: bool(run.stopped()), "all ranks wait once more", run.said)
-    shutil.rmtree(scratch)
-    at_gate(lambda first, second: int(first["ranks"][1]["pid"]))
+    at_gate(lambda first, second: int(first["ranks"][1]["pid"]), first=lambda: shutil.rmtree(scratch))  # its agent ends with its next order
     run.wait_at_gate()
     run.kill_everything()
     run.check_what_always_holds()

@@ -142,7 +142,7 @@ class TestOfConfig:
 
     def test_a_source_that_would_never_come_is_named(self) -> None:
         with pytest.raises(
-            ValueError, match=r"data\.weights: the share of data\.sources\[1\] is below 1/65536, .*; give it a larger weight"
+            ValueError, match=r"data\.weights: the share of data\.sources\[1\] is below 1/65536 .*; give it a larger weight"
         ):
             feed_for((5, 5), config(data={"sources": ["a", "b"], "weights": [1, 1e-6]}))
 
