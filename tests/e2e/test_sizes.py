@@ -21,7 +21,7 @@ from keepstep.storage.steps import read_steps
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 Start = Callable[..., LiveRun]
-STEPS = 120
+STEPS = 240
 
 
 def order(run: LiveRun, path: str) -> None:
@@ -36,7 +36,7 @@ def trains_on(run: LiveRun, world_size: int, *, attempt: int) -> dict[str, Any]:
 
 
 def test_the_gang_shrinks_and_grows_and_each_sample_counts_once(start: Start) -> None:
-    run = start(f"run.steps={STEPS}", "checkpoint.interval=8", "cluster.min_nodes=1", "cluster.wait_for_nodes_s=0.5")
+    run = start(f"run.steps={STEPS}", "checkpoint.interval=8", "cluster.min_nodes=1", "cluster.wait_for_nodes_s=8")
     trains_on(run, 4, attempt=1)
     order(run, "/v1/resize?nodes=1")
     trains_on(run, 2, attempt=2)
